@@ -1,0 +1,56 @@
+"""hf_normopt: an operator norm for each tensor, by its role in the network.
+
+"Old Optimizer, New Norm: An Anthology" (Bernstein & Newhouse 2024, arXiv 2409.20325) for Hugging
+Face models:
+
+    model ──classify──▶ table of parameters (role, layout, why)
+                              │
+                       policy: role ──▶ Rule(norm, scale, momentum, ...)
+                              │
+                 NormOpt: one step() ──▶  W ← W − step_size · scale · lmo(momentum)
+
+Importing the package makes `TrainingArguments(optim="normopt")` known to transformers.
+"""
+
+from .arguments import NormOptArguments
+from .layouts import Layout
+from .norms import Frobenius, MaxColumn, MaxEntry, MaxRow, Norm, Spectral, operator_norm
+from .optimizer import NormOpt
+from .orthogonalize import orthogonalize
+from .presets import PRESETS, Preset, create_normopt_optimizer
+from .roles import ParamSpec, classify
+from .rules import EMA, Accumulate, Policy, Rule
+from .step_sizes import DualNorm, Fixed
+from .trainer import NormOptMixin, NormOptTrainer, register
+from .version import __version__
+
+__all__ = [
+    "EMA",
+    "PRESETS",
+    "Accumulate",
+    "DualNorm",
+    "Fixed",
+    "Frobenius",
+    "Layout",
+    "MaxColumn",
+    "MaxEntry",
+    "MaxRow",
+    "Norm",
+    "NormOpt",
+    "NormOptArguments",
+    "NormOptMixin",
+    "NormOptTrainer",
+    "ParamSpec",
+    "Policy",
+    "Preset",
+    "Rule",
+    "Spectral",
+    "__version__",
+    "classify",
+    "create_normopt_optimizer",
+    "operator_norm",
+    "orthogonalize",
+    "register",
+]
+
+register()

@@ -1,0 +1,7 @@
+"""`python -m hf_normopt` is the command `hf-normopt`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

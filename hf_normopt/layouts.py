@@ -1,0 +1,218 @@
+"""How a stored tensor is read as operators of shape `(..., fan_out, fan_in)`.
+
+A norm is defined on operators, but a checkpoint stores tensors: `nn.Embedding` and `Conv1D` keep
+the transpose, a fused projection keeps three maps in one tensor, a mixture of experts keeps all
+experts in one. A [`Layout`] says which stored axes are which, as a line of text that fits in a
+table and in a checkpoint:
+
+| pattern                   | tensor                                                            |
+| ------------------------- | ----------------------------------------------------------------- |
+| `out in`                  | `nn.Linear.weight`                                                |
+| `in out`                  | `Conv1D.weight` (GPT-2), `nn.Embedding.weight` (in = the tokens)  |
+| `in (part=3 out)`         | GPT-2's `c_attn`: three maps side by side                         |
+| `(out=512+64+64) in`      | three maps of unequal size, one below the other                   |
+| `expert (part=2 out) in`  | stacked experts with gate and up projections fused                |
+| `(group=4 out) in tap=3 tap=3` | a grouped 3 x 3 convolution                                  |
+| `out`                     | a vector: one column, acting on the constant 1                    |
+
+Axes whose name starts with `out` make up `fan_out`, those that start with `in` make up `fan_in`, in
+the order of the pattern; every other axis numbers independent operators. `tap` axes number the taps
+of a convolution, whose count weighs the norm (`Layout.taps`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_AXIS = re.compile(r"(?P<name>[a-z]+\d*)(?:=(?P<sizes>\d+(?:\+\d+)*))?$")
+
+
+@dataclass(frozen=True)
+class _Axis:
+    name: str
+    sizes: tuple[int, ...]  # () unknown, (n,) given, (n, m, ...) split into consecutive pieces
+
+    @property
+    def kind(self) -> str:
+        return next((kind for kind in ("out", "in") if self.name.startswith(kind)), "batch")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A pair of inverse views between a stored tensor and its operators.
+
+    Args:
+        pattern: one word per stored axis, see the table in this module's docstring. A parenthesis
+            divides one stored axis into several; `name=size` gives a size, which all but one name
+            in a parenthesis need, and `name=a+b` splits an axis into consecutive operators of
+            unequal size.
+
+    Raises:
+        ValueError: if the pattern cannot be read.
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        _parse(self.pattern)
+
+    def __str__(self) -> str:
+        return self.pattern
+
+    @property
+    def taps(self) -> int:
+        """Number of taps of a convolution kernel, 1 for all else.
+
+        The norm of a convolution is `taps * max` over its taps (Large et al. 2024, modular norm),
+        so its LMO is divided by this number.
+        """
+        axes = (axis for axes in _parse(self.pattern) for axis in axes)
+        return math.prod(axis.sizes[0] for axis in axes if axis.name == "tap" and axis.sizes)
+
+    def to_operators(self, stored: Tensor) -> tuple[Tensor, ...]:
+        """Read a stored tensor as operators, without a copy where the strides allow it.
+
+        Args:
+            stored: a tensor of the stored shape.
+
+        Returns:
+            One tensor `(..., fan_out, fan_in)` for each consecutive piece of a split axis; a single
+            one where no axis is split.
+
+        Raises:
+            ValueError: if the shape does not fit the pattern.
+        """
+        plan = _plan(self.pattern, tuple(stored.shape))
+        unfolded = stored.reshape(plan.unfolded)
+        pieces = (
+            unfolded.split(plan.split_sizes, plan.split_axis) if plan.split_sizes else [unfolded]
+        )
+        return tuple(
+            piece.permute(plan.order).reshape(plan.operator_shape(piece)) for piece in pieces
+        )
+
+    def from_operators(self, operators: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
+        """Inverse of [`to_operators`], bit for bit.
+
+        Args:
+            operators: tensors of the shapes that `to_operators` gives.
+            shape: the stored shape.
+
+        Returns:
+            A tensor of the stored shape.
+        """
+        plan = _plan(self.pattern, tuple(shape))
+        pieces = []
+        for i, operator in enumerate(operators):
+            unfolded = list(plan.unfolded)
+            if plan.split_sizes:
+                unfolded[plan.split_axis] = plan.split_sizes[i]
+            permuted = operator.reshape([unfolded[axis] for axis in plan.order])
+            pieces.append(permuted.permute(plan.inverse_order))
+        stored = pieces[0] if len(pieces) == 1 else torch.cat(pieces, plan.split_axis)
+        return stored.reshape(shape)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    unfolded: tuple[int, ...]  # the stored shape with every parenthesis opened
+    split_axis: int
+    split_sizes: tuple[int, ...]
+    order: tuple[int, ...]  # batch axes, out axes, in axes
+    inverse_order: tuple[int, ...]
+    batch: int
+    outs: int
+
+    def operator_shape(self, piece: Tensor) -> tuple[int, ...]:
+        sizes = [piece.shape[axis] for axis in self.order]
+        fans = sizes[self.batch :]
+        return (*sizes[: self.batch], math.prod(fans[: self.outs]), math.prod(fans[self.outs :]))
+
+
+@cache
+def _parse(pattern: str) -> tuple[tuple[_Axis, ...], ...]:
+    """One tuple of axes for each stored axis."""
+    words = re.findall(r"\([^()]*\)|[^\s()]+", pattern)
+    stored = []
+    splits = 0
+    for word in words:
+        axes = []
+        for part in word.strip("()").split():
+            match = _AXIS.match(part)
+            if match is None:
+                raise ValueError(
+                    f"Layout {pattern!r}: cannot read {part!r}; expected a name such as "
+                    "`out`, `in`, "
+                    "`expert` or `tap`, optionally with a size (`part=3`) or a split "
+                    "(`out=512+64+64`)."
+                )
+            sizes = tuple(int(size) for size in (match["sizes"] or "").split("+") if size)
+            splits += len(sizes) > 1
+            axes.append(_Axis(match["name"], sizes))
+        if sum(not axis.sizes for axis in axes) > 1:
+            raise ValueError(
+                f"Layout {pattern!r}: {word!r} may leave the size of one name open only."
+            )
+        stored.append(tuple(axes))
+    if splits > 1:
+        raise ValueError(f"Layout {pattern!r}: one axis at the most can be split into pieces.")
+    return tuple(stored)
+
+
+@cache
+def _plan(pattern: str, shape: tuple[int, ...]) -> _Plan:
+    stored = _parse(pattern)
+    if len(stored) != len(shape):
+        raise ValueError(
+            f"Layout {pattern!r} describes {len(stored)} stored axes, the tensor has shape {shape}."
+        )
+    axes: list[_Axis] = []
+    unfolded: list[int] = []
+    for group, size in zip(stored, shape, strict=True):
+        known = math.prod(sum(axis.sizes) for axis in group if axis.sizes)
+        for axis in group:
+            axes.append(axis)
+            unfolded.append(sum(axis.sizes) if axis.sizes else size // known)
+        if math.prod(unfolded[len(unfolded) - len(group) :]) != size:
+            raise ValueError(f"Layout {pattern!r} does not divide the tensor's shape {shape}.")
+    kinds = [axis.kind for axis in axes]
+    order = tuple(i for kind in ("batch", "out", "in") for i, k in enumerate(kinds) if k == kind)
+    split = next((i for i, axis in enumerate(axes) if len(axis.sizes) > 1), None)
+    return _Plan(
+        unfolded=tuple(unfolded),
+        split_axis=split if split is not None else 0,
+        split_sizes=axes[split].sizes if split is not None else (),
+        order=order,
+        inverse_order=tuple(order.index(i) for i in range(len(order))),
+        batch=kinds.count("batch"),
+        outs=kinds.count("out"),
+    )
+
+
+def usual_layout(role: str, shape: tuple[int, ...]) -> Layout:
+    """The layout that a tensor of a role has when nothing else is known about it.
+
+    Args:
+        role: see `hf_normopt.roles.ROLES`.
+        shape: the stored shape.
+
+    Returns:
+        For `linear` and `head` (..., out, in); for `conv` (out, in, taps ...); for `embedding`
+        (tokens ..., width); for all others one column of entries.
+    """
+    axes = len(shape)
+    if axes >= 2 and role in ("linear", "head"):
+        words = [f"stack{i}" for i in range(axes - 2)] + ["out", "in"]
+    elif axes >= 2 and role == "conv":
+        words = ["out", "in", *(f"tap={size}" for size in shape[2:])]
+    elif axes >= 2 and role == "embedding":
+        words = [f"in{i}" for i in range(axes - 1)] + ["out"]
+    else:
+        words = [f"out{i}" for i in range(axes)]
+    return Layout(" ".join(words[0].rstrip("0") if axes == 1 else word for word in words))

@@ -1,0 +1,387 @@
+"""Norms on operators, each with its dual norm and its linear minimization oracle (LMO).
+
+The paper, Definition 1: the operator norm of a matrix M that takes inputs measured by ‖·‖_α to
+outputs measured by ‖·‖_β is
+
+    ‖M‖_{α→β} = max_x ‖M x‖_β / ‖x‖_α.
+
+[`operator_norm`] takes the two vector norms by name and returns the norm's class, for every pair
+with a closed form. All of them are one of five shapes, up to a unit, since ‖x‖_rms = ‖x‖_2 / √dim:
+
+| class       | norm(W)                          | pairs                                   |
+| ----------- | -------------------------------- | --------------------------------------- |
+| `Spectral`  | largest singular value           | l2 or rms → l2 or rms                   |
+| `MaxColumn` | largest lp norm of a column      | l1 → lp, l1 → rms         (Prop. 8)     |
+| `MaxRow`    | largest lq norm of a row         | lp → linf, rms → linf     (Prop. 8)     |
+| `MaxEntry`  | largest entry                    | l1 → linf                 (Prop. 8)     |
+| `Frobenius` | l2 norm of all entries           | none: no operator norm    (Table 1)     |
+
+For every norm the dual norm and the LMO are, as in Prop. 1 (the LMO is the maximiser here),
+
+    dual_norm(G) = max_{norm(T) <= 1} ⟨G, T⟩ = ⟨G, lmo(G)⟩,    lmo(G) = argmax_{norm(T) <= 1} ⟨G,
+    T⟩,
+
+so steepest descent under the norm steps by `-dual_norm(G) / λ · lmo(G)`. A new norm is one
+dataclass here and one line in `tests/test_norms.py`.
+
+**Statistics.** The paper's three stories are one relation: each optimizer divides its momentum by a
+statistic of the gradients, and with the statistic of the present gradient alone that division is
+the LMO. So a norm owns its statistic: `moments(g)` are the quantities to be smoothed over time, and
+`precondition(m, moments)` divides by them; `precondition(g, moments(g)) = lmo(g)`, up to the unit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .orthogonalize import METHODS, orthogonalize
+
+Vector = str | float
+"""A vector norm: "l1", "l2", "linf", "rms", or a real number p in [1, ∞] for ‖·‖_p."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A norm on operators `(..., fan_out, fan_in)`; leading axes are independent operators.
+
+    Subclasses define the norm in its plain unit (`_norm`, `_lmo`); this class applies the unit and
+    keeps the precision: float16 and bfloat16 are computed in float32.
+    """
+
+    input: Vector | None = None
+    output: Vector | None = None
+
+    def unit(self, fan_out: int, fan_in: int) -> float:
+        """The factor of the plain norm: √fan_in for rms inputs, 1/√fan_out for rms outputs."""
+        unit = math.sqrt(fan_in) if self.input == "rms" else 1.0
+        return unit / math.sqrt(fan_out) if self.output == "rms" else unit
+
+    def norm(self, w: Tensor) -> Tensor:
+        """The norm of each operator: `(..., fan_out, fan_in)` to `(...)`."""
+        return self._norm(_wide(w)) * self.unit(*w.shape[-2:])
+
+    def lmo(self, g: Tensor) -> Tensor:
+        """The unit-norm operator of largest inner product with g, in g's dtype; 0 for g = 0."""
+        return (self._lmo(_wide(g)) / self.unit(*g.shape[-2:])).to(g.dtype)
+
+    def dual_norm(self, g: Tensor) -> Tensor:
+        """The dual norm of each operator, ⟨g, lmo(g)⟩: `(..., fan_out, fan_in)` to `(...)`."""
+        return self._dual(_wide(g)) / self.unit(*g.shape[-2:])
+
+    def entry_rms(self, fan_out: int, fan_in: int) -> float:
+        """RMS of the LMO's entries for a g of full rank whose entries are of one magnitude."""
+        return self._entry_rms(fan_out, fan_in) / self.unit(fan_out, fan_in)
+
+    def moments(self, g: Tensor) -> dict[str, Tensor]:
+        """The statistics of one gradient that an [`EMA`](hf_normopt.EMA) may smooth over time.
+
+        Raises:
+            NotImplementedError: where the norm has none.
+        """
+        squares, block = _wide(g).square(), self._block()
+        return {"second_moment": squares.sum(block, keepdim=True) if block else squares}
+
+    def precondition(self, m: Tensor, moments: dict[str, Tensor], eps: float) -> Tensor:
+        """Divide m by the root of its statistics, in the units of the LMO; 0 where both are 0."""
+        root = moments["second_moment"].sqrt().add_(eps)
+        return m / torch.where(root == 0, 1, root) / self.unit(*m.shape[-2:])
+
+    def _block(self) -> tuple[int, ...]:
+        """The axes whose entries the LMO divides by one common length, if that is what it does."""
+        raise NotImplementedError(f"The norm {self} has no statistic: use statistic=None.")
+
+    def _norm(self, w: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _lmo(self, g: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _dual(self, g: Tensor) -> Tensor:
+        return (g * self._lmo(g)).sum((-2, -1))
+
+    def _entry_rms(self, fan_out: int, fan_in: int) -> float:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return f"{_name(self.input)}->{_name(self.output)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectral(Norm):
+    """The largest singular value: l2 or rms → l2 or rms (Prop. 5; rms → rms in the Epilogue).
+
+    norm(W)      = σ_max(W)
+    dual_norm(G) = Σ σ_i(G), the nuclear norm
+    lmo(G)       = U Vᵀ for G = U Σ Vᵀ
+
+    each in the unit of its pair: `norm` times √fan_in for rms inputs, over √fan_out for rms
+    outputs, `dual_norm` and `lmo` the inverse.
+
+    Args:
+        input, output: "l2" or "rms".
+        method: how the LMO is computed, see [`orthogonalize`](hf_normopt.orthogonalize).
+    """
+
+    input: Vector = "l2"
+    output: Vector = "l2"
+    method: str = "auto"
+
+    def __post_init__(self) -> None:
+        if {self.input, self.output} - {"l2", "rms"}:
+            raise ValueError(f"Spectral takes l2 and rms, found {self.input!r} -> {self.output!r}.")
+        if self.method not in METHODS:
+            raise ValueError(
+                f"Unknown method {self.method!r}; expected one of {', '.join(METHODS)}."
+            )
+
+    def __str__(self) -> str:
+        return super().__str__() + (f" ({self.method})" if self.method != "auto" else "")
+
+    def _norm(self, w: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(w, ord=2)
+
+    def _lmo(self, g: Tensor) -> Tensor:
+        return orthogonalize(g, self.method)
+
+    def _dual(self, g: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(g, ord="nuc")
+
+    def _entry_rms(self, fan_out: int, fan_in: int) -> float:
+        return 1 / math.sqrt(max(fan_out, fan_in))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxColumn(Norm):
+    """The largest lp norm of a column: l1 → lp, l1 → rms (Prop. 8).
+
+    norm(W)      = max_j ‖W_{:,j}‖_p
+    dual_norm(G) = Σ_j ‖G_{:,j}‖_q, 1/p + 1/q = 1
+    lmo(G)       = in every column sign(g) |g|^(q-1) / ‖g‖_q^(q-1); for p = 2 the column over its
+    length
+
+    For an embedding a column is the vector of one token. rms divides `norm` by √fan_out.
+
+    Args:
+        output: the vector norm of a column.
+    """
+
+    input: Vector = "l1"
+    output: Vector = "l2"
+
+    def _norm(self, w: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(w, _exponent(self.output), dim=-2).amax(-1)
+
+    def _lmo(self, g: Tensor) -> Tensor:
+        return _dual_vector(g, _exponent(self.output), dim=-2)
+
+    def _dual(self, g: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(g, _conjugate(_exponent(self.output)), dim=-2).sum(-1)
+
+    def _entry_rms(self, fan_out: int, fan_in: int) -> float:
+        return _dual_vector_rms(_exponent(self.output), fan_out)
+
+    def _block(self) -> tuple[int, ...]:
+        return (-2,) if _exponent(self.output) == 2 else super()._block()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxRow(Norm):
+    """The largest lq norm of a row: lp → linf, rms → linf, 1/p + 1/q = 1 (Prop. 8).
+
+    norm(W)      = max_i ‖W_{i,:}‖_q
+    dual_norm(G) = Σ_i ‖G_{i,:}‖_p
+    lmo(G)       = in every row sign(g) |g|^(p-1) / ‖g‖_p^(p-1); for p = 2 the row over its length
+
+    For a head a row makes one output. rms multiplies `norm` by √fan_in.
+
+    Args:
+        input: the vector norm of the operator's input.
+    """
+
+    input: Vector = "l2"
+    output: Vector = "linf"
+
+    def _norm(self, w: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(w, _conjugate(_exponent(self.input)), dim=-1).amax(-1)
+
+    def _lmo(self, g: Tensor) -> Tensor:
+        return _dual_vector(g, _conjugate(_exponent(self.input)), dim=-1)
+
+    def _dual(self, g: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(g, _exponent(self.input), dim=-1).sum(-1)
+
+    def _entry_rms(self, fan_out: int, fan_in: int) -> float:
+        return _dual_vector_rms(_conjugate(_exponent(self.input)), fan_in)
+
+    def _block(self) -> tuple[int, ...]:
+        return (-1,) if _exponent(self.input) == 2 else super()._block()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxEntry(Norm):
+    """The largest entry: l1 → linf (Prop. 2 and 3: the norm under which Adam is steepest descent).
+
+    norm(W)      = max_ij |W_ij|
+    dual_norm(G) = Σ_ij |G_ij|
+    lmo(G)       = sign(G)
+    """
+
+    input: Vector = "l1"
+    output: Vector = "linf"
+
+    def _norm(self, w: Tensor) -> Tensor:
+        return w.abs().amax((-2, -1))
+
+    def _lmo(self, g: Tensor) -> Tensor:
+        return torch.where(g.isnan(), g, g.sign())  # torch.sign(NaN) is 0 and would hide it
+
+    def _dual(self, g: Tensor) -> Tensor:
+        return g.abs().sum((-2, -1))
+
+    def _entry_rms(self, fan_out: int, fan_in: int) -> float:
+        return 1.0
+
+    def _block(self) -> tuple[int, ...]:
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frobenius(Norm):
+    """The Euclidean norm of all entries (Table 1: the norm of gradient descent).
+
+    norm(W)      = ‖W‖_F
+    dual_norm(G) = ‖G‖_F
+    lmo(G)       = G / ‖G‖_F
+    """
+
+    def __str__(self) -> str:
+        return "frobenius"
+
+    def _norm(self, w: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(w)
+
+    def _lmo(self, g: Tensor) -> Tensor:
+        return _dual_vector(g.flatten(-2), 2.0, dim=-1).unflatten(-1, g.shape[-2:])
+
+    def _dual(self, g: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(g)
+
+    def _entry_rms(self, fan_out: int, fan_in: int) -> float:
+        return 1 / math.sqrt(fan_out * fan_in)
+
+    def _block(self) -> tuple[int, ...]:
+        return (-2, -1)
+
+
+def operator_norm(input: Vector, output: Vector) -> Norm:
+    """The induced operator norm ‖·‖_{input→output} (Definition 1), where it has a closed form.
+
+    Args:
+        input: how inputs are measured: "l1", "l2", "linf", "rms", or a number p in [1, ∞].
+        output: how outputs are measured, likewise.
+
+    Returns:
+        The norm, with `norm(w)`, `lmo(g)` and `dual_norm(g)` for operators `(..., fan_out,
+        fan_in)`.
+
+    Raises:
+        ValueError: for an unknown vector norm, or a pair without a closed form.
+
+    Example:
+        >>> linear = operator_norm("rms", "rms")
+        >>> linear.lmo(torch.eye(2)) # its own polar factor
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    p, q = _exponent(input), _exponent(output)
+    if p == 1 and q == math.inf:
+        return MaxEntry()
+    if p == 1:
+        return MaxColumn(output=_canonical(output))
+    if q == math.inf:
+        return MaxRow(input=_canonical(input))
+    if p == q == 2:
+        return Spectral(input=_canonical(input), output=_canonical(output))
+    raise ValueError(
+        f"The operator norm {input!r} -> {output!r} has no closed form. Those that have "
+        "one: l1 -> any p, "
+        "l1 -> rms, any p -> linf, rms -> linf, and l2 or rms -> l2 or rms."
+    )
+
+
+def parse_norm(text: str) -> Norm:
+    """The norm that `str(norm)` names, such as `"rms->rms"`, `"l2->l2 (muon)"`, `"frobenius"`."""
+    if text == "frobenius":
+        return Frobenius()
+    pair, _, method = text.replace(" ", "").rstrip(")").partition("(")
+    names = pair.split("->")
+    if len(names) != 2:
+        raise ValueError(
+            f"Cannot read the norm {text!r}; expected `input->output`, such as "
+            "`rms->rms`, or `frobenius`."
+        )
+    norm = operator_norm(*names)
+    if not method:
+        return norm
+    if not isinstance(norm, Spectral):
+        raise ValueError(f"Norm {text!r}: only spectral norms have a method, {norm} has none.")
+    return Spectral(input=norm.input, output=norm.output, method=method)
+
+
+def _exponent(vector: Vector) -> float:
+    """The p of a vector norm; rms is l2 in another unit."""
+    names = {"rms": 2.0, "l1": 1.0, "l2": 2.0, "linf": math.inf}
+    try:
+        p = names[vector] if vector in names else float(str(vector).removeprefix("l"))
+    except ValueError:
+        p = math.nan
+    if not p >= 1:
+        raise ValueError(
+            f'Unknown vector norm {vector!r}; expected "l1", "l2", "linf", "rms" or a '
+            "number p >= 1."
+        )
+    return p
+
+
+def _canonical(vector: Vector) -> Vector:
+    return "rms" if vector == "rms" else _name(_exponent(vector))
+
+
+def _name(vector: Vector | None) -> str:
+    return vector if isinstance(vector, str) else f"l{vector:g}"
+
+
+def _conjugate(p: float) -> float:
+    """The q with 1/p + 1/q = 1."""
+    return math.inf if p == 1 else 1.0 if p == math.inf else p / (p - 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _dual_vector(g: Tensor, p: float, dim: int) -> Tensor:
+    """The maximiser of ⟨g, t⟩ over ‖t‖_p <= 1 along one axis; 0 for g = 0."""
+    largest = g.abs().amax(dim, keepdim=True)
+    g = g / torch.where(largest == 0, 1, largest)  # so that no power under- or overflows
+    if p == 1:
+        first = torch.zeros_like(g).scatter_(dim, g.abs().argmax(dim, keepdim=True), 1)
+        return first * g  # the first largest entry, which is ±1
+    if p == math.inf:
+        return MaxEntry()._lmo(g)
+    if p == 2:
+        length = torch.linalg.vector_norm(g, dim=dim, keepdim=True)
+        return g / torch.where(length == 0, 1, length)
+    q = _conjugate(p)
+    length = torch.linalg.vector_norm(g, q, dim=dim, keepdim=True)
+    return g.sign() * (g.abs() / torch.where(length == 0, 1, length)) ** (q - 1)
+
+
+def _dual_vector_rms(p: float, dim: int) -> float:
+    """RMS of `_dual_vector`'s entries for a g of equal magnitudes; exact for p in {1, 2, ∞}."""
+    return dim**-0.5 if p == 1 else dim ** (-1 / p)

@@ -1,0 +1,232 @@
+"""Presets: named policies with their step size. Data, no code: each composes rules and norms.
+
+A new preset is one entry here and one line in `tests/test_presets.py`, which names the reference
+that it equals.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .norms import Norm, Spectral, operator_norm, parse_norm
+from .optimizer import NormOpt, parameter_groups
+from .roles import KINDS, ROLES, classify
+from .rules import EMA, Policy, Rule
+from .step_sizes import Fixed, StepSize
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A policy, its step size, and what a person should know.
+
+    Args:
+        description: one line.
+        source: where it comes from.
+        learning_rate: the recommended range.
+        policy: a rule for every role.
+        step_size: η.
+    """
+
+    description: str
+    source: str
+    learning_rate: tuple[float, float]
+    policy: Policy
+    step_size: StepSize = Fixed()  # noqa: RUF009 (immutable)
+
+
+def _normopt() -> Policy:
+    """The paper's conclusion, in the unit that AdamW's users expect."""
+    matrix = partial(Rule, scale="adamw", momentum=0.95, nesterov=True)
+    vector = partial(matrix, decay=0.0)
+    return {
+        "linear": matrix(operator_norm("rms", "rms")),
+        "conv": matrix(operator_norm("rms", "rms")),
+        "embedding": matrix(operator_norm("l1", "rms")),
+        "head": matrix(operator_norm("rms", "linf")),
+        "norm": vector(operator_norm("l1", "linf")),
+        "bias": vector(operator_norm("l1", "rms")),
+        "scalar": vector(operator_norm("l1", "linf")),
+        "other": vector(operator_norm("l1", "linf")),
+    }
+
+
+def _muon() -> Policy:
+    """Muon for the hidden matrices, AdamW for all else."""
+    adamw = Rule(operator_norm("l1", "linf"), momentum=0.9, statistic=EMA(0.999))
+    undecayed = replace(adamw, decay=0.0)
+    return {
+        "linear": Rule(Spectral(method="muon"), scale="muon", momentum=0.95, nesterov=True),
+        "conv": adamw,
+        "embedding": adamw,
+        "head": adamw,
+        "norm": undecayed,
+        "bias": undecayed,
+        "scalar": undecayed,
+        "other": undecayed,
+    }
+
+
+PRESETS: dict[str, Preset] = {
+    "normopt": Preset(
+        description="An operator norm for each role, at the learning rates of AdamW.",
+        source=(
+            "Bernstein & Newhouse 2024, arXiv 2409.20325, Epilogue; scale: Liu et al. 2025, "
+            "arXiv 2502.16982"
+        ),
+        learning_rate=(1e-5, 5e-3),
+        policy=_normopt(),
+    ),
+    "muon": Preset(
+        description=(
+            "Orthogonalized momentum for linear layers, AdamW for the rest; equals "
+            "torch.optim.Muon + AdamW."
+        ),
+        source=(
+            "Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; its polynomial, "
+            "5 steps"
+        ),
+        learning_rate=(3e-4, 2e-2),
+        policy=_muon(),
+    ),
+}
+
+
+def optimizer_names() -> dict[str, str]:
+    """Names for `TrainingArguments(optim=...)`, and the preset that each stands for."""
+    return {"normopt": "normopt"} | {
+        f"normopt_{name}": name for name in PRESETS if name != "normopt"
+    }
+
+
+# Fields of a rule that may be changed by name, for all roles (`momentum=0.9`) or one
+# (`lr_head=2.0`).
+_FIELDS: dict[str, tuple[str, type]] = {
+    "lr": ("multiplier", float),
+    "momentum": ("momentum", float),
+    "nesterov": ("nesterov", bool),
+    "norm": ("norm", Norm),
+    "scale": ("scale", str),
+    "decay": ("decay", float),
+}
+
+
+def create_normopt_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    preset: str = "normopt",
+    weight_decay: float = 0.0,
+    overrides: Mapping[str, str] | None = None,
+    **changes: Any,
+) -> NormOpt:
+    """Make the optimizer for a model: find the roles, give each its rule.
+
+    Args:
+        model: any module; only parameters with `requires_grad` are trained.
+        lr: the learning rate.
+        preset: a key of [`PRESETS`].
+        weight_decay: decoupled; acts on the roles whose rule decays (matrices, no gains and
+        biases).
+        overrides: role by regular expression, see [`classify`](hf_normopt.classify).
+        changes: of the preset's rules. `FIELD=value` changes all roles, `FIELD_ROLE=value` one role
+        or
+            kind, where FIELD is `lr` (a multiplier), `momentum`, `nesterov`, `norm`, `scale` or
+            `decay`; `beta1`, `beta2` and `eps` change the rules that have a statistic. Values may
+            be text.
+
+    Returns:
+        The optimizer; `print` shows its groups.
+
+    Raises:
+        ValueError: for an unknown preset or change, values that cannot be read, a model without
+            trainable parameters, overrides that match nothing.
+
+    Example:
+        >>> optimizer = create_normopt_optimizer(model, lr=1e-3, lr_head=2.0)  # doctest: +SKIP
+    """
+    if preset not in PRESETS:
+        raise ValueError(
+            f"Unknown preset {preset!r}; expected one of "
+            f"{', '.join(PRESETS)}.{_near(preset, PRESETS)}"
+        )
+    chosen = PRESETS[preset]
+    policy = changed(chosen.policy, **changes)
+    groups = parameter_groups(model, classify(model, overrides), policy)
+    return NormOpt(groups, policy, lr=lr, weight_decay=weight_decay, step_size=chosen.step_size)
+
+
+def changed(policy: Policy, **changes: Any) -> Policy:
+    """A policy with some fields of its rules replaced, see [`create_normopt_optimizer`].
+
+    Raises:
+        ValueError: for an unknown name or a value of the wrong type.
+    """
+    policy = dict(policy)
+    for name, value in sorted(
+        changes.items(), key=lambda change: "_" in change[0]
+    ):  # all roles first
+        if name in ("beta1", "beta2", "eps"):
+            _change_statistics_inplace(policy, name, _read(name, value, float))
+            continue
+        word, _, role = name.partition("_")
+        targets = [role] if role else list(policy)
+        if word not in _FIELDS or (role and role not in policy and role not in KINDS):
+            known = [
+                *_FIELDS,
+                "beta1",
+                "beta2",
+                "eps",
+                *(f"{w}_{r}" for w in _FIELDS for r in (*ROLES, *KINDS)),
+            ]
+            raise ValueError(
+                f"Unknown option {name!r}.{_near(name, known)} Options are "
+                f"{', '.join(_FIELDS)}, each also "
+                f"for one role or kind ({', '.join((*ROLES, *KINDS))}), as in lr_head, "
+                "and beta1, beta2, eps."
+            )
+        attribute, kind = _FIELDS[word]
+        for target in targets:
+            rule = policy.get(target) or policy[KINDS[target]]
+            policy[target] = replace(rule, **{attribute: _read(name, value, kind)})
+    return policy
+
+
+def _change_statistics_inplace(policy: dict[str, Rule], name: str, value: float) -> None:
+    for role, rule in policy.items():
+        if not isinstance(rule.statistic, EMA):
+            continue
+        if name == "beta1":
+            policy[role] = replace(rule, momentum=value)
+        elif name == "beta2":
+            policy[role] = replace(rule, statistic=replace(rule.statistic, beta=value))
+        else:
+            policy[role] = replace(rule, statistic=replace(rule.statistic, eps=value))
+
+
+def _read(name: str, value: Any, kind: type) -> Any:
+    """A value, or the text of one, as the type that an option has."""
+    if kind is Norm and isinstance(value, str):
+        return parse_norm(value)
+    if kind is bool and isinstance(value, str):
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if value.lower() in words:
+            return words[value.lower()]
+    elif kind is float:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, kind):
+        return value
+    raise ValueError(f"Option {name}: expected a {kind.__name__.lower()}, found {value!r}.")
+
+
+def _near(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=3)
+    return f" Did you mean {' or '.join(near)}?" if near else ""

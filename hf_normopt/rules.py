@@ -1,0 +1,174 @@
+"""Rules and policies: which norm, scale and momentum each role gets.
+
+A policy reads as the paper's conclusion does:
+
+    {"embedding": Rule(operator_norm("l1", "rms")), "linear": Rule(operator_norm("rms", "rms")),
+    ...}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .norms import Norm
+
+# RMS per entry of a full-rank update under the "adamw" scale, for learning_rate = 1: the one number
+# that brings AdamW's best learning rate and ours together. Measured with recipes/measurements (see
+# there): TODO
+ADAMW_RMS = 0.2
+
+# What multiplies the LMO. `taps` undoes the weight of a convolution's layout where a scale is
+# stated per entry.
+SCALES: dict[str, Callable[[Norm, int, int, int], float]] = {
+    # The norm's own unit: the learning rate transfers over width (Large et al. 2024).
+    "norm": lambda norm, fan_out, fan_in, taps: 1.0,
+    # Entries of one RMS for every norm and shape, as AdamW's updates have (Liu et al. 2025,
+    # Moonlight).
+    "adamw": lambda norm, fan_out, fan_in, taps: ADAMW_RMS * taps / norm.entry_rms(fan_out, fan_in),
+    # Jordan et al. 2024, Muon; torch.optim.Muon's default.
+    "muon": lambda norm, fan_out, fan_in, taps: math.sqrt(max(1, fan_out / fan_in)),
+}
+
+
+@dataclass(frozen=True)
+class EMA:
+    """A norm's statistic as an exponential moving average: S ← beta S + (1 - beta) moments(g).
+
+    Args:
+        beta: in [0, 1); 0 is the statistic of the present gradient alone.
+        eps: added to the root of the statistic.
+        bias_correction: divide the statistic by 1 - beta^t and the momentum by 1 - momentum^t, as
+        Adam.
+    """
+
+    beta: float
+    eps: float = 1e-8
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        _check_range("EMA.beta", self.beta, 0, 1, open_end=True)
+        _check_range("EMA.eps", self.eps, 0)
+
+    def update_inplace(self, statistic: Tensor, moment: Tensor, step: Tensor) -> Tensor:
+        """Update the statistic in place and return it as it is to be used at this step."""
+        statistic.lerp_(moment, 1 - self.beta)
+        return statistic / bias_correction(self.beta, step) if self.bias_correction else statistic
+
+
+@dataclass(frozen=True)
+class Accumulate:
+    """A norm's statistic as a sum over all steps (Adagrad, the first Shampoo): S ← S + moments(g).
+
+    Args:
+        eps: added to the root of the statistic.
+    """
+
+    eps: float = 1e-8
+
+    bias_correction = False
+
+    def __post_init__(self) -> None:
+        _check_range("Accumulate.eps", self.eps, 0)
+
+    def update_inplace(self, statistic: Tensor, moment: Tensor, step: Tensor) -> Tensor:
+        """Update the statistic in place and return it as it is to be used at this step."""
+        return statistic.add_(moment)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one role is updated: W ← W - lr · multiplier · scale · direction.
+
+    Args:
+        norm: the norm under which the step is the steepest descent.
+        scale: a key of [`SCALES`].
+        multiplier: of the learning rate, for this role.
+        momentum: coefficient of the gradient's moving average, in [0, 1); 0 is off.
+        nesterov: look one step ahead along the momentum.
+        statistic: how the norm's statistic is smoothed over time; None: the direction is the LMO.
+        decay: multiplies the weight decay: 1 for matrices, 0 for gains and biases.
+
+    Raises:
+        ValueError: for a value outside of its range, or a norm without the statistic asked for.
+    """
+
+    norm: Norm
+    scale: str = "norm"
+    multiplier: float = 1.0
+    momentum: float = 0.0
+    nesterov: bool = False
+    statistic: EMA | Accumulate | None = None
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ValueError(f"Unknown scale {self.scale!r}; expected one of {', '.join(SCALES)}.")
+        _check_range("Rule.multiplier", self.multiplier, 0)
+        _check_range("Rule.momentum", self.momentum, 0, 1, open_end=True)
+        _check_range("Rule.decay", self.decay, 0)
+        if self.statistic is not None:
+            try:
+                self.norm.moments(torch.zeros(1, 1))
+            except NotImplementedError as error:
+                raise ValueError(str(error)) from None
+
+    def __str__(self) -> str:
+        """A stable text, which checkpoints keep and compare."""
+        words = [str(self.norm), f"scale {self.scale}"]
+        if self.multiplier != 1:
+            words.append(f"lr x{self.multiplier:g}")
+        if self.momentum:
+            words.append(f"momentum {self.momentum:g}" + (" nesterov" if self.nesterov else ""))
+        if self.statistic is not None:
+            words.append(str(self.statistic))
+        if self.decay != 1:
+            words.append(f"decay x{self.decay:g}")
+        return ", ".join(words)
+
+
+Policy = Mapping[str, Rule]
+"""A rule for every role. A kind (such as "router") may have a rule of its own, which goes first."""
+
+
+def policy_key(policy: Policy, role: str, kind: str = "") -> str:
+    """The key of the rule for a role and kind: the kind if the policy names it, else the role.
+
+    Raises:
+        ValueError: if the policy has a rule for neither.
+    """
+    if kind and kind in policy:
+        return kind
+    if role not in policy:
+        raise complaint(policy, {role})
+    return role
+
+
+def complaint(policy: Policy, roles: Collection[str]) -> ValueError:
+    """The error for roles without a rule; prints both sides."""
+    missing = sorted(set(roles) - set(policy))
+    return ValueError(
+        f"The policy has no rule for the role{'s' * (len(missing) > 1)} "
+        f"{', '.join(missing)}. The model has "
+        f"{', '.join(sorted(roles))}; the policy has rules for "
+        f"{', '.join(sorted(policy)) or 'nothing'}. "
+        "Add the missing rules, or override the roles of these parameters."
+    )
+
+
+def bias_correction(beta: float, step: Tensor) -> Tensor | float:
+    """1 - beta^step, to full precision in float32 and without waiting for the device."""
+    return -torch.expm1(step * math.log(beta)) if beta else 1.0
+
+
+def _check_range(
+    name: str, value: float, low: float, high: float = math.inf, open_end: bool = False
+) -> None:
+    below = value < high if open_end else value <= high
+    if not (value >= low and below and math.isfinite(value)):
+        end = ")" if open_end or high == math.inf else "]"
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}{end}, found {value!r}.")
