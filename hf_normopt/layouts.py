@@ -208,11 +208,13 @@ def usual_layout(role: str, shape: tuple[int, ...]) -> Layout:
     """
     axes = len(shape)
     if axes >= 2 and role in ("linear", "head"):
-        words = [f"stack{i}" for i in range(axes - 2)] + ["out", "in"]
-    elif axes >= 2 and role == "conv":
-        words = ["out", "in", *(f"tap={size}" for size in shape[2:])]
-    elif axes >= 2 and role == "embedding":
-        words = [f"in{i}" for i in range(axes - 1)] + ["out"]
-    else:
-        words = [f"out{i}" for i in range(axes)]
-    return Layout(" ".join(words[0].rstrip("0") if axes == 1 else word for word in words))
+        return Layout(" ".join([*_numbered("stack", axes - 2), "out", "in"]))
+    if axes >= 2 and role == "conv":
+        return Layout(" ".join(["out", "in", *(f"tap={size}" for size in shape[2:])]))
+    if axes >= 2 and role == "embedding":
+        return Layout(" ".join([*_numbered("in", axes - 1), "out"]))
+    return Layout(" ".join(_numbered("out", axes)))
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [name] if count == 1 else [f"{name}{i}" for i in range(count)]

@@ -122,9 +122,10 @@ def _gram(x: Tensor) -> Tensor:
     gram = double @ double.mT
     finite = gram.isfinite().all((-2, -1))[..., None, None]
     eigenvalues, q = torch.linalg.eigh(torch.where(finite, gram, 0))
-    inverse = _inverse(eigenvalues.clamp_min(0).sqrt(), _NULL[x.dtype])
+    singular = eigenvalues.clamp_min(0).sqrt()  # of squares: half of float64's digits
+    inverse = _inverse(singular, _NULL[torch.float32])
     root = (q * inverse[..., None, :]) @ q.mT
-    return torch.where(finite, root.to(x.dtype) @ x, torch.nan)
+    return torch.where(finite, root @ double, torch.nan)
 
 
 def _iterate(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:

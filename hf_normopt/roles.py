@@ -356,7 +356,7 @@ def _table(view: View) -> Finding | None:
     """Lookup tables."""
     if not isinstance(view.owner, (nn.Embedding, nn.EmbeddingBag)):
         return None
-    kind = "position" if "position" in view.name else ""
+    kind = "position" if re.search(r"position|embed_pos|(^|\.)wpe\.", view.name) else ""
     return Finding("embedding", f"table of {view.owner_class}", Layout("in out"), kind)
 
 

@@ -1,0 +1,159 @@
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from hf_normopt import orthogonalize
+from hf_normopt.orthogonalize import METHODS, POLYNOMIALS
+
+EXACT = ("auto", "svd", "gram")
+CONVERGED = (*EXACT, "polar_express")
+
+SPECTRA = {
+    "flat": lambda r: torch.ones(r),
+    "log 1e-3": lambda r: torch.logspace(0, -3, r),
+    "log 1e-5": lambda r: torch.logspace(0, -5, r),
+    "one large, the rest 1e-3": lambda r: torch.tensor([1.0] + [1e-3] * (r - 1)),
+    "one large, the rest 1e-4": lambda r: torch.tensor([1.0] + [1e-4] * (r - 1)),
+    "half rank": lambda r: torch.tensor([1.0] * (r - r // 2) + [0.0] * (r // 2)),
+    "rank one": lambda r: torch.tensor([1.0] + [0.0] * (r - 1)),
+}
+SHAPES = ((48, 48), (16, 200), (200, 16), (1, 64), (64, 1), (1, 1))
+
+
+def with_spectrum(shape, spectrum, dtype=torch.float64):
+    m, n = shape
+    u = torch.linalg.qr(torch.randn(m, min(m, n), dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(n, min(m, n), dtype=torch.float64))[0]
+    s = spectrum(min(m, n)).double()
+    return ((u * s) @ v.T).to(dtype), (u * (s > 0)) @ v.T, u[:, s == 0], v[:, s == 0]
+
+
+def efficiency(g, o):
+    """⟨G, O⟩ / (‖O‖ ‖G‖†), 1 for the exact oracle."""
+    g, o = g.double(), o.double()
+    return (
+        (g * o).sum() / (torch.linalg.matrix_norm(o, 2) * torch.linalg.matrix_norm(g, "nuc"))
+    ).item()
+
+
+@pytest.mark.parametrize("method", CONVERGED)
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA.keys())
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_efficiency_on_every_spectrum(method, spectrum, shape, dtype):
+    g, polar, left_null, right_null = with_spectrum(shape, spectrum, dtype)
+    o = orthogonalize(g, method)
+    assert efficiency(g, o) >= (0.98 if method == "polar_express" else 0.9999)
+    assert torch.linalg.matrix_norm(o.double(), 2) <= 1.001  # nothing overshoots
+    if method in ("auto", "svd") and dtype == torch.float64:
+        torch.testing.assert_close(o, polar, rtol=0, atol=1e-9)
+    for null in (
+        o.double().mT @ left_null,
+        o.double() @ right_null,
+    ):  # nothing moves without a gradient
+        assert null.numel() == 0 or null.abs().amax() < (
+            1e-2 if method == "polar_express" else 1e-4
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rank_one_goes_downhill(method, dtype):
+    """At σ = 1 some published coefficient sets turn the step uphill."""
+    g = torch.outer(torch.randn(30), torch.randn(70)).to(dtype)
+    assert efficiency(g, orthogonalize(g, method)) > 0.999
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rank_zero(method):
+    for shape in ((3, 5), (5, 3), (0, 4), (2, 0, 4)):
+        g = torch.zeros(shape)
+        assert torch.equal(orthogonalize(g, method), g)
+
+
+@pytest.mark.parametrize("method", CONVERGED)
+def test_long_matrices(method):
+    """Aspect ratio 1:4096."""
+    for g in (torch.randn(1, 4096), torch.randn(4096, 1), torch.randn(2, 8192)):
+        o = orthogonalize(g, method)
+        assert efficiency(g, o) > 0.999
+        torch.testing.assert_close(
+            torch.linalg.svdvals(o), torch.ones(min(g.shape)), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_batches_transposes_and_scales(method, data):
+    m, n = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
+    g = torch.randn(2, 3, m, n, dtype=torch.float64)
+    before, o = g.clone(), orthogonalize(g, method)
+    assert torch.equal(g, before)
+    torch.testing.assert_close(o[1, 2], orthogonalize(g[1, 2], method), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(o.mT, orthogonalize(g.mT, method), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(o, orthogonalize(1e-200 * g, method), rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(o, orthogonalize(1e200 * g, method), rtol=1e-7, atol=1e-8)
+
+
+def test_polar_factor_is_the_nearest_semi_orthogonal_matrix():
+    """Prop. 4."""
+    g = torch.randn(5, 8, dtype=torch.float64)
+    best = torch.linalg.matrix_norm(orthogonalize(g) - g)
+    for _ in range(300):
+        other = torch.linalg.qr(orthogonalize(g).mT + 0.3 * torch.randn(8, 5, dtype=torch.float64))[
+            0
+        ].mT
+        for sign in (1, -1):
+            assert torch.linalg.matrix_norm(sign * other - g) >= best
+
+
+def test_shampoo_without_accumulation():
+    """Equations 12 to 16: (GGᵀ)^(-1/4) G (GᵀG)^(-1/4) = U Vᵀ, with pseudo-inverse roots below full rank."""
+
+    def root(gram):
+        values, q = torch.linalg.eigh(gram)
+        inverse = torch.where(values > 1e-9 * values[-1], values.clamp_min(1e-30) ** -0.25, 0)
+        return (q * inverse) @ q.mT
+
+    for rank in (1, 3, 5):
+        g = torch.randn(5, rank, dtype=torch.float64) @ torch.randn(rank, 7, dtype=torch.float64)
+        shampoo = root(g @ g.mT) @ g @ root(g.mT @ g)
+        torch.testing.assert_close(orthogonalize(g), shampoo, rtol=0, atol=1e-7)
+
+
+def test_cubic_iteration_converges_below_the_square_root_of_three():
+    """Appendix A: σ = 1.7 converges to 1, σ = 1.74 does not."""
+    (a, b, _), steps = POLYNOMIALS["cubic"][0], 60
+    for start, converges in ((1.7, True), (1.74, False)):
+        x = start
+        for _ in range(steps):
+            x = min(a * x + b * x**3, 1e6) if x > -1e6 else x
+        assert (abs(x - 1) < 1e-6) == converges
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_matrix_with_nan_or_infinity_gives_nan(method):
+    g = torch.randn(2, 4, 5)
+    g[0, 1, 1] = torch.inf
+    o = orthogonalize(g, method)
+    assert o[0].isnan().all()
+    assert o[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_float32(dtype):
+    g = torch.randn(12, 20).to(dtype)
+    o = orthogonalize(g)
+    assert o.dtype == dtype
+    assert torch.equal(o, orthogonalize(g.float()).to(dtype))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"Unknown method 'qr'; expected one of auto, svd, gram"):
+        orthogonalize(torch.eye(2), "qr")
+    with pytest.raises(ValueError, match=r"found a tensor of shape \(3,\)"):
+        orthogonalize(torch.ones(3))
+    with pytest.raises(ValueError, match="accuracy"):
+        orthogonalize(torch.eye(2), accuracy=2.0)

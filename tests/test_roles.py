@@ -1,0 +1,245 @@
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from hf_normopt import Layout, classify
+from hf_normopt.roles import KINDS, ROLES, canonical_name
+from tests.role_models import BASES, CONFIGS, TASKS, build
+
+FOLDER = Path(__file__).parent / "roles"
+CLASSES = [
+    (architecture, class_name)
+    for architecture, base in BASES.items()
+    for class_name in (base, *(base.removesuffix("Model") + task for task in TASKS[architecture].split()))
+]
+
+
+def fold(name):
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def table(model):
+    """The lines of a golden table for a model."""
+    prefix = f"{model.base_model_prefix}."
+    lines = {}
+    for spec in classify(model):
+        tied = [fold(name.removeprefix(prefix)) for name in (spec.tied_to or "").split(", ") if name]
+        role = f"{spec.role}/{spec.kind}" if spec.kind else spec.role
+        cells = [fold(spec.name.removeprefix(prefix)), role, str(spec.layout), *[", ".join(tied)][: len(tied)]]
+        lines[" | ".join(cells).strip()] = None
+    return list(lines)
+
+
+def golden(architecture):
+    sections = {}
+    for line in (FOLDER / f"{architecture}.txt").read_text().splitlines():
+        if line.startswith("["):
+            section = sections.setdefault(line.strip("[]"), [])
+        elif line.strip():
+            section.append(line.strip())
+    return sections
+
+
+@pytest.mark.parametrize(("architecture", "class_name"), CLASSES, ids=lambda x: x)
+def test_golden_table(architecture, class_name):
+    sections = golden(architecture)
+    found = set(table(build(class_name, architecture)))
+    if class_name == BASES[architecture]:
+        assert found == set(sections["base"])
+        return
+    added = sections[class_name]
+    changed = {line.split(" | ")[0] for line in added}
+    kept = {line for line in sections["base"] if line.split(" | ")[0] not in changed}
+    assert found - kept == set(added)
+    assert not {line.split(" | ")[0] for line in found} - {line.split(" | ")[0] for line in kept} - changed
+
+
+@pytest.mark.parametrize("architecture", BASES)
+def test_every_trainable_parameter_has_one_row_and_a_layout_that_fits(architecture):
+    model = build(BASES[architecture], architecture)
+    specs = classify(model)
+    assert [s.name for s in specs] == [n for n, p in model.named_parameters() if p.requires_grad]
+    params = dict(model.named_parameters())
+    for spec in specs:
+        assert spec.role in ROLES
+        assert spec.reason
+        assert spec.role != "other"
+        stored = params[spec.name]
+        pieces = spec.layout.to_operators(stored)
+        assert spec.layout.from_operators(pieces, spec.shape).shape == stored.shape
+        assert len(spec.shape) > 1 or spec.role not in ("linear", "conv")
+        owner = model.get_submodule(spec.name.rpartition(".")[0])
+        if isinstance(owner, nn.Linear) and spec.name.endswith("weight"):
+            (piece, *_) = pieces
+            parts = piece.shape[:-2].numel()
+            assert (parts * piece.shape[-2], piece.shape[-1]) == (owner.out_features, owner.in_features)
+
+
+
+
+def test_lora_on_llama():
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], use_dora=False)
+    model = get_peft_model(build("LlamaForCausalLM", "llama"), config)
+    rows = {fold(s.name): (s.role, s.kind, str(s.layout)) for s in classify(model)}
+    assert rows == {
+        "base_model.model.model.embed_tokens.lora_embedding_A.default": ("embedding", "adapter_a", "out in"),
+        "base_model.model.model.embed_tokens.lora_embedding_B.default": ("linear", "adapter_b", "out in"),
+        "base_model.model.model.layers.*.self_attn.q_proj.lora_A.default.weight": ("linear", "adapter_a", "out in"),
+        "base_model.model.model.layers.*.self_attn.q_proj.lora_B.default.weight": ("linear", "adapter_b", "out in"),
+        "base_model.model.lm_head.modules_to_save.default.weight": ("head", "", "out in"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("class_name", "architecture", "head"),
+    [
+        ("BertForSequenceClassification", "bert", "classifier.modules_to_save.default.weight"),
+        ("RobertaForSequenceClassification", "roberta", "classifier.modules_to_save.default.out_proj.weight"),
+    ],
+)
+def test_lora_on_an_encoder_keeps_the_role_of_the_saved_head(class_name, architecture, head):
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], use_dora=True)
+    model = get_peft_model(build(class_name, architecture), config)
+    rows = {fold(s.name).removeprefix("base_model.model."): (s.role, s.kind) for s in classify(model)}
+    stem = f"{architecture}.encoder.layer.*.attention.self.query"
+    assert rows.pop(head) == ("head", "")
+    assert rows.pop(head.replace("weight", "bias")) == ("bias", "")
+    assert rows.pop(f"{stem}.lora_A.default.weight") == ("linear", "adapter_a")
+    assert rows.pop(f"{stem}.lora_B.default.weight") == ("linear", "adapter_b")
+    assert rows.pop(f"{stem}.lora_magnitude_vector.default.weight") == ("norm", "")
+    inner = {("linear", ""), ("bias", ""), ("linear", "adapter_a"), ("linear", "adapter_b"), ("norm", "")}
+    assert set(rows.values()) <= inner
+
+
+def test_frozen_parameters_have_no_row():
+    model = build("BertModel", "bert")
+    model.embeddings.requires_grad_(False)
+    assert not [s for s in classify(model) if s.name.startswith("embeddings")]
+
+
+def test_tied_tensor_is_an_embedding_and_says_so():
+    (spec,) = [s for s in classify(build("GPT2LMHeadModel", "gpt2")) if s.tied_to]
+    assert (spec.role, spec.tied_to) == ("embedding", "lm_head.weight")
+    assert "the head" in spec.reason
+
+
+def test_tied_tensor_whose_first_name_is_the_heads():
+    model = nn.Module()
+    model.head = nn.Linear(4, 10, bias=False)
+    model.table = nn.Embedding(10, 4)
+    model.table.weight = model.head.weight
+    (spec,) = classify(model)
+    assert (spec.name, spec.role, spec.tied_to, str(spec.layout)) == (
+        "head.weight",
+        "embedding",
+        "table.weight",
+        "in out",
+    )
+
+
+def test_gains_that_are_used_as_one_plus_weight_say_so():
+    reasons = {s.name: s.reason for s in classify(build("Gemma3Model", "gemma3"))}
+    assert "1 + weight" in reasons["language_model.norm.weight"]
+    assert "1 + weight" not in reasons["vision_tower.post_layernorm.weight"]
+
+
+class Unknown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.spectrum = nn.Parameter(torch.zeros(4, 5))
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.gamma = nn.Parameter(torch.ones(4))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.lstm = nn.LSTM(3, 4)
+        self.gru = nn.GRU(3, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.up = nn.ConvTranspose2d(4, 6, 3, groups=2)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+        self.last = nn.Linear(4, 2)
+
+
+def test_plain_modules():
+    rows = {s.name: (s.role, str(s.layout)) for s in classify(Unknown())}
+    assert rows["spectrum"] == ("other", "out0 out1")
+    assert rows["gate"] == ("scalar", "")
+    assert rows["gamma"] == ("norm", "out")
+    assert rows["cls_token"] == ("embedding", "in0 in1 out")
+    assert rows["lstm.weight_ih_l0"] == ("linear", "(gate=4 out) in")
+    assert rows["lstm.bias_hh_l0"] == ("bias", "(gate=4 out)")
+    assert rows["gru.weight_hh_l0"] == ("linear", "(gate=3 out) in")
+    assert rows["attention.in_proj_weight"] == ("linear", "(part=3 out) in")
+    assert rows["attention.out_proj.weight"] == ("linear", "out in")
+    assert rows["up.weight"] == ("conv", "(group=2 in) out tap=3 tap=3")
+    assert rows["blocks.0.weight"] == ("linear", "out in")
+    assert rows["last.weight"] == ("head", "out in")
+
+
+def test_unknown_parameters_have_a_reason():
+    (spec,) = [s for s in classify(Unknown()) if s.role == "other"]
+    assert "no matcher knows spectrum of Unknown" in spec.reason
+
+
+def test_overrides_correct_the_role_and_keep_the_layout_of_a_known_module():
+    rows = {s.name: s for s in classify(Unknown(), {"spectrum": "embedding", r"blocks\.0\.weight": "router"})}
+    assert (rows["spectrum"].role, str(rows["spectrum"].layout)) == ("embedding", "in out")
+    blocks = rows["blocks.0.weight"]
+    assert (blocks.role, blocks.kind, str(blocks.layout)) == ("linear", "router", "out in")
+    assert "override" in blocks.reason
+
+
+def test_overrides_that_match_nothing_or_name_no_role():
+    with pytest.raises(ValueError, match=r"'spectrun' matches none of .* such as spectrum"):
+        classify(Unknown(), {"spectrun": "embedding"})
+    with pytest.raises(ValueError, match=r"Unknown role 'heads'.*Did you mean 'head'"):
+        classify(Unknown(), {"last": "heads"})
+    with pytest.raises(ValueError, match="no regular expression"):
+        classify(Unknown(), {"(": "head"})
+
+
+def test_names_without_wrappers():
+    wrapped = "module._orig_mod.base_model.model.a._checkpoint_wrapped_module.modules_to_save.default.weight"
+    assert canonical_name("module.model.a.weight") == "model.a.weight"
+    assert canonical_name("_orig_mod.a._fsdp_wrapped_module.weight") == "a.weight"
+    assert canonical_name("base_model.model.a.base_layer.weight") == "a.weight"
+    assert canonical_name("base_model.model.c.modules_to_save.default.out.weight") == "c.out.weight"
+    assert canonical_name(wrapped.removeprefix("module._orig_mod.")) == "a.weight"
+
+
+def test_wrapped_models_are_classified_as_what_they_wrap():
+    model = build("BertForSequenceClassification", "bert")
+    wrapped = nn.DataParallel(model)
+    assert [s.role for s in classify(wrapped)] == [s.role for s in classify(model)]
+
+
+def test_every_kind_refines_a_role():
+    assert set(KINDS.values()) <= set(ROLES)
+
+
+def test_nothing_is_allocated():
+    """A model of a trillion parameters."""
+    with torch.device("meta"):
+        model = nn.Linear(10**6, 10**6)
+    assert [s.role for s in classify(model)] == ["head", "bias"]
+
+
+def test_every_architecture_of_the_issue_has_a_table():
+    assert {path.stem for path in FOLDER.glob("*.txt")} == set(CONFIGS)
+
+
+def test_layouts_are_text():
+    for spec in classify(tf.GPT2Model(tf.GPT2Config(n_layer=1, n_embd=12, n_head=2, vocab_size=5))):
+        assert Layout(str(spec.layout)) == spec.layout
+
+
+if __name__ == "__main__":
+    print("[base]", *table(build(BASES[sys.argv[1]], sys.argv[1])), sep="\n")
+    for task in TASKS[sys.argv[1]].split():
+        name = BASES[sys.argv[1]].removesuffix("Model") + task
+        base = table(build(BASES[sys.argv[1]], sys.argv[1]))
+        print(f"\n[{name}]", *[line for line in table(build(name, sys.argv[1])) if line not in base], sep="\n")
