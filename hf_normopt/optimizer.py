@@ -102,6 +102,7 @@ class NormOpt(torch.optim.Optimizer):
             Layout(str(layout)).to_operators(torch.empty(p.shape, device="meta"))  # complains early
         group |= {
             "params": pairs,
+            "param_names": [name for name, _ in pairs],  # torch leaves it out of an empty group
             "param_shapes": shapes,
             "layouts": [str(layout) for layout in layouts],
             "rule": str(rule),

@@ -47,27 +47,42 @@ BASES = {
 }
 
 TASKS = {
-    "bert": "ForMaskedLM ForMultipleChoice ForNextSentencePrediction ForPreTraining ForQuestionAnswering "
-    "ForSequenceClassification ForTokenClassification LMHeadModel",
-    "roberta": "ForCausalLM ForMaskedLM ForMultipleChoice ForQuestionAnswering ForSequenceClassification "
-    "ForTokenClassification",
-    "distilbert": "ForMaskedLM ForMultipleChoice ForQuestionAnswering ForSequenceClassification "
-    "ForTokenClassification",
-    "modernbert": "ForMaskedLM ForSequenceClassification ForTokenClassification ForQuestionAnswering "
-    "ForMultipleChoice",
-    "gpt2": "DoubleHeadsModel ForQuestionAnswering ForSequenceClassification ForTokenClassification LMHeadModel",
-    "llama": "ForCausalLM ForSequenceClassification ForQuestionAnswering ForTokenClassification",
-    "qwen3": "ForCausalLM ForSequenceClassification ForQuestionAnswering ForTokenClassification",
-    "gemma3": "ForConditionalGeneration ForSequenceClassification",
-    "t5": "EncoderModel ForConditionalGeneration ForQuestionAnswering ForSequenceClassification "
-    "ForTokenClassification",
-    "bart": "ForConditionalGeneration ForQuestionAnswering ForSequenceClassification",
-    "vit": "ForImageClassification ForMaskedImageModeling",
-    "convnext": "ForImageClassification",
-    "resnet": "ForImageClassification",
-    "clip": "ForImageClassification",
-    "whisper": "ForConditionalGeneration ForAudioClassification",
-    "mixtral": "ForCausalLM ForQuestionAnswering ForSequenceClassification ForTokenClassification",
+    "bert": (
+        "ForMaskedLM ForMultipleChoice ForNextSentencePrediction ForPreTraining "
+        "ForQuestionAnswering ForSequenceClassification ForTokenClassification LMHeadModel "
+    ),
+    "roberta": (
+        "ForCausalLM ForMaskedLM ForMultipleChoice ForQuestionAnswering "
+        "ForSequenceClassification ForTokenClassification "
+    ),
+    "distilbert": (
+        "ForMaskedLM ForMultipleChoice ForQuestionAnswering ForSequenceClassification "
+        "ForTokenClassification "
+    ),
+    "modernbert": (
+        "ForMaskedLM ForSequenceClassification ForTokenClassification ForQuestionAnswering "
+        "ForMultipleChoice "
+    ),
+    "gpt2": (
+        "DoubleHeadsModel ForQuestionAnswering ForSequenceClassification "
+        "ForTokenClassification LMHeadModel "
+    ),
+    "llama": ("ForCausalLM ForSequenceClassification ForQuestionAnswering ForTokenClassification "),
+    "qwen3": ("ForCausalLM ForSequenceClassification ForQuestionAnswering ForTokenClassification "),
+    "gemma3": ("ForConditionalGeneration ForSequenceClassification "),
+    "t5": (
+        "EncoderModel ForConditionalGeneration ForQuestionAnswering ForSequenceClassification "
+        "ForTokenClassification "
+    ),
+    "bart": ("ForConditionalGeneration ForQuestionAnswering ForSequenceClassification "),
+    "vit": ("ForImageClassification ForMaskedImageModeling "),
+    "convnext": ("ForImageClassification "),
+    "resnet": ("ForImageClassification "),
+    "clip": ("ForImageClassification "),
+    "whisper": ("ForConditionalGeneration ForAudioClassification "),
+    "mixtral": (
+        "ForCausalLM ForQuestionAnswering ForSequenceClassification ForTokenClassification "
+    ),
 }
 
 

@@ -45,7 +45,7 @@ def operators(draw, batch=True):
     rank = draw(st.integers(0, min(m, n)))
     lead = draw(st.sampled_from([(), (1,), (3,), (2, 2)])) if batch else ()
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     spectrum = torch.logspace(
         0, -draw(st.sampled_from([0, 1, 3])), max(rank, 1), dtype=torch.float64
     )
@@ -275,7 +275,7 @@ def test_text_of_a_norm_reads_back(norm: Norm):
 
 
 def test_rms_is_l2_in_another_unit():
-    """The Epilogue: ‖W‖_rms→rms = √(fan_in / fan_out) ‖W‖_2→2, ‖W‖_1→rms = max column / √fan_out."""
+    """The Epilogue: ‖W‖_rms→rms = √(fan_in / fan_out) ‖W‖_2→2, and so on."""
     w = torch.randn(8, 18, dtype=torch.float64)
     close(NORMS["rms->rms"].norm(w), math.sqrt(18 / 8) * torch.linalg.svdvals(w)[0], torch.float64)
     close(NORMS["l1->rms"].norm(w), w.norm(dim=0).amax() / math.sqrt(8), torch.float64)

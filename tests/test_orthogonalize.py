@@ -110,7 +110,7 @@ def test_polar_factor_is_the_nearest_semi_orthogonal_matrix():
 
 
 def test_shampoo_without_accumulation():
-    """Equations 12 to 16: (GGᵀ)^(-1/4) G (GᵀG)^(-1/4) = U Vᵀ, with pseudo-inverse roots below full rank."""
+    """Equations 12 to 16: (GGᵀ)^(-1/4) G (GᵀG)^(-1/4) = U Vᵀ, with pseudo-inverse roots."""
 
     def root(gram):
         values, q = torch.linalg.eigh(gram)

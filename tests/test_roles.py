@@ -16,7 +16,10 @@ FOLDER = Path(__file__).parent / "roles"
 CLASSES = [
     (architecture, class_name)
     for architecture, base in BASES.items()
-    for class_name in (base, *(base.removesuffix("Model") + task for task in TASKS[architecture].split()))
+    for class_name in (
+        base,
+        *(base.removesuffix("Model") + task for task in TASKS[architecture].split()),
+    )
 ]
 
 
@@ -29,9 +32,16 @@ def table(model):
     prefix = f"{model.base_model_prefix}."
     lines = {}
     for spec in classify(model):
-        tied = [fold(name.removeprefix(prefix)) for name in (spec.tied_to or "").split(", ") if name]
+        tied = [
+            fold(name.removeprefix(prefix)) for name in (spec.tied_to or "").split(", ") if name
+        ]
         role = f"{spec.role}/{spec.kind}" if spec.kind else spec.role
-        cells = [fold(spec.name.removeprefix(prefix)), role, str(spec.layout), *[", ".join(tied)][: len(tied)]]
+        cells = [
+            fold(spec.name.removeprefix(prefix)),
+            role,
+            str(spec.layout),
+            *[", ".join(tied)][: len(tied)],
+        ]
         lines[" | ".join(cells).strip()] = None
     return list(lines)
 
@@ -57,7 +67,11 @@ def test_golden_table(architecture, class_name):
     changed = {line.split(" | ")[0] for line in added}
     kept = {line for line in sections["base"] if line.split(" | ")[0] not in changed}
     assert found - kept == set(added)
-    assert not {line.split(" | ")[0] for line in found} - {line.split(" | ")[0] for line in kept} - changed
+    assert (
+        not {line.split(" | ")[0] for line in found}
+        - {line.split(" | ")[0] for line in kept}
+        - changed
+    )
 
 
 @pytest.mark.parametrize("architecture", BASES)
@@ -78,20 +92,39 @@ def test_every_trainable_parameter_has_one_row_and_a_layout_that_fits(architectu
         if isinstance(owner, nn.Linear) and spec.name.endswith("weight"):
             (piece, *_) = pieces
             parts = piece.shape[:-2].numel()
-            assert (parts * piece.shape[-2], piece.shape[-1]) == (owner.out_features, owner.in_features)
-
-
+            assert (parts * piece.shape[-2], piece.shape[-1]) == (
+                owner.out_features,
+                owner.in_features,
+            )
 
 
 def test_lora_on_llama():
-    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], use_dora=False)
+    config = LoraConfig(
+        target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], use_dora=False
+    )
     model = get_peft_model(build("LlamaForCausalLM", "llama"), config)
     rows = {fold(s.name): (s.role, s.kind, str(s.layout)) for s in classify(model)}
     assert rows == {
-        "base_model.model.model.embed_tokens.lora_embedding_A.default": ("embedding", "adapter_a", "out in"),
-        "base_model.model.model.embed_tokens.lora_embedding_B.default": ("linear", "adapter_b", "out in"),
-        "base_model.model.model.layers.*.self_attn.q_proj.lora_A.default.weight": ("linear", "adapter_a", "out in"),
-        "base_model.model.model.layers.*.self_attn.q_proj.lora_B.default.weight": ("linear", "adapter_b", "out in"),
+        "base_model.model.model.embed_tokens.lora_embedding_A.default": (
+            "embedding",
+            "adapter_a",
+            "out in",
+        ),
+        "base_model.model.model.embed_tokens.lora_embedding_B.default": (
+            "linear",
+            "adapter_b",
+            "out in",
+        ),
+        "base_model.model.model.layers.*.self_attn.q_proj.lora_A.default.weight": (
+            "linear",
+            "adapter_a",
+            "out in",
+        ),
+        "base_model.model.model.layers.*.self_attn.q_proj.lora_B.default.weight": (
+            "linear",
+            "adapter_b",
+            "out in",
+        ),
         "base_model.model.lm_head.modules_to_save.default.weight": ("head", "", "out in"),
     }
 
@@ -100,20 +133,32 @@ def test_lora_on_llama():
     ("class_name", "architecture", "head"),
     [
         ("BertForSequenceClassification", "bert", "classifier.modules_to_save.default.weight"),
-        ("RobertaForSequenceClassification", "roberta", "classifier.modules_to_save.default.out_proj.weight"),
+        (
+            "RobertaForSequenceClassification",
+            "roberta",
+            "classifier.modules_to_save.default.out_proj.weight",
+        ),
     ],
 )
 def test_lora_on_an_encoder_keeps_the_role_of_the_saved_head(class_name, architecture, head):
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], use_dora=True)
     model = get_peft_model(build(class_name, architecture), config)
-    rows = {fold(s.name).removeprefix("base_model.model."): (s.role, s.kind) for s in classify(model)}
+    rows = {
+        fold(s.name).removeprefix("base_model.model."): (s.role, s.kind) for s in classify(model)
+    }
     stem = f"{architecture}.encoder.layer.*.attention.self.query"
     assert rows.pop(head) == ("head", "")
     assert rows.pop(head.replace("weight", "bias")) == ("bias", "")
     assert rows.pop(f"{stem}.lora_A.default.weight") == ("linear", "adapter_a")
     assert rows.pop(f"{stem}.lora_B.default.weight") == ("linear", "adapter_b")
     assert rows.pop(f"{stem}.lora_magnitude_vector.default.weight") == ("norm", "")
-    inner = {("linear", ""), ("bias", ""), ("linear", "adapter_a"), ("linear", "adapter_b"), ("norm", "")}
+    inner = {
+        ("linear", ""),
+        ("bias", ""),
+        ("linear", "adapter_a"),
+        ("linear", "adapter_b"),
+        ("norm", ""),
+    }
     assert set(rows.values()) <= inner
 
 
@@ -186,7 +231,10 @@ def test_unknown_parameters_have_a_reason():
 
 
 def test_overrides_correct_the_role_and_keep_the_layout_of_a_known_module():
-    rows = {s.name: s for s in classify(Unknown(), {"spectrum": "embedding", r"blocks\.0\.weight": "router"})}
+    rows = {
+        s.name: s
+        for s in classify(Unknown(), {"spectrum": "embedding", r"blocks\.0\.weight": "router"})
+    }
     assert (rows["spectrum"].role, str(rows["spectrum"].layout)) == ("embedding", "in out")
     blocks = rows["blocks.0.weight"]
     assert (blocks.role, blocks.kind, str(blocks.layout)) == ("linear", "router", "out in")
@@ -203,12 +251,11 @@ def test_overrides_that_match_nothing_or_name_no_role():
 
 
 def test_names_without_wrappers():
-    wrapped = "module._orig_mod.base_model.model.a._checkpoint_wrapped_module.modules_to_save.default.weight"
     assert canonical_name("module.model.a.weight") == "model.a.weight"
     assert canonical_name("_orig_mod.a._fsdp_wrapped_module.weight") == "a.weight"
     assert canonical_name("base_model.model.a.base_layer.weight") == "a.weight"
     assert canonical_name("base_model.model.c.modules_to_save.default.out.weight") == "c.out.weight"
-    assert canonical_name(wrapped.removeprefix("module._orig_mod.")) == "a.weight"
+    assert canonical_name("module._orig_mod.a._checkpoint_wrapped_module.weight") == "a.weight"
 
 
 def test_wrapped_models_are_classified_as_what_they_wrap():
@@ -242,4 +289,8 @@ if __name__ == "__main__":
     for task in TASKS[sys.argv[1]].split():
         name = BASES[sys.argv[1]].removesuffix("Model") + task
         base = table(build(BASES[sys.argv[1]], sys.argv[1]))
-        print(f"\n[{name}]", *[line for line in table(build(name, sys.argv[1])) if line not in base], sep="\n")
+        print(
+            f"\n[{name}]",
+            *[line for line in table(build(name, sys.argv[1])) if line not in base],
+            sep="\n",
+        )

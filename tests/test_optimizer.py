@@ -1,0 +1,519 @@
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_normopt import (
+    EMA,
+    Accumulate,
+    DualNorm,
+    Fixed,
+    NormOpt,
+    Rule,
+    classify,
+    create_normopt_optimizer,
+    operator_norm,
+)
+from hf_normopt.optimizer import parameter_groups
+from hf_normopt.presets import PRESETS
+from hf_normopt.rules import ADAMW_RMS, SCALES
+
+LINEAR = {"linear": Rule(operator_norm("rms", "rms"))}
+
+
+def llama(**changes):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, **{**sizes, "num_key_value_heads": 2, **changes})
+    )
+
+
+def gpt2():
+    sizes = {"n_layer": 2, "n_embd": 24, "n_head": 2, "vocab_size": 64, "n_positions": 32}
+    dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropouts, bos_token_id=0, eos_token_id=0))
+
+
+def batches(n):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 64, (4, 16), generator=generator) for _ in range(n)]
+
+
+def train(model, optimizer, data):
+    losses = []
+    for ids in data:
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def one(shape=(6, 4), role="linear", policy=None, dtype=torch.float32, **options):
+    p = nn.Parameter(torch.randn(shape, dtype=dtype))
+    policy = policy or {"linear": Rule(operator_norm("rms", "rms"), momentum=0.9)}
+    return p, NormOpt([{"params": [("w", p)], "role": role}], policy, **{"lr": 0.1, **options})
+
+
+class Reference:
+    """The preset `normopt` once more, sharing no line with the package: layouts by hand, SVDs."""
+
+    def __init__(self, model, lr, weight_decay, rms, momentum=0.95):
+        self.model, self.lr, self.weight_decay, self.rms, self.mu = (
+            model,
+            lr,
+            weight_decay,
+            rms,
+            momentum,
+        )
+        self.buffers = {}
+
+    def update(self, name, m):
+        """The direction, with entries of RMS 1 at full rank, and whether the weight decays."""
+        if name.endswith(("wte.weight", "wpe.weight", "embed_tokens.weight")):  # rows are tokens
+            length = m.norm(dim=1, keepdim=True)
+            return torch.where(length > 0, m / length, 0) * math.sqrt(m.shape[1]), True
+        if name == "lm_head.weight":
+            return m / m.norm(dim=1, keepdim=True) * math.sqrt(m.shape[1]), True
+        if m.ndim == 1 and name.endswith("bias"):
+            parts = m.reshape(3, -1) if "c_attn" in name else m[None]
+            parts = parts / parts.norm(dim=1, keepdim=True) * math.sqrt(parts.shape[1])
+            return parts.reshape(m.shape), False
+        if m.ndim == 1:
+            return m.sign(), False
+        parts = m.chunk(3, dim=1) if "c_attn" in name else [m]
+        polar = []
+        for part in parts:
+            u, _, vh = torch.linalg.svd(part, full_matrices=False)
+            polar.append(u @ vh * math.sqrt(max(part.shape)))
+        return torch.cat(polar, dim=1), True
+
+    @torch.no_grad()
+    def step(self):
+        for name, p in self.model.named_parameters():
+            g = p.grad
+            buffer = self.buffers[name] = self.mu * self.buffers.get(name, 0) + (1 - self.mu) * g
+            update, decays = self.update(name, (1 - self.mu) * g + self.mu * buffer)
+            if decays:
+                p *= 1 - self.lr * self.weight_decay
+            p -= self.lr * self.rms * update
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_the_default_preset_equals_an_independent_implementation(make):
+    ours = make().double()
+    theirs = copy.deepcopy(ours)
+    optimizer = create_normopt_optimizer(ours, lr=1e-3, weight_decay=0.1, lr_head=1.0)
+    train(ours, optimizer, batches(10))
+    train(theirs, Reference(theirs, 1e-3, 0.1, rms=ADAMW_RMS), batches(10))
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if name.endswith("c_attn.bias"):  # softmax ignores the key's bias: its gradient is rounding
+            a, b = (torch.cat(x.chunk(3)[::2]) for x in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_step_is_the_formula():
+    """W ← (1 - lr · weight_decay · decay) · W - lr · multiplier · scale · lmo(momentum)."""
+    norm = operator_norm("rms", "linf")
+    rule = Rule(norm, scale="muon", multiplier=3.0, momentum=0.8, decay=0.5)
+    p, optimizer = one((6, 4), "head", {"head": rule}, weight_decay=0.2, dtype=torch.float64)
+    w, m = p.detach().clone(), torch.zeros(6, 4)
+    for _ in range(3):
+        p.grad = torch.randn(6, 4, dtype=torch.float64)
+        m = 0.8 * m + 0.2 * p.grad
+        w = (1 - 0.1 * 0.2 * 0.5) * w - 0.1 * 3.0 * math.sqrt(6 / 4) * norm.lmo(m)
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), w)
+
+
+def test_nesterov_looks_ahead():
+    rule = Rule(operator_norm("l2", "l2"), momentum=0.8, nesterov=True)
+    p, optimizer = one(policy={"linear": rule}, lr=1.0)
+    w, g = p.detach().clone(), torch.randn(6, 4)
+    p.grad = g.clone()
+    optimizer.step()
+    buffer = 0.2 * g
+    torch.testing.assert_close(p.detach(), w - rule.norm.lmo(0.2 * g + 0.8 * buffer))
+
+
+def test_paper_mode_is_stateless():
+    """Two steps with one gradient are one step made twice, and nothing is remembered."""
+    p, optimizer = one(policy={"linear": Rule(operator_norm("rms", "rms"))})
+    p.grad = torch.randn(6, 4)
+    start = p.detach().clone()
+    optimizer.step()
+    first = p.detach() - start
+    optimizer.step()
+    torch.testing.assert_close(p.detach() - start, 2 * first)
+    assert not optimizer.state[p]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_scales(scale):
+    """What each entry of SCALES promises of the update, per unit of learning rate."""
+    for norm in (
+        operator_norm("rms", "rms"),
+        operator_norm("l1", "rms"),
+        operator_norm("rms", "linf"),
+    ):
+        for shape in ((32, 8), (8, 32), (16, 16)):
+            p, optimizer = one(shape, policy={"linear": Rule(norm, scale=scale)}, lr=1.0)
+            start = p.detach().clone()
+            p.grad = torch.randn(shape)
+            optimizer.step()
+            update = start - p.detach()
+            if scale == "norm":
+                assert norm.norm(update).item() == pytest.approx(1, rel=1e-4)
+            elif scale == "adamw":
+                assert update.square().mean().sqrt().item() == pytest.approx(ADAMW_RMS, rel=1e-4)
+            else:
+                assert norm.norm(update).item() == pytest.approx(
+                    math.sqrt(max(1, shape[0] / shape[1])), rel=1e-4
+                )
+
+
+def test_a_convolution_moves_by_one_over_its_taps():
+    """The norm is k² max over taps, so lmo / k²; the adamw scale restores the entries."""
+    conv = nn.Conv2d(6, 5, 3, bias=False)
+    for scale in ("norm", "adamw"):
+        start = conv.weight.detach().clone()
+        layouts = ["out in tap=3 tap=3"]
+        group = {"params": [conv.weight], "role": "conv", "layouts": layouts}
+        norm = operator_norm("rms", "rms")
+        optimizer = NormOpt([group], {"conv": Rule(norm, scale=scale)}, lr=1.0)
+        conv.weight.grad = torch.randn_like(conv.weight)
+        optimizer.step()
+        update = start - conv.weight.detach()
+        if scale == "norm":
+            torch.testing.assert_close(9 * norm.norm(update.permute(2, 3, 0, 1)), torch.ones(3, 3))
+        else:
+            assert update.square().mean().sqrt().item() == pytest.approx(ADAMW_RMS, rel=1e-4)
+
+
+def test_fused_maps_train_as_separate_ones():
+    """GPT-2's c_attn, transposed and fused, moves as three nn.Linear would."""
+    c_attn = torch.randn(8, 24)
+    grad = torch.randn(8, 24)
+    fused = nn.Parameter(c_attn.clone())
+    separate = [nn.Parameter(part.T.clone()) for part in c_attn.chunk(3, dim=1)]
+    fused.grad = grad
+    for p, g in zip(separate, grad.chunk(3, dim=1), strict=True):
+        p.grad = g.T.contiguous()
+    policy = PRESETS["normopt"].policy
+    one = NormOpt(
+        [{"params": [fused], "role": "linear", "layouts": ["in (part=3 out)"]}], policy, lr=0.1
+    )
+    three = NormOpt([{"params": separate, "role": "linear"}], policy, lr=0.1)
+    one.step(), three.step()
+    torch.testing.assert_close(fused.detach(), torch.cat([p.T for p in separate], dim=1).detach())
+
+
+def test_groups_are_named_plain_and_ordered():
+    optimizer = create_normopt_optimizer(llama(), lr=1e-3, weight_decay=0.1)
+    assert [g["role"] for g in optimizer.param_groups] == ["linear", "embedding", "head", "norm"]
+    assert optimizer.param_groups[0]["lr"] == optimizer.defaults["lr"] == 1e-3
+    names = [name for g in optimizer.param_groups for name in g["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in llama().named_parameters())
+    plain = (str, int, float, tuple, list, dict)
+
+    def check(value):
+        assert isinstance(value, plain), value
+        for inner in (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, (list, tuple))
+            else ()
+        ):
+            check(inner)
+
+    for group in optimizer.state_dict()["param_groups"]:
+        check(group)
+
+
+def test_weight_decay_acts_on_matrices_only():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.conv = nn.Embedding(5, 4), nn.Conv1d(4, 4, 3)
+            self.layers = nn.ModuleList([nn.Linear(4, 4)])
+            self.norm, self.gate, self.last = (
+                nn.LayerNorm(4),
+                nn.Parameter(torch.ones(())),
+                nn.Linear(4, 2),
+            )
+
+    model = Model()
+    optimizer = create_normopt_optimizer(model, lr=0.1, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        decays = name in ("table.weight", "conv.weight", "layers.0.weight", "last.weight")
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if decays else 1.0))
+
+
+def test_kinds_with_a_rule_get_a_group_of_their_own():
+    rule = Rule(operator_norm("l1", "linf"))
+    policy = {**PRESETS["normopt"].policy, "position": rule}
+    model = gpt2()
+    groups = parameter_groups(model, classify(model), policy)
+    position = next(g for g in groups if g["kind"] == "position")
+    assert [name for name, _ in position["params"]] == ["transformer.wpe.weight"]
+
+
+def test_state_is_one_momentum_buffer_made_lazily():
+    model = llama()
+    optimizer = create_normopt_optimizer(model, lr=1e-3)
+    assert not optimizer.state
+    train(model, optimizer, batches(1))
+    for p in model.parameters():
+        assert list(optimizer.state[p]) == ["momentum_buffer"]
+        assert optimizer.state[p]["momentum_buffer"].shape == p.shape
+
+
+def test_none_zero_and_empty():
+    p, q = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    groups = [{"params": [p, q], "role": "linear"}, {"params": [], "role": "linear"}]
+    for step_size in (Fixed(), DualNorm()):
+        optimizer = NormOpt(
+            groups,
+            {"linear": Rule(operator_norm("rms", "rms"), momentum=0.9)},
+            lr=0.1,
+            step_size=step_size,
+        )
+        p.grad, q.grad = None, torch.zeros(3, 3)
+        optimizer.step()
+        assert torch.equal(p, torch.ones(3, 3))
+        assert torch.equal(q, torch.ones(3, 3))
+        q.grad = None
+        optimizer.step()
+
+
+def test_learning_rate_zero_changes_nothing():
+    """Checkpoint code calls step() with zero gradients and lr 0."""
+    model = llama()
+    optimizer = create_normopt_optimizer(model, lr=0.0, weight_decay=0.1)
+    before = copy.deepcopy(model.state_dict())
+    train(model, optimizer, batches(1))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_closure():
+    p, optimizer = one()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(30)]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_plain_loop_learns():
+    model = llama()
+    ids = batches(1)
+    losses = train(model, create_normopt_optimizer(model, lr=1e-2), ids * 30)
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_sparse_gradients_are_made_dense():
+    def make(sparse):
+        torch.manual_seed(0)
+        table = nn.Embedding(7, 4, sparse=sparse)
+        optimizer = create_normopt_optimizer(table, lr=0.1)
+        for ids in ([1, 1, 3], [2], [1, 2, 6]):
+            optimizer.zero_grad()
+            table(torch.tensor(ids)).square().sum().backward()
+            optimizer.step()
+        return table.weight.detach()
+
+    torch.testing.assert_close(make(True), make(False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_keep_a_float32_momentum(dtype):
+    p, optimizer = one(dtype=dtype)
+    p.grad = torch.randn(6, 4).to(dtype)
+    optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+
+
+def test_resume_is_the_uninterrupted_run_bit_for_bit(tmp_path):
+    for preset in PRESETS:
+        torch.manual_seed(0)
+        straight, data = llama(), batches(6)
+        broken = copy.deepcopy(straight)
+        train(straight, create_normopt_optimizer(straight, lr=1e-2, preset=preset), data)
+        first = create_normopt_optimizer(broken, lr=1e-2, preset=preset)
+        train(broken, first, data[:3])
+        torch.save(first.state_dict(), tmp_path / "optimizer.pt")
+        second = create_normopt_optimizer(broken, lr=1e-2, preset=preset)
+        second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+        train(broken, second, data[3:])
+        for a, b in zip(straight.parameters(), broken.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_state_is_loaded_by_name():
+    a, b = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3, 3))
+    policy = {"linear": Rule(operator_norm("rms", "rms"), momentum=0.9)}
+    first = NormOpt([{"params": [("module.a", a), ("b", b)], "role": "linear"}], policy, lr=0.1)
+    a.grad, b.grad = torch.randn(3, 3), torch.randn(3, 3)
+    first.step()
+    second = NormOpt([{"params": [("b", b), ("a", a)], "role": "linear"}], policy, lr=0.1)
+    second.load_state_dict(first.state_dict())
+    for p in (a, b):
+        assert torch.equal(second.state[p]["momentum_buffer"], first.state[p]["momentum_buffer"])
+    assert second.param_groups[0]["param_names"] == ["b", "a"]
+
+
+def test_checkpoints_that_do_not_fit_are_refused_before_anything_changes():
+    model = llama()
+    optimizer = create_normopt_optimizer(model, lr=1e-3)
+    train(model, optimizer, batches(1))
+    state = copy.deepcopy(optimizer.state_dict())
+
+    other = create_normopt_optimizer(model, lr=1e-3, preset="muon")
+    with pytest.raises(
+        ValueError, match=r"trained under the rule \[rms->rms.*go on under \[l2->l2 \(muon\)"
+    ):
+        other.load_state_dict(state)
+    assert not other.state
+
+    smaller = llama(num_hidden_layers=1)
+    with pytest.raises(
+        ValueError, match=r"Only in the checkpoint: model.layers.1.*Only in the model: none"
+    ):
+        create_normopt_optimizer(smaller, lr=1e-3).load_state_dict(state)
+
+    adamw = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="not written by NormOpt"):
+        optimizer.load_state_dict(adamw.state_dict())
+    assert torch.equal(
+        optimizer.state_dict()["state"][0]["momentum_buffer"], state["state"][0]["momentum_buffer"]
+    )
+
+
+def test_copies_keep_their_policy():
+    p, optimizer = one()
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert twin.policy == optimizer.policy
+        (q,) = twin.param_groups[0]["params"]
+        q.grad = torch.ones(6, 4)
+        twin.step()
+        assert not torch.equal(p, q)
+
+
+def test_schedulers_scale_every_group():
+    model = llama()
+    optimizer = create_normopt_optimizer(model, lr=1e-3, lr_head=2.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    train(model, optimizer, batches(1))
+    scheduler.step()
+    assert {g["lr"] for g in optimizer.param_groups} == {5e-4}
+
+
+def test_dual_norm_step_is_one_number_for_the_network():
+    """Prop. 7: η = (1/λ) Σ_k ‖G_k‖† / s_k, and each layer moves by η / s_l along its LMO."""
+    a, b = torch.randn(4, 3), torch.randn(5, 4)
+    linear, head = operator_norm("rms", "rms"), operator_norm("rms", "linf")
+    policy = {"linear": Rule(linear, multiplier=0.5), "head": Rule(head)}
+    p, q = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(5, 4))
+    groups = [{"params": [p], "role": "linear"}, {"params": [q], "role": "head"}]
+    optimizer = NormOpt(groups, policy, lr=1.0, step_size=DualNorm(sharpness=4.0))
+    p.grad, q.grad = a, b
+    optimizer.step()
+    eta = (0.5 * linear.dual_norm(a) + head.dual_norm(b)) / 4.0
+    torch.testing.assert_close(p.detach(), -0.5 * eta * linear.lmo(a))
+    torch.testing.assert_close(q.detach(), -eta * head.lmo(b))
+
+
+@pytest.mark.parametrize("statistic", [EMA(0.0, eps=0.0), EMA(0.0, eps=0.0, bias_correction=False)])
+@pytest.mark.parametrize("pair", [("l1", "linf"), ("l1", "rms"), ("rms", "linf")])
+def test_a_statistic_without_memory_is_the_lmo(statistic, pair):
+    norm = operator_norm(*pair)
+    p, optimizer = one(policy={"linear": Rule(norm, statistic=statistic)}, lr=1.0)
+    q, plain = one(policy={"linear": Rule(norm)}, lr=1.0)
+    q.data.copy_(p.data)
+    for _ in range(3):
+        p.grad = q.grad = torch.randn(6, 4)
+        optimizer.step(), plain.step()
+    torch.testing.assert_close(p, q)
+
+
+def test_accumulated_statistic_is_adagrad():
+    rule = Rule(operator_norm("l1", "linf"), statistic=Accumulate(eps=1e-10))
+    p, optimizer = one(policy={"linear": rule}, lr=0.1)
+    q = nn.Parameter(p.detach().clone())
+    adagrad = torch.optim.Adagrad([q], lr=0.1, eps=1e-10)
+    for _ in range(20):
+        p.grad = q.grad = torch.randn(6, 4)
+        optimizer.step(), adagrad.step()
+    torch.testing.assert_close(p, q)
+
+
+def test_errors():
+    weight = nn.Parameter(torch.ones(2, 2))
+    group = {"params": [weight], "role": "linear"}
+    with pytest.raises(ValueError, match=r"lr must be a finite number >= 0, found -0.1"):
+        NormOpt([group], LINEAR, lr=-0.1)
+    with pytest.raises(ValueError, match="weight_decay must be"):
+        NormOpt([group], LINEAR, lr=0.1, weight_decay=math.nan)
+    with pytest.raises(
+        ValueError, match=r"no rule for the role head. The model has head, linear; the policy has"
+    ):
+        NormOpt(
+            [group, {"params": [nn.Parameter(torch.ones(2, 2))], "role": "head"}], LINEAR, lr=0.1
+        )
+    with pytest.raises(ValueError, match="use create_normopt_optimizer"):
+        NormOpt([weight], LINEAR, lr=0.1)
+    with pytest.raises(ValueError, match="complex"):
+        NormOpt(
+            [{"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))], "role": "linear"}],
+            LINEAR,
+            lr=0.1,
+        )
+    with pytest.raises(ValueError, match=r"does not divide the tensor's shape \(2, 2\)"):
+        NormOpt([{**group, "layouts": ["(part=3 out) in"]}], LINEAR, lr=0.1)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        create_normopt_optimizer(nn.Linear(2, 2).requires_grad_(False), lr=0.1)
+    with pytest.raises(ValueError, match=r"Unknown scale 'mup'"):
+        Rule(operator_norm("rms", "rms"), scale="mup")
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), found 1.0"):
+        Rule(operator_norm("rms", "rms"), momentum=1.0)
+    with pytest.raises(ValueError, match="has no statistic"):
+        Rule(operator_norm("l1", 3), statistic=EMA(0.9))
+
+
+def test_a_flattened_parameter_is_refused_at_the_step():
+    p, optimizer = one()
+    p.data = torch.zeros(24)
+    p.grad = torch.ones(24)
+    with pytest.raises(RuntimeError, match=r"w had the shape \(6, 4\).*has \(24,\) now.*FSDP2"):
+        optimizer.step()
+
+
+def test_print_shows_the_groups():
+    text = repr(create_normopt_optimizer(llama(), lr=1e-3, weight_decay=0.1, lr_head=2.0))
+    assert "linear     rms->rms" in text
+    assert any(
+        line.split() == ["head", "rms->linf", "1", "2,048", "0.002", "0.1"]
+        for line in text.splitlines()
+    )
