@@ -94,8 +94,9 @@ class Reference:
         parts = m.chunk(3, dim=1) if "c_attn" in name else [m]
         polar = []
         for part in parts:
-            u, _, vh = torch.linalg.svd(part, full_matrices=False)
-            polar.append(u @ vh * math.sqrt(max(part.shape)))
+            u, s, vh = torch.linalg.svd(part, full_matrices=False)
+            # what writes into a stream before LayerNorm has no gradient along the constant vector
+            polar.append(u * (s > 1e-10 * s[0]) @ vh * math.sqrt(max(part.shape)))
         return torch.cat(polar, dim=1), True
 
     @torch.no_grad()
@@ -112,6 +113,8 @@ class Reference:
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_the_default_preset_equals_an_independent_implementation(make):
     ours = make().double()
+    for p in ours.parameters():  # away from LayerNorm's start, where more singular values are tiny
+        p.data += 0.1 * torch.randn_like(p)
     theirs = copy.deepcopy(ours)
     optimizer = create_normopt_optimizer(ours, lr=1e-3, weight_decay=0.1, lr_head=1.0)
     train(ours, optimizer, batches(10))

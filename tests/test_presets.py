@@ -1,0 +1,147 @@
+"""Each preset, and the public implementation that it equals."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_normopt import EMA, PRESETS, create_normopt_optimizer
+from hf_normopt.presets import changed, optimizer_names
+from hf_normopt.roles import ROLES
+from tests.test_optimizer import batches, gpt2, llama, train
+
+
+def fp32_newton_schulz(grad, coefficients, steps, eps):
+    """torch.optim.Muon's iteration, which torch runs in bfloat16, in float32."""
+    a, b, c = coefficients
+    x = grad.T if grad.size(0) > grad.size(1) else grad
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if grad.size(0) > grad.size(1) else x
+
+
+class TorchMuonAndAdamW:
+    def __init__(self, model, lr, weight_decay):
+        named = dict(model.named_parameters())
+        hidden = [p for n, p in named.items() if "_proj" in n]
+        vectors = [p for n, p in named.items() if p.ndim < 2]
+        tables = [p for n, p in named.items() if "_proj" not in n and p.ndim == 2]
+        groups = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
+        self.muon = torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+
+    def step(self):
+        self.muon.step(), self.adamw.step()
+
+
+def test_muon_equals_torch_muon_in_float32_plus_adamw(monkeypatch):
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", fp32_newton_schulz)
+    ours = llama()
+    theirs = copy.deepcopy(ours)
+    train(
+        ours, create_normopt_optimizer(ours, lr=2e-3, preset="muon", weight_decay=0.1), batches(20)
+    )
+    train(theirs, TorchMuonAndAdamW(theirs, 2e-3, 0.1), batches(20))
+    for (name, a), b in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b[1], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_adam_rules_equal_torch_adamw_over_two_hundred_steps():
+    """Bias correction, decay and eps, to 1e-6 relative."""
+    p = nn.Linear(6, 4, dtype=torch.float64)
+    q = copy.deepcopy(p)
+    options = {"norm": "l1->linf", "scale": "norm", "momentum": 0.9, "nesterov": False}
+    optimizer = create_normopt_optimizer(
+        p, lr=1e-2, preset="muon", weight_decay=0.1, eps=1e-6, **options
+    )
+    adamw = torch.optim.AdamW(
+        [{"params": [q.weight]}, {"params": [q.bias], "weight_decay": 0.0}],
+        lr=1e-2,
+        weight_decay=0.1,
+        eps=1e-6,
+    )
+    for _ in range(200):
+        for a, b in zip(p.parameters(), q.parameters(), strict=True):
+            a.grad = b.grad = torch.randn_like(a)
+        optimizer.step(), adamw.step()
+    for a, b in zip(p.parameters(), q.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_total_and_described(name):
+    preset = PRESETS[name]
+    assert set(preset.policy) >= set(ROLES)
+    assert preset.description.endswith(".")
+    assert preset.source
+    low, high = preset.learning_rate
+    assert 0 < low < high
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_presets_learn(name, make):
+    model = make()
+    losses = train(model, create_normopt_optimizer(model, lr=5e-3, preset=name), batches(1) * 40)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_every_preset_is_an_optimizer_name():
+    assert set(optimizer_names().values()) == set(PRESETS)
+    assert optimizer_names()["normopt_muon"] == "muon"
+
+
+def test_changes_of_all_roles_and_of_one():
+    policy = changed(
+        PRESETS["normopt"].policy,
+        momentum="0.8",
+        lr_head="2",
+        norm_linear="l2->l2",
+        nesterov="False",
+    )
+    assert {rule.momentum for rule in policy.values()} == {0.8}
+    assert {rule.nesterov for rule in policy.values()} == {False}
+    assert policy["head"].multiplier == 2.0
+    assert str(policy["linear"].norm) == "l2->l2"
+    assert str(policy["conv"].norm) == "rms->rms"
+    assert PRESETS["normopt"].policy["head"].momentum == 0.95  # presets are never changed
+
+
+def test_one_role_goes_before_all():
+    assert (
+        changed(PRESETS["normopt"].policy, momentum_head=0.5, momentum=0.8)["head"].momentum == 0.5
+    )
+
+
+def test_a_change_of_a_kind_makes_its_rule_from_its_role():
+    policy = changed(PRESETS["normopt"].policy, lr_adapter_b=4.0)
+    assert policy["adapter_b"].multiplier == 4.0
+    assert policy["adapter_b"].norm == policy["linear"].norm
+
+
+def test_adam_options_reach_the_rules_with_a_statistic():
+    policy = changed(PRESETS["muon"].policy, beta1=0.8, beta2=0.99, eps=1e-6)
+    assert (policy["head"].momentum, policy["head"].statistic) == (0.8, EMA(0.99, 1e-6))
+    assert policy["linear"] == PRESETS["muon"].policy["linear"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_heads": 2}, r"Unknown option 'lr_heads'. Did you mean lr_head"),
+        ({"momentun": 0.9}, r"Unknown option 'momentun'. Did you mean momentum"),
+        ({"nesterov": "maybe"}, r"Option nesterov: expected a bool, found 'maybe'"),
+        ({"momentum": "high"}, r"Option momentum: expected a float, found 'high'"),
+        ({"momentum": 1.5}, r"momentum must be in \[0, 1\)"),
+        ({"norm_head": "l2->l1"}, r"no closed form"),
+        ({"norm_head": "spectral"}, r"Cannot read the norm 'spectral'"),
+        ({"scale": "huge"}, r"Unknown scale 'huge'; expected one of norm, adamw, muon"),
+        ({"preset": "moun"}, r"Unknown preset 'moun'.*Did you mean muon"),
+    ],
+)
+def test_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        create_normopt_optimizer(nn.Linear(2, 2), lr=0.1, **changes)
