@@ -20,7 +20,7 @@ from .norms import Norm
 # RMS per entry of a full-rank update under the "adamw" scale, for learning_rate = 1: the one number
 # that brings AdamW's best learning rate and ours together. Measured with recipes/measurements (see
 # there): TODO
-ADAMW_RMS = 0.2
+ADAMW_RMS = 1.0
 
 # What multiplies the LMO. `taps` undoes the weight of a convolution's layout where a scale is
 # stated per entry.

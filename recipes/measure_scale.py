@@ -1,13 +1,17 @@
-"""How the `adamw` scale's constant and the head's multiplier were chosen: AdamW's best rate against ours.
+"""How the `adamw` scale's constant and the head's multiplier were chosen.
 
-    python recipes/measure_scale.py --task snips --banking_dir DIR
+    python recipes/measure_scale.py --task recipes/data/snips --steps 60 --rates 3e-4 1e-3 3e-3
 
-Each task is a short run with a linear schedule, at every learning rate of a grid, for AdamW and for the preset
-`normopt` with several multipliers of the head. One line per run: validation loss, and accuracy where there is one.
-The constant and the learning rate act as a product, so the ratio of the two best rates gives the constant.
+One short run with warm-up and linear decay for every learning rate, with AdamW and with the preset
+`normopt` under several multipliers of the head. A task is a folder: with sentences and labels
+(MiniLM is fine-tuned, its head is fresh) or with a text (a small Llama is trained on its bytes from
+scratch). One line per
+run: validation loss and accuracy. Constant and learning rate act as a product, so the ratio of the
+two best rates gives the constant.
 """
 
 import argparse
+import csv
 import gzip
 import json
 import random
@@ -41,8 +45,6 @@ def sentences(folder, split):
             json.loads(line)
             for line in gzip.open(folder / f"{split}.jsonl.gz", "rt", encoding="utf-8")
         ]
-    import csv
-
     rows = csv.DictReader(gzip.open(folder / f"{split}.csv.gz", "rt", encoding="utf-8"))
     return [{"text": row["text"], "label": int(row["label"])} for row in rows]
 
@@ -171,10 +173,8 @@ def main():
             results = torch.tensor([run(task, lambda m: make(m, lr), seed) for seed in args.seeds])  # noqa: B023
             loss, accuracy = results.mean(0).tolist()
             seconds = time.time() - start
-            print(
-                f"{folder.name:16s} {name:20s} lr {lr:<8g} loss {loss:.4f} accuracy {accuracy:.4f} {seconds:5.0f} s",
-                flush=True,
-            )
+            figures = f"loss {loss:.4f} accuracy {accuracy:.4f} {seconds:5.0f} s"
+            print(f"{folder.name:16s} {name:20s} lr {lr:<8g} {figures}", flush=True)
 
 
 if __name__ == "__main__":

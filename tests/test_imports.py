@@ -1,0 +1,75 @@
+"""Imports point one way; a file that imports from a later row fails here."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_normopt
+
+PACKAGE = Path(hf_normopt.__file__).parent
+ROWS = [
+    {"orthogonalize", "layouts", "architectures", "tables", "version"},
+    {"norms", "roles"},
+    {"rules", "step_sizes"},
+    {"optimizer"},
+    {"presets"},
+    {"arguments"},
+    {"trainer", "cli"},
+    {"__init__", "__main__"},
+]
+TRAINER_API = {
+    "Trainer",
+    "TrainingArguments",
+    "HfArgumentParser",
+    "TrainerCallback",
+    "get_scheduler",
+}
+
+
+def row(name):
+    return next(i for i, names in enumerate(ROWS) if name in names)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node
+
+
+def test_every_file_has_a_row():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set().union(*ROWS)
+
+
+def test_imports_point_one_way():
+    for path in PACKAGE.glob("*.py"):
+        for node in imports(path):
+            if node.level == 1:
+                for module in (
+                    [node.module] if node.module else [alias.name for alias in node.names]
+                ):
+                    assert row(module) < row(path.stem), f"{path.stem} imports {module}"
+
+
+def test_only_the_last_rows_know_the_trainer():
+    for path in PACKAGE.glob("*.py"):
+        names = {alias.name for node in imports(path) for alias in node.names}
+        if names & TRAINER_API:
+            assert row(path.stem) >= row("arguments")
+
+
+def test_norms_work_without_transformers():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import importlib.util, types\n"
+        f"package = types.ModuleType('p'); package.__path__ = [{str(PACKAGE)!r}]\n"
+        "sys.modules['p'] = package\n"
+        "from p.norms import operator_norm\n"
+        "import torch; print(operator_norm('rms', 'rms').lmo(torch.eye(2)).sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "2.0", done.stderr
+
+
+def test_public_names():
+    assert all(hasattr(hf_normopt, name) for name in hf_normopt.__all__)
