@@ -36,7 +36,7 @@ FUSED: tuple[Fused, ...] = (
         r"GPT2Attention",
         "c_attn",
         lambda attention: f"(part={attention.c_attn.nf // attention.embed_dim} out)",
-        "query, key and value side by side",
+        "maps of the attention side by side",
     ),
     Fused(r"ModernBertAttention", "Wqkv", lambda _: "(part=3 out)", "query, key and value fused"),
     Fused(r"ModernBertMLP", "Wi", lambda _: "(part=2 out)", "input and gate fused"),

@@ -16,8 +16,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .optimizer import NormOpt
-from .presets import PRESETS, create_normopt_optimizer, optimizer_names
-from .rules import EMA
+from .presets import PRESETS, create_normopt_optimizer, has_statistic, optimizer_names
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +63,9 @@ def parse_optim_args(text: str | None) -> dict[str, str]:
     """`"a=1,b=2"` as a dict: transformers' grammar, with errors that show the word.
 
     Raises:
-        ValueError: for a word without exactly one `=`.
+        ValueError: for a word without exactly one `=`, or a key that is given twice.
     """
-    options = {}
+    options: dict[str, str] = {}
     for word in (text or "").replace(" ", "").split(","):
         key, separator, value = word.partition("=")
         if not word:
@@ -75,6 +74,8 @@ def parse_optim_args(text: str | None) -> dict[str, str]:
             raise ValueError(
                 f"optim_args: cannot read {word!r} in {text!r}; expected key=value,key=value."
             )
+        if key in options:
+            raise ValueError(f"optim_args: {key} is given twice in {text!r}.")
         options[key] = value
     return options
 
@@ -96,6 +97,15 @@ def parse_roles(text: str) -> dict[str, str]:
     return overrides
 
 
+# What the trainer's own arguments, or another option, say.
+_SAID_ELSEWHERE = {
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "overrides": "roles=role:REGEX;role:REGEX",
+    "model": "the trainer's model",
+}
+
+
 def normopt_options(args: TrainingArguments) -> dict[str, Any]:
     """The keyword arguments of [`create_normopt_optimizer`] that training arguments ask for.
 
@@ -103,29 +113,50 @@ def normopt_options(args: TrainingArguments) -> dict[str, Any]:
         ValueError: if an option cannot be read, or is given twice with different values.
     """
     options: dict[str, Any] = parse_optim_args(args.optim_args)
+    for key in options.keys() & _SAID_ELSEWHERE.keys():
+        raise ValueError(f"optim_args: {key} is no option; it is said by {_SAID_ELSEWHERE[key]}.")
     if "roles" in options:
         options["overrides"] = parse_roles(options.pop("roles"))
-    name = str(getattr(args.optim, "value", args.optim))
-    asked = (
-        {"preset": optimizer_names()[name]}
-        if name in optimizer_names() and name != "normopt"
-        else {}
-    )
+
+    name = optimizer_name(args)
+    sources = [
+        (f"optim={name!r}", {} if name == "normopt" else {"preset": optimizer_names().get(name)})
+    ]
     if isinstance(args, NormOptArguments):
-        typed = {key: getattr(args, key) for key in ("momentum", "nesterov", "scale")}
-        multipliers: Any = args.lr_multipliers or {}  # a dict by now: the base class reads the JSON
+        typed = {key: getattr(args, key) for key in ("preset", "momentum", "nesterov", "scale")}
+        typed["overrides"] = _dict_field(args, "role_overrides") or None
+        multipliers = _dict_field(args, "lr_multipliers")
         typed |= {f"lr_{role}": value for role, value in multipliers.items()}
-        typed |= {"preset": args.preset, "overrides": args.role_overrides}
-        asked |= {
-            key: value for key, value in typed.items() if value is not None and key not in asked
-        }
-    for key, value in asked.items():
-        if str(options.setdefault(key, value)) != str(value):
-            raise ValueError(
-                f"{key} is given twice: {options[key]!r} in optim_args, {value!r} in "
-                f"{name} or its field."
-            )
+        sources.append(("the fields of NormOptArguments", typed))
+    for source, given in sources:
+        for key, value in given.items():
+            if value is not None and not _same(options.setdefault(key, value), value):
+                raise ValueError(
+                    f"{key} is given twice: {value!r} by {source}, and {options[key]!r} before."
+                )
     return options
+
+
+def optimizer_name(args: TrainingArguments) -> str:
+    """The text of `args.optim`, which is a member of an enum or a string."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values of an option, each a value or its text, are one."""
+    try:
+        return float(a) == float(b)
+    except (TypeError, ValueError):
+        return str(a).lower() == str(b).lower()
+
+
+def _dict_field(args: NormOptArguments, name: str) -> dict[str, Any]:
+    value = getattr(args, name) or {}
+    if not isinstance(value, dict):
+        raise ValueError(
+            f'{name} takes a dict, or its JSON such as {{"head": 2.0}}; found {value!r}.'
+        )
+    return value
 
 
 def optimizer_from_arguments(model: nn.Module, args: TrainingArguments) -> NormOpt:
@@ -139,19 +170,22 @@ def optimizer_from_arguments(model: nn.Module, args: TrainingArguments) -> NormO
         args: any `TrainingArguments`.
     """
     options = normopt_options(args)
-    given = _changed_adam_arguments(args)
+    preset = options.get("preset", "normopt")
+    adam = _changed_adam_arguments(args)
+    if adam and preset in PRESETS and not has_statistic(PRESETS[preset].policy):
+        adam = {}
+        if args.process_index == 0:
+            logger.warning(
+                "adam_beta1, adam_beta2 and adam_epsilon have no effect: no rule of the preset %r "
+                "has a second moment. The momentum of its rules is the option momentum "
+                "(optim_args).",
+                preset,
+            )
     optimizer = create_normopt_optimizer(
-        model, lr=args.learning_rate, weight_decay=args.weight_decay, **{**given, **options}
+        model, lr=args.learning_rate, weight_decay=args.weight_decay, **{**adam, **options}
     )
     if args.process_index == 0:
-        if given and not any(isinstance(rule.statistic, EMA) for rule in optimizer.policy.values()):
-            logger.warning(
-                "adam_beta1, adam_beta2 and adam_epsilon have no effect: no rule of the "
-                "preset %r has a second "
-                "moment. The momentum is the option `momentum` (optim_args).",
-                options.get("preset", "normopt"),
-            )
-        print(f"NormOpt, preset {options.get('preset', 'normopt')}:\n{optimizer}", flush=True)
+        print(f"NormOpt, preset {preset}:\n{optimizer}", flush=True)
     return optimizer
 
 

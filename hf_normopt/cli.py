@@ -74,6 +74,8 @@ def skeleton(name: str) -> nn.Module:
         OSError: if there is no such config.
         ValueError: if transformers has no class for it.
     """
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise OSError(f"There is no file or folder {name}.")
     if (Path(name) / "adapter_config.json").exists():
         from peft import PeftConfig, get_peft_model
 

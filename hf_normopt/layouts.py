@@ -73,7 +73,7 @@ class Layout:
         so its LMO is divided by this number.
         """
         axes = (axis for axes in _parse(self.pattern) for axis in axes)
-        return math.prod(axis.sizes[0] for axis in axes if axis.name == "tap" and axis.sizes)
+        return math.prod(axis.sizes[0] for axis in axes if axis.name == "tap")
 
     def to_operators(self, stored: Tensor) -> tuple[Tensor, ...]:
         """Read a stored tensor as operators, without a copy where the strides allow it.
@@ -139,30 +139,32 @@ class _Plan:
 def _parse(pattern: str) -> tuple[tuple[_Axis, ...], ...]:
     """One tuple of axes for each stored axis."""
     words = re.findall(r"\([^()]*\)|[^\s()]+", pattern)
+    if " ".join(words) != " ".join(pattern.split()):
+        raise ValueError(
+            f"Layout {pattern!r}: expected words apart from each other, and ( ) in pairs."
+        )
     stored = []
-    splits = 0
     for word in words:
-        axes = []
-        for part in word.strip("()").split():
-            match = _AXIS.match(part)
-            if match is None:
-                raise ValueError(
-                    f"Layout {pattern!r}: cannot read {part!r}; expected a name such as "
-                    "`out`, `in`, "
-                    "`expert` or `tap`, optionally with a size (`part=3`) or a split "
-                    "(`out=512+64+64`)."
-                )
-            sizes = tuple(int(size) for size in (match["sizes"] or "").split("+") if size)
-            splits += len(sizes) > 1
-            axes.append(_Axis(match["name"], sizes))
+        axes = [_parse_axis(pattern, part) for part in word.strip("()").split()]
         if sum(not axis.sizes for axis in axes) > 1:
-            raise ValueError(
-                f"Layout {pattern!r}: {word!r} may leave the size of one name open only."
-            )
+            raise ValueError(f"Layout {pattern!r}: {word} may leave one size open at the most.")
         stored.append(tuple(axes))
-    if splits > 1:
+    if sum(len(axis.sizes) > 1 for axes in stored for axis in axes) > 1:
         raise ValueError(f"Layout {pattern!r}: one axis at the most can be split into pieces.")
     return tuple(stored)
+
+
+def _parse_axis(pattern: str, part: str) -> _Axis:
+    match = _AXIS.match(part)
+    if match is None:
+        raise ValueError(
+            f"Layout {pattern!r}: cannot read {part!r}; expected a name such as out, in, expert "
+            "or tap, with a size (part=3) or a split (out=512+64+64) if need be."
+        )
+    if match["name"] == "tap" and match["sizes"] is None:
+        raise ValueError(f"Layout {pattern!r}: a tap axis needs its size, as in tap=3.")
+    sizes = tuple(int(size) for size in (match["sizes"] or "").split("+") if size)
+    return _Axis(match["name"], sizes)
 
 
 @cache

@@ -33,6 +33,7 @@ the LMO. So a norm owns its statistic: `moments(g)` are the quantities to be smo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,17 @@ class Norm:
     input: Vector | None = None
     output: Vector | None = None
 
+    def __post_init__(self) -> None:
+        if self.input is not None and self.output is not None:
+            family = _family(self.input, self.output)
+            if not isinstance(self, family) and not (
+                family is MaxEntry and "Max" in type(self).__name__
+            ):
+                raise ValueError(
+                    f"{self.input!r} -> {self.output!r} is the pair of {family.__name__}, not of "
+                    f"{type(self).__name__}; operator_norm finds the class for a pair."
+                )
+
     def unit(self, fan_out: int, fan_in: int) -> float:
         """The factor of the plain norm: √fan_in for rms inputs, 1/√fan_out for rms outputs."""
         unit = math.sqrt(fan_in) if self.input == "rms" else 1.0
@@ -62,7 +74,7 @@ class Norm:
 
     def norm(self, w: Tensor) -> Tensor:
         """The norm of each operator: `(..., fan_out, fan_in)` to `(...)`."""
-        return self._norm(_wide(w)) * self.unit(*w.shape[-2:])
+        return _homogeneous(self._norm, _wide(w)) * self.unit(*w.shape[-2:])
 
     def lmo(self, g: Tensor) -> Tensor:
         """The unit-norm operator of largest inner product with g, in g's dtype; 0 for g = 0."""
@@ -70,7 +82,7 @@ class Norm:
 
     def dual_norm(self, g: Tensor) -> Tensor:
         """The dual norm of each operator, ⟨g, lmo(g)⟩: `(..., fan_out, fan_in)` to `(...)`."""
-        return self._dual(_wide(g)) / self.unit(*g.shape[-2:])
+        return _homogeneous(self._dual, _wide(g)) / self.unit(*g.shape[-2:])
 
     def entry_rms(self, fan_out: int, fan_in: int) -> float:
         """RMS of the LMO's entries for a g of full rank whose entries are of one magnitude."""
@@ -131,8 +143,7 @@ class Spectral(Norm):
     method: str = "auto"
 
     def __post_init__(self) -> None:
-        if {self.input, self.output} - {"l2", "rms"}:
-            raise ValueError(f"Spectral takes l2 and rms, found {self.input!r} -> {self.output!r}.")
+        super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(
                 f"Unknown method {self.method!r}; expected one of {', '.join(METHODS)}."
@@ -142,13 +153,13 @@ class Spectral(Norm):
         return super().__str__() + (f" ({self.method})" if self.method != "auto" else "")
 
     def _norm(self, w: Tensor) -> Tensor:
-        return torch.linalg.matrix_norm(w, ord=2)
+        return _singular_values(w).amax(-1)
 
     def _lmo(self, g: Tensor) -> Tensor:
         return orthogonalize(g, self.method)
 
     def _dual(self, g: Tensor) -> Tensor:
-        return torch.linalg.matrix_norm(g, ord="nuc")
+        return _singular_values(g).sum(-1)
 
     def _entry_rms(self, fan_out: int, fan_in: int) -> float:
         return 1 / math.sqrt(max(fan_out, fan_in))
@@ -297,19 +308,26 @@ def operator_norm(input: Vector, output: Vector) -> Norm:
         tensor([[1., 0.],
                 [0., 1.]])
     """
+    family = _family(input, output)
+    return (
+        family()
+        if family is MaxEntry
+        else family(input=_canonical(input), output=_canonical(output))
+    )
+
+
+def _family(input: Vector, output: Vector) -> type[Norm]:
+    """The class of a pair with a closed form."""
     p, q = _exponent(input), _exponent(output)
-    if p == 1 and q == math.inf:
-        return MaxEntry()
     if p == 1:
-        return MaxColumn(output=_canonical(output))
+        return MaxEntry if q == math.inf else MaxColumn
     if q == math.inf:
-        return MaxRow(input=_canonical(input))
+        return MaxRow
     if p == q == 2:
-        return Spectral(input=_canonical(input), output=_canonical(output))
+        return Spectral
     raise ValueError(
-        f"The operator norm {input!r} -> {output!r} has no closed form. Those that have "
-        "one: l1 -> any p, "
-        "l1 -> rms, any p -> linf, rms -> linf, and l2 or rms -> l2 or rms."
+        f"The operator norm {input!r} -> {output!r} has no closed form. Those that have one: l1 "
+        "-> any p, l1 -> rms, any p -> linf, rms -> linf, and l2 or rms -> l2 or rms."
     )
 
 
@@ -321,8 +339,8 @@ def parse_norm(text: str) -> Norm:
     names = pair.split("->")
     if len(names) != 2:
         raise ValueError(
-            f"Cannot read the norm {text!r}; expected `input->output`, such as "
-            "`rms->rms`, or `frobenius`."
+            f"Cannot read the norm {text!r}; expected `input->output`, such as `rms->rms`, or "
+            "`frobenius`."
         )
     norm = operator_norm(*names)
     if not method:
@@ -352,7 +370,7 @@ def _canonical(vector: Vector) -> Vector:
 
 
 def _name(vector: Vector | None) -> str:
-    return vector if isinstance(vector, str) else f"l{vector:g}"
+    return vector if isinstance(vector, str) else f"l{vector:.17g}"
 
 
 def _conjugate(p: float) -> float:
@@ -363,6 +381,20 @@ def _conjugate(p: float) -> float:
 def _wide(x: Tensor) -> Tensor:
     """Return x in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _homogeneous(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A norm of x by way of x over its largest entry, so that no square under- or overflows."""
+    largest = x.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where((largest == 0) | largest.isinf(), 1, largest)
+    return function(x / scale) * scale[..., 0, 0]
+
+
+def _singular_values(x: Tensor) -> Tensor:
+    """Singular values; NaN for a matrix that is not finite, where LAPACK would raise."""
+    finite = x.isfinite().all((-2, -1))
+    values = torch.linalg.svdvals(torch.where(finite[..., None, None], x, 0))
+    return torch.where(finite[..., None], values, torch.nan)
 
 
 def _dual_vector(g: Tensor, p: float, dim: int) -> Tensor:

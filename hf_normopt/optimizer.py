@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .layouts import Layout, usual_layout
 from .roles import ROLES, ParamSpec, canonical_name
-from .rules import SCALES, Policy, Rule, bias_correction, complaint, policy_key
+from .rules import SCALES, Policy, Rule, bias_correction, check_total, policy_key
+from .sharding import gathered, sharded_like
 from .step_sizes import Fixed, StepSize
 from .tables import format_table
 
@@ -32,21 +33,21 @@ class NormOpt(torch.optim.Optimizer):
 
     Args:
         groups: parameter groups, each a dict with `params` (parameters, or pairs of name and
-        parameter)
-            and `role`, and optionally `kind`, `layouts` (one text for each parameter; default: the
-            role's usual one), `lr`, `weight_decay`. [`parameter_groups`] makes them for a model.
+            parameter) and `role`, and optionally `kind`, `layouts` (a text for each parameter;
+            default: the role's usual one), `weight_decay`. [`parameter_groups`] makes them for a
+            model.
         policy: a rule for every role in the groups.
-        lr: the learning rate; the schedule's, equal for all groups. Rules have multipliers of it.
+        lr: the learning rate, which a schedule may change; rules have multipliers of it.
         weight_decay: decoupled: W shrinks by lr · weight_decay · rule.decay in each step.
         step_size: η: [`Fixed`], or a number that depends on all gradients.
 
     Each parameter's state is one momentum buffer, in float32 at least; none where the rule's
     momentum is 0; and the norm's statistic where the rule has one. Groups hold plain data only.
+    Sparse gradients are made dense.
 
     Raises:
-        ValueError: for a negative learning rate, a role without a rule, complex parameters, layouts
-        that
-            do not fit.
+        ValueError: for a negative learning rate, a role without a rule, complex parameters, two
+            parameters of one name, or layouts that do not fit.
     """
 
     def __init__(
@@ -59,47 +60,52 @@ class NormOpt(torch.optim.Optimizer):
         step_size: StepSize = Fixed(),  # noqa: B008 (immutable)
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not (value >= 0 and math.isfinite(value)):
+            if not isinstance(value, (int, float, Tensor)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, found {value!r}.")
         groups = list(groups)
         if not all(isinstance(group, Mapping) and "role" in group for group in groups):
             raise ValueError(
-                "NormOpt takes parameter groups, each a dict with 'params' and 'role'. "
-                "For a model use "
-                "create_normopt_optimizer(model, lr=...), which finds the roles."
+                "NormOpt takes parameter groups, each a dict with 'params' and 'role'. For a "
+                "model use create_normopt_optimizer(model, lr=...), which finds the roles."
             )
-        missing = {group["role"] for group in groups if group.get("kind") not in policy} - set(
-            policy
-        )
-        if missing:
-            raise complaint(policy, {group["role"] for group in groups})
+        check_total(policy, [(group["role"], group.get("kind", "")) for group in groups])
         self.policy = dict(policy)
         self.step_size = step_size
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see the class; fills in what it leaves out."""
-        group = dict(param_group)
+        group = {"kind": "", **param_group}
+        if "role" not in group:
+            raise ValueError(f"A group needs a role; found {', '.join(sorted(param_group))}.")
         params = group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
-        offset = sum(len(other["params"]) for other in self.param_groups)
+        taken = [name for other in self.param_groups for name in other["param_names"]]
         pairs = [
-            p if isinstance(p, tuple) else (f"param_{offset + i}", p) for i, p in enumerate(params)
+            p if isinstance(p, tuple) else (f"param_{len(taken) + i}", p)
+            for i, p in enumerate(params)
         ]
+        names = [canonical_name(name) for name in taken] + [canonical_name(n) for n, _ in pairs]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(
+                f"Two parameters are named {_some(twice)}. Checkpoints match parameters "
+                "by name: give "
+                "each one its own, as in (f'encoder.{name}', p)."
+            )
         for name, p in pairs:
             if p.is_complex():
                 raise ValueError(f"{name} is complex ({p.dtype}); NormOpt takes real parameters.")
 
-        role, kind = group["role"], group.setdefault("kind", "")
-        rule = self.policy[policy_key(self.policy, role, kind)]
+        rule = self.policy[policy_key(self.policy, group["role"], group["kind"])]
         shapes = [tuple(p.shape) for _, p in pairs]
-        layouts = group.get("layouts") or [usual_layout(role, shape) for shape in shapes]
+        layouts = group.get("layouts") or [usual_layout(group["role"], shape) for shape in shapes]
         if len(layouts) != len(pairs):
             raise ValueError(
-                f"Group {role!r} has {len(pairs)} parameters and {len(layouts)} layouts."
+                f"Group {group['role']!r}: {len(pairs)} parameters, {len(layouts)} layouts."
             )
-        for (_, p), layout in zip(pairs, layouts, strict=True):
-            Layout(str(layout)).to_operators(torch.empty(p.shape, device="meta"))  # complains early
+        for shape, layout in zip(shapes, layouts, strict=True):  # complain now, not at the step
+            Layout(str(layout)).to_operators(torch.empty(shape, device="meta"))
         group |= {
             "params": pairs,
             "param_names": [name for name, _ in pairs],  # torch leaves it out of an empty group
@@ -122,20 +128,21 @@ class NormOpt(torch.optim.Optimizer):
             The closure's loss, if there is one.
 
         Raises:
-            RuntimeError: if a parameter no longer has the shape it had when it was added.
+            RuntimeError: if a parameter no longer has the shape it had when it was added; nothing
+                is moved then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
-        moves: Iterable[_Move] = self._moves()
-        duals: list[Tensor] = []
-        if self.step_size.needs_dual:
-            moves = list(moves)
-            duals = [move.dual() for move in moves]
-        if duals or not self.step_size.needs_dual:
-            eta = self.step_size.eta(duals)
+        self._check_shapes()
+        if not self.step_size.needs_dual:
+            eta = self.step_size.eta([])
+            for move in self._moves():
+                move.apply_inplace(eta)
+        elif moves := list(self._moves()):  # all directions at once: the model's size once more
+            eta = self.step_size.eta([move.dual() for move in moves])
             for move in moves:
                 move.apply_inplace(eta)
         return loss
@@ -144,85 +151,88 @@ class NormOpt(torch.optim.Optimizer):
         """The direction of every parameter with a gradient; momenta and statistics advance."""
         for group in self.param_groups:
             rule = self.policy[policy_key(self.policy, group["role"], group["kind"])]
-            for i, p in enumerate(group["params"]):
-                if p.grad is None:
+            for p, layout in zip(group["params"], group["layouts"], strict=True):
+                if p.grad is None or p.numel() == 0:
                     continue
-                if tuple(p.shape) != tuple(group["param_shapes"][i]):
-                    raise RuntimeError(
-                        f"{group['param_names'][i]} had the shape "
-                        f"{tuple(group['param_shapes'][i])} when the "
-                        f"optimizer was made, and has {tuple(p.shape)} now. FSDP1 and "
-                        "DeepSpeed ZeRO flatten "
-                        "parameters, and a norm needs the whole matrix: use DDP or FSDP2 "
-                        '(fsdp_config={"version": 2}).'
-                    )
                 grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
-                grad = grad.to(torch.promote_types(p.dtype, torch.float32))
-                smooth = _momentum(rule, grad, self.state[p])
-                direction = _direction(
-                    rule, Layout(group["layouts"][i]), smooth, grad, self.state[p]
-                )
+                grad = grad.to(_state_dtype(p))
+                smooth = gathered(_momentum_inplace(rule, grad, self.state[p]))
+                whole = gathered(grad) if rule.statistic is not None else smooth
+                direction = _direction_inplace(rule, Layout(layout), smooth, whole, self.state[p])
                 yield _Move(p, smooth, direction, group)
+
+    def _check_shapes(self) -> None:
+        for group in self.param_groups:
+            for name, p, shape in zip(
+                group["param_names"], group["params"], group["param_shapes"], strict=True
+            ):
+                if p.grad is not None and tuple(p.shape) != tuple(shape):
+                    raise RuntimeError(
+                        f"{name} had the shape {tuple(shape)} when the optimizer was made, and "
+                        f"has {tuple(p.shape)} now. {NEEDS_WHOLE_MATRICES}"
+                    )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint: by name, and only if every parameter still has the rule it had.
 
         Raises:
-            ValueError: if the checkpoint is another optimizer's, or misses or adds parameters, or
-            was made
-                under other rules; nothing is changed then.
+            ValueError: if the checkpoint is another optimizer's, misses, adds or reshapes
+                parameters, or was made under other rules; nothing is changed then.
         """
         state_dict = self._by_name(state_dict)
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, saved in state_dict[
-            "state"
-        ].items():  # torch has cast these to the parameter's dtype
+        for i, saved in state_dict["state"].items():
             for key, value in saved.items():
-                if isinstance(value, Tensor) and self.state[params[i]][key].dtype != value.dtype:
-                    self.state[params[i]][key] = value.to(params[i].device, copy=True)
+                if key != "step" and isinstance(value, Tensor):  # torch has cast it to p's dtype
+                    dtype, device = _state_dtype(params[i]), params[i].device
+                    self.state[params[i]][key] = value.to(device, dtype, copy=True)
 
     def _by_name(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict in this optimizer's order, with this optimizer's identity."""
-        saved: dict[str, tuple[int, dict[str, Any]]] = {}
+        saved: dict[str, tuple[int, dict[str, Any], tuple[int, ...]]] = {}
         for group in state_dict["param_groups"]:
             if not all(key in group for key in _IDENTITY):
                 raise ValueError(
                     "This checkpoint was not written by NormOpt: its groups have "
-                    f"{', '.join(sorted(group))}; "
-                    f"expected {', '.join(_IDENTITY)} among them. Resume with the "
-                    "optimizer that wrote it, or "
-                    "start from the model's weights alone."
+                    f"{', '.join(sorted(group))}; expected {', '.join(_IDENTITY)} among them. "
+                    "Resume with the optimizer that wrote it, or start from the model's weights "
+                    "alone."
                 )
-            for name, index in zip(group["param_names"], group["params"], strict=True):
-                saved[canonical_name(name)] = (index, group)
+            rows = zip(group["param_names"], group["params"], group["param_shapes"], strict=True)
+            saved |= {canonical_name(name): (i, group, tuple(shape)) for name, i, shape in rows}
 
-        own = [canonical_name(name) for group in self.param_groups for name in group["param_names"]]
-        if saved.keys() != set(own):
+        own = {canonical_name(name) for group in self.param_groups for name in group["param_names"]}
+        if saved.keys() != own:
             raise ValueError(
                 "The checkpoint's parameters are not this model's. Only in the checkpoint: "
-                f"{_some(saved.keys() - set(own))}. Only in the model: "
-                f"{_some(set(own) - saved.keys())}."
+                f"{_some(saved.keys() - own)}. Only in the model: {_some(own - saved.keys())}."
             )
-        groups, state, index = [], {}, 0
+        groups: list[dict[str, Any]] = []
+        state, index = {}, 0
         for group in self.param_groups:
-            names = [canonical_name(name) for name in group["param_names"]]
-            for i, name in enumerate(names):
-                number, before = saved[name]
+            options, first = group, index
+            for full_name, shape in zip(group["param_names"], group["param_shapes"], strict=True):
+                name = canonical_name(full_name)
+                number, before, saved_shape = saved[name]
+                if saved_shape != tuple(shape):
+                    raise ValueError(
+                        f"{name} has the shape {saved_shape} in the checkpoint and {tuple(shape)} "
+                        "in the model."
+                    )
                 if before["rule"] != group["rule"]:
                     raise ValueError(
-                        f"{name} was trained under the rule [{before['rule']}] "
-                        f"({before['role']}) and would go on "
-                        f"under [{group['rule']}] ({group['role']}). Resume with the same "
-                        "preset, options and "
-                        "overrides, or start from the model's weights alone."
+                        f"{name} was trained under the rule [{before['rule']}] ({before['role']}) "
+                        f"and would go on under [{group['rule']}] ({group['role']}). Resume with "
+                        "the same preset, options and overrides, or start from the model's "
+                        "weights alone."
                     )
                 if number in state_dict["state"]:
-                    state[index + i] = state_dict["state"][number]
-            options = saved[names[0]][1] if names else group
+                    state[index] = state_dict["state"][number]
+                options = before
+                index += 1
             identity = {key: group[key] for key in _IDENTITY}
-            groups.append({**options, **identity, "params": list(range(index, index + len(names)))})
-            index += len(names)
+            groups.append({**options, **identity, "params": list(range(first, index))})
         return {**state_dict, "state": state, "param_groups": groups}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,16 +241,22 @@ class NormOpt(torch.optim.Optimizer):
     def __repr__(self) -> str:
         rows = [
             (
-                g["role"] + (f"/{g['kind']}" if g["kind"] else ""),
-                str(self.policy[policy_key(self.policy, g["role"], g["kind"])].norm),
-                f"{len(g['params']):,}",
-                f"{sum(math.prod(shape) for shape in g['param_shapes']):,}",
-                f"{float(g['lr'] * g['multiplier']):.3g}",
-                f"{g['weight_decay']:g}",
+                group["role"] + (f"/{group['kind']}" if group["kind"] else ""),
+                str(self.policy[policy_key(self.policy, group["role"], group["kind"])].norm),
+                f"{len(group['params']):,}",
+                f"{sum(math.prod(shape) for shape in group['param_shapes']):,}",
+                f"{float(group['lr'] * group['multiplier']):.3g}",
+                f"{group['weight_decay']:g}",
             )
-            for g in self.param_groups
+            for group in self.param_groups
         ]
         return format_table(("role", "norm", "tensors", "parameters", "lr", "weight decay"), rows)
+
+
+NEEDS_WHOLE_MATRICES = (
+    "FSDP1 and DeepSpeed ZeRO flatten parameters, and a norm needs the whole matrix: use DDP, or "
+    'FSDP2 (fsdp_config={"version": 2}).'
+)
 
 
 @dataclass
@@ -260,7 +276,8 @@ class _Move:
         lr = self.group["lr"]
         if self.group["weight_decay"]:
             self.param.mul_(1 - lr * self.group["weight_decay"])
-        self.param.sub_(self.direction * (lr * eta * self.group["multiplier"]))
+        step = self.direction * (lr * eta * self.group["multiplier"])
+        self.param.sub_(sharded_like(step, self.param))
 
 
 def parameter_groups(
@@ -274,24 +291,21 @@ def parameter_groups(
         policy: kinds with a rule of their own get a group of their own.
 
     Raises:
-        ValueError: if there is nothing to train, or a role without a rule.
+        ValueError: if there is nothing to train, a role without a rule, or flattened parameters.
     """
     if not specs:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: all of them have "
-            "requires_grad=False. "
-            "Unfreeze some, or add an adapter."
+            "requires_grad=False. Unfreeze some, or add an adapter."
         )
-    missing = {spec.role for spec in specs if spec.kind not in policy} - set(policy)
-    if missing:
-        raise complaint(policy, {spec.role for spec in specs})
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is wrapped by FSDP1. {NEEDS_WHOLE_MATRICES}")
+    check_total(policy, [(spec.role, spec.kind) for spec in specs])
     params = dict(model.named_parameters())
-    roles = list(ROLES)
     by_rule: dict[tuple[int, str, str], list[ParamSpec]] = {}
     for spec in specs:
         kind = spec.kind if spec.kind in policy else ""
-        order = roles.index(spec.role) if spec.role in roles else len(roles)
-        by_rule.setdefault((order, spec.role, kind), []).append(spec)
+        by_rule.setdefault((list(ROLES).index(spec.role), spec.role, kind), []).append(spec)
     return [
         {
             "params": [(spec.name, params[spec.name]) for spec in members],
@@ -303,8 +317,13 @@ def parameter_groups(
     ]
 
 
-def _momentum(rule: Rule, grad: Tensor, state: dict[str, Any]) -> Tensor:
-    """The exponential moving average of the gradients, or its Nesterov form."""
+def _state_dtype(p: Tensor) -> torch.dtype:
+    """Momenta and statistics are kept in float32 at least."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _momentum_inplace(rule: Rule, grad: Tensor, state: dict[str, Any]) -> Tensor:
+    """Advance the moving average of the gradients; return it, or its Nesterov form."""
     if not rule.momentum:
         return grad
     if "momentum_buffer" not in state:
@@ -313,30 +332,30 @@ def _momentum(rule: Rule, grad: Tensor, state: dict[str, Any]) -> Tensor:
     return grad.lerp(buffer, rule.momentum) if rule.nesterov else buffer
 
 
-def _direction(
+def _direction_inplace(
     rule: Rule, layout: Layout, smooth: Tensor, grad: Tensor, state: dict[str, Any]
 ) -> Tensor:
-    """Scale · direction, operator by operator, in the stored layout."""
+    """Scale · direction, operator by operator, in the stored layout; advances the statistic."""
     if rule.statistic is not None:
-        state["step"] = state.get("step", torch.zeros((), device=grad.device)) + 1
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=grad.device)
+        state["step"].add_(1)
     directions = []
-    for i, (m, g) in enumerate(
-        zip(layout.to_operators(smooth), layout.to_operators(grad), strict=True)
-    ):
+    operators = zip(layout.to_operators(smooth), layout.to_operators(grad), strict=True)
+    for i, (m, g) in enumerate(operators):
+        if rule.statistic is None:
+            direction = rule.norm.lmo(m)
+        else:
+            direction = _over_statistic_inplace(rule, m, g, state, i)
         fan_out, fan_in = m.shape[-2:]
-        scale = SCALES[rule.scale](rule.norm, fan_out, fan_in, layout.taps) / layout.taps
-        directions.append(
-            scale
-            * (
-                rule.norm.lmo(m)
-                if rule.statistic is None
-                else _over_statistic(rule, m, g, state, i)
-            )
-        )
+        scale = SCALES[rule.scale](rule.norm, fan_out, fan_in, layout.taps)
+        directions.append(direction * (scale / layout.taps))
     return layout.from_operators(tuple(directions), tuple(smooth.shape))
 
 
-def _over_statistic(rule: Rule, m: Tensor, g: Tensor, state: dict[str, Any], piece: int) -> Tensor:
+def _over_statistic_inplace(
+    rule: Rule, m: Tensor, g: Tensor, state: dict[str, Any], piece: int
+) -> Tensor:
     """The momentum over the norm's statistic; `piece` numbers the operators of one tensor."""
     statistic = rule.statistic
     assert statistic is not None
@@ -346,8 +365,10 @@ def _over_statistic(rule: Rule, m: Tensor, g: Tensor, state: dict[str, Any], pie
         if key not in state:
             state[key] = torch.zeros_like(moment)
         moments[name] = statistic.update_inplace(state[key], moment, state["step"])
-    if statistic.bias_correction:
-        m = m / bias_correction(rule.momentum, state["step"])
+    if (
+        statistic.bias_correction
+    ):  # the weights of m sum to 1 - momentum^t; Nesterov's are one ahead
+        m = m / bias_correction(rule.momentum, state["step"] + rule.nesterov)
     return rule.norm.precondition(m, moments, statistic.eps)
 
 

@@ -9,8 +9,7 @@ Two families of methods:
 * exact: `svd`, and `gram`, the eigendecomposition in float64 of the smaller Gram matrix,
   `(G Gᵀ)^(-1/2) G`, the form that the paper's equations 12 to 16 give to Shampoo;
 * iterations of odd polynomials (Appendix A, equation 37), which need matrix products only: every
-key
-  of [`POLYNOMIALS`].
+  key of [`POLYNOMIALS`].
 """
 
 from __future__ import annotations
@@ -23,32 +22,39 @@ Polynomial = tuple[float, float, float]
 
 # Each row: the polynomials of one iteration, applied to the singular values of G / ‖G‖_F in turn.
 POLYNOMIALS: dict[str, tuple[Polynomial, ...]] = {
-    # Bernstein & Newhouse 2024, equation 36. Converges for singular values in (0, √3), slowly from
-    # 0.
+    # Bernstein & Newhouse 2024, equation 36. Converges on (0, √3), slowly where it is near 0.
     "cubic": ((1.5, -0.5, 0.0),) * 30,
     # Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, and torch.optim.Muon. Steep at
     # 0, and for that never converges: singular values end in 0.68 to 1.13.
     "muon": ((3.4445, -4.7750, 2.0315),) * 5,
-    # Amsel et al. 2025, Polar Express (arXiv 2505.16932), optimal for singular values in [1e-3, 1];
-    # published to full precision; the last one is the Newton-Schulz quintic (15/8, -10/8, 3/8),
-    # repeated here until singular values of 1e-5 have converged as well.
+    # Amsel et al. 2025, Polar Express (arXiv 2505.16932), optimal for singular values in [1e-3, 1],
+    # and made safe as published: all but the last are p(x / 1.01), since the first ones rise
+    # steeply beyond 1, where rounding may take the largest singular value. The last is Newton and
+    # Schulz's quintic, repeated until singular values of 1e-5 have converged as well.
     "polar_express": (
-        (8.28721201814563, -23.595886519098837, 17.300387312530933),
-        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        *(
+            (a / 1.01, b / 1.01**3, c / 1.01**5)
+            for a, b, c in (
+                (8.28721201814563, -23.595886519098837, 17.300387312530933),
+                (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+                (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+                (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+                (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+                (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+            )
+        ),
         *((1.875, -1.25, 0.375),) * 8,
     ),
 }
 
 METHODS = ("auto", "svd", "gram", *POLYNOMIALS)
 
-# Singular values below this fraction of the largest count as 0: in float32 above the rounding of a
-# product of rank-deficient factors, and small enough that what it drops is at most 0.4 % of the
-# nuclear norm of a matrix with 4096 singular values.
-_NULL = {torch.float32: 8 * torch.finfo(torch.float32).eps, torch.float64: 1e-13}
+# Singular values below this fraction of the largest count as 0. For float64 input: above the
+# rounding of an SVD. For all else, in float32 at best: above the rounding of a product of
+# rank-deficient factors, and so small that what it drops is at most 0.4 % of the nuclear norm at
+# 4096 singular values.
+_NULL_FLOAT64 = 1e-13
+_NULL_FLOAT32 = 8 * torch.finfo(torch.float32).eps
 
 
 def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None) -> Tensor:
@@ -63,8 +69,9 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
             an exact method.
 
     Returns:
-        A tensor of g's shape and dtype. Zero matrices and null spaces give 0; a matrix that holds
-        an infinity or NaN gives NaN.
+        A tensor of g's shape and dtype, computed in float32 at least. Zero matrices and null spaces
+        give 0 (rounding to float16 or bfloat16 has filled a null space before it comes here); a
+        matrix that holds an infinity or NaN gives NaN.
 
     Raises:
         ValueError: for an unknown method, an accuracy outside of (0, 1], or fewer than two axes.
@@ -110,22 +117,22 @@ def _inverse(singular: Tensor, tolerance: float) -> Tensor:
 
 
 def _svd(x: Tensor) -> Tensor:
+    """U Vᵀ, in float64."""
     finite = x.isfinite().all((-2, -1))[..., None, None]
-    u, singular, vh = torch.linalg.svd(torch.where(finite, x, 0), full_matrices=False)
-    kept = _inverse(singular, _NULL[x.dtype]) * singular
+    u, singular, vh = torch.linalg.svd(torch.where(finite, x, 0).double(), full_matrices=False)
+    tolerance = _NULL_FLOAT64 if x.dtype == torch.float64 else _NULL_FLOAT32
+    kept = _inverse(singular, tolerance) * singular
     return torch.where(finite, (u * kept[..., None, :]) @ vh, torch.nan)
 
 
 def _gram(x: Tensor) -> Tensor:
-    """(X Xᵀ)^(-1/2) X for wide X, the Gram matrix and its eigendecomposition in float64."""
-    double = x.double()
-    gram = double @ double.mT
+    """(X Xᵀ)^(-1/2) X for wide X, in float64; a square has half of its digits."""
+    x = x.double()
+    gram = x @ x.mT
     finite = gram.isfinite().all((-2, -1))[..., None, None]
     eigenvalues, q = torch.linalg.eigh(torch.where(finite, gram, 0))
-    singular = eigenvalues.clamp_min(0).sqrt()  # of squares: half of float64's digits
-    inverse = _inverse(singular, _NULL[torch.float32])
-    root = (q * inverse[..., None, :]) @ q.mT
-    return torch.where(finite, root @ double, torch.nan)
+    inverse = _inverse(eigenvalues.clamp_min(0).sqrt(), _NULL_FLOAT32)
+    return torch.where(finite, (q * inverse[..., None, :]) @ q.mT @ x, torch.nan)
 
 
 def _iterate(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:

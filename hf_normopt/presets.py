@@ -76,8 +76,8 @@ PRESETS: dict[str, Preset] = {
     "normopt": Preset(
         description="An operator norm for each role, at the learning rates of AdamW.",
         source=(
-            "Bernstein & Newhouse 2024, arXiv 2409.20325, Epilogue; scale: Liu et al. 2025, "
-            "arXiv 2502.16982"
+            "Bernstein & Newhouse 2024, arXiv 2409.20325, Epilogue; scale: Liu et al. 2025, arXiv "
+            "2502.16982"
         ),
         learning_rate=(1e-5, 5e-3),
         policy=_normopt(),
@@ -88,8 +88,8 @@ PRESETS: dict[str, Preset] = {
             "torch.optim.Muon + AdamW."
         ),
         source=(
-            "Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; its polynomial, "
-            "5 steps"
+            "Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; its polynomial, 5 "
+            "steps"
         ),
         learning_rate=(3e-4, 2e-2),
         policy=_muon(),
@@ -114,6 +114,7 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "scale": ("scale", str),
     "decay": ("decay", float),
 }
+_STATISTIC_FIELDS = ("beta1", "beta2", "eps")
 
 
 def create_normopt_optimizer(
@@ -165,58 +166,65 @@ def changed(policy: Policy, **changes: Any) -> Policy:
     """A policy with some fields of its rules replaced, see [`create_normopt_optimizer`].
 
     Raises:
-        ValueError: for an unknown name or a value of the wrong type.
+        ValueError: for an unknown name, a value of the wrong type, or no rule that it concerns.
     """
     policy = dict(policy)
-    for name, value in sorted(
-        changes.items(), key=lambda change: "_" in change[0]
-    ):  # all roles first
-        if name in ("beta1", "beta2", "eps"):
+    for name, value in sorted(changes.items(), key=_generality):
+        if name in _STATISTIC_FIELDS:
             _change_statistics_inplace(policy, name, _read(name, value, float))
             continue
-        word, _, role = name.partition("_")
-        targets = [role] if role else list(policy)
-        if word not in _FIELDS or (role and role not in policy and role not in KINDS):
-            known = [
-                *_FIELDS,
-                "beta1",
-                "beta2",
-                "eps",
-                *(f"{w}_{r}" for w in _FIELDS for r in (*ROLES, *KINDS)),
-            ]
+        field, _, role = name.partition("_")
+        if field not in _FIELDS or (role and role not in policy and role not in KINDS):
+            known = [*_FIELDS, *_STATISTIC_FIELDS]
+            known += [f"{field}_{role}" for field in _FIELDS for role in (*ROLES, *KINDS)]
             raise ValueError(
-                f"Unknown option {name!r}.{_near(name, known)} Options are "
-                f"{', '.join(_FIELDS)}, each also "
-                f"for one role or kind ({', '.join((*ROLES, *KINDS))}), as in lr_head, "
-                "and beta1, beta2, eps."
+                f"Unknown option {name!r}.{_near(name, known)} Options are {', '.join(_FIELDS)}, "
+                f"each also for one role or kind ({', '.join((*ROLES, *KINDS))}), as in lr_head, "
+                f"and {', '.join(_STATISTIC_FIELDS)}."
             )
-        attribute, kind = _FIELDS[word]
-        for target in targets:
+        attribute, kind = _FIELDS[field]
+        for target in [role] if role else list(policy):
             rule = policy.get(target) or policy[KINDS[target]]
             policy[target] = replace(rule, **{attribute: _read(name, value, kind)})
     return policy
 
 
+def has_statistic(policy: Policy) -> bool:
+    """Whether any rule smooths a statistic, so that beta2 and eps mean something."""
+    return any(rule.statistic is not None for rule in policy.values())
+
+
+def _generality(change: tuple[str, Any]) -> int:
+    """All roles first, then single roles, then kinds, whatever order they were given in."""
+    role = change[0].partition("_")[2]
+    return 0 if not role else 2 if role in KINDS else 1
+
+
 def _change_statistics_inplace(policy: dict[str, Rule], name: str, value: float) -> None:
+    if not has_statistic(policy):
+        raise ValueError(
+            f"{name} has no effect: no rule of this preset has a second moment. The momentum of "
+            "its rules is the option momentum."
+        )
     for role, rule in policy.items():
-        if not isinstance(rule.statistic, EMA):
+        if rule.statistic is None:
             continue
         if name == "beta1":
             policy[role] = replace(rule, momentum=value)
-        elif name == "beta2":
-            policy[role] = replace(rule, statistic=replace(rule.statistic, beta=value))
-        else:
+        elif name == "eps":
             policy[role] = replace(rule, statistic=replace(rule.statistic, eps=value))
+        elif isinstance(rule.statistic, EMA):
+            policy[role] = replace(rule, statistic=replace(rule.statistic, beta=value))
 
 
 def _read(name: str, value: Any, kind: type) -> Any:
     """A value, or the text of one, as the type that an option has."""
     if kind is Norm and isinstance(value, str):
         return parse_norm(value)
-    if kind is bool and isinstance(value, str):
+    if kind is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if value.lower() in words:
-            return words[value.lower()]
+        if str(value).lower() in words:
+            return words[str(value).lower()]
     elif kind is float:
         try:
             return float(value)

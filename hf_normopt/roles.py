@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import cast
@@ -90,42 +90,39 @@ def classify(model: nn.Module, overrides: Mapping[str, str] | None = None) -> li
     graph = _Graph(model)
     specs = []
     for tensor, names in graph.trainable():
-        findings = [_decide(view, overrides) for view in graph.views(tensor, names)]
-        best = next((f for f in findings if f.role == "embedding"), findings[0])
-        tied_to = ", ".join(names[1:]) or None
-        if best.role == "embedding" and any(f.role == "head" for f in findings):
-            best = replace(
-                best,
-                reason=f"{best.reason}, and the head: a tied tensor takes the embedding's rule",
-            )
-        layout = best.layout or usual_layout(best.role, tuple(tensor.shape))
+        shape, tied_to = tuple(tensor.shape), ", ".join(names[1:]) or None
+        found = _overridden(_settled(map(_find, graph.views(tensor, names))), names, overrides)
+        layout = found.layout or usual_layout(found.role, shape)
         specs.append(
-            ParamSpec(
-                names[0], tuple(tensor.shape), best.role, best.kind, layout, best.reason, tied_to
-            )
+            ParamSpec(names[0], shape, found.role, found.kind, layout, found.reason, tied_to)
         )
     for pattern in overrides:
         if not any(re.search(pattern, name) for spec in specs for name in _all_names(spec)):
             names = [name for spec in specs for name in _all_names(spec)]
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
             raise ValueError(
-                f"The override {pattern!r} matches none of {len(specs)} trainable parameters; "
-                "it is searched as a regular expression in names such as "
+                f"The override {pattern!r} matches none of {len(specs)} trainable parameters; it "
+                "is searched as a regular expression in names such as "
                 f"{', '.join(near or names[:3])}."
             )
     return specs
 
 
 def canonical_name(name: str) -> str:
-    """A name without what DDP, torch.compile, FSDP and PEFT wrap around it."""
+    """A name without what DDP, torch.compile, FSDP and activation checkpointing wrap around it."""
     return _WRAPPERS.sub("", name).rstrip(".")
 
 
 _WRAPPERS = re.compile(
-    r"^module\.|(?<![^.])_orig_mod(?:\.|$)|(?<![^.])_fsdp_wrapped_module(?:\.|$)|(?<![^.])_checkpoint_wrapped_module(?:\.|$)"
-    r"|^base_model\.model(?:\.|$)|(?<![^.])base_layer(?:\.|$)|(?<![^.])original_module(?:\.|$)"
-    r"|(?<![^.])modules_to_save\.[^.]+(?:\.|$)"
+    r"^(?:module\.|_orig_mod\.)+"
+    r"|(?<![^.])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)(?:\.|$)"
 )
+_PEFT_COPIES = re.compile(r"(?<![^.])(?:base_layer|original_module|modules_to_save\.[^.]+)(?:\.|$)")
+
+
+def _place(name: str) -> str:
+    """Where a module or parameter stands, also if PEFT put a copy or a layer of its own there."""
+    return _PEFT_COPIES.sub("", canonical_name(name)).rstrip(".")
 
 
 def _all_names(spec: ParamSpec) -> list[str]:
@@ -191,7 +188,7 @@ class _Graph:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._heads = _heads(_unwrapped(model), self._modules)
+        self._heads = _heads(self._modules)
         self._names: dict[int, list[str]] = {}
         self._tensors: dict[int, nn.Parameter] = {}
         for name, tensor in model.named_parameters(remove_duplicate=False):
@@ -210,19 +207,35 @@ class _Graph:
                 (".".join(parts[i:]), self._modules[".".join(parts[:i])])
                 for i in range(len(parts) - 1, -1, -1)
             )
-            head = self._heads.get(canonical_name(".".join(parts[:-1])))
+            head = self._heads.get(_place(".".join(parts[:-1])))
             yield View(name, tuple(tensor.shape), owners, head)
 
 
-def _decide(view: View, overrides: Mapping[str, str]) -> Finding:
+def _find(view: View) -> Finding:
+    """The answer of the first matcher that has one."""
     found = next(filter(None, (matcher(view) for matcher in MATCHERS)), None)
-    found = found or Finding("other", f"no matcher knows {view.leaf} of {view.owner_class}")
+    return found or Finding("other", f"no matcher knows {view.leaf} of {view.owner_class}")
+
+
+def _settled(findings: Iterable[Finding]) -> Finding:
+    """One finding for a tensor with several names; a table that is the head too is an embedding."""
+    findings = list(findings)
+    best = next((found for found in findings if found.role == "embedding"), findings[0])
+    if best.role == "embedding" and any(found.role == "head" for found in findings):
+        tie = "and the head: a tied tensor takes the embedding's rule"
+        return replace(best, reason=f"{best.reason}, {tie}")
+    return best
+
+
+def _overridden(found: Finding, names: list[str], overrides: Mapping[str, str]) -> Finding:
     for pattern, role in overrides.items():
-        if re.search(pattern, view.name):
+        if any(re.search(pattern, name) for name in names):
+            new = KINDS.get(role, role)
             return Finding(
-                role=KINDS.get(role, role),
+                role=new,
                 reason=f"override {pattern!r} (found: {found.role}, {found.reason})",
-                layout=found.layout,
+                # a table is stored as a head is, not as it is looked up
+                layout=None if found.role == "embedding" != new else found.layout,
                 kind=role if role in KINDS else "",
             )
     return found
@@ -237,60 +250,63 @@ _ADAPTER = re.compile(
 )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The innermost model whose accessors may be asked."""
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return _unwrapped(model.module)
-    if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-        return _unwrapped(compiled)
-    peft = getattr(model, "get_base_model", None)
-    return peft() if callable(peft) else model
-
-
-def _heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Why a module is a head, by canonical name."""
+def _heads(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why a module is a head, by its place."""
     matrices = {
-        canonical_name(name): module
+        _place(name): module
         for name, module in modules.items()
         if isinstance(module, _MATRIX) and not _ADAPTER.search(name)
     }
-    if not isinstance(model, PreTrainedModel):
-        last = list(matrices)[-1:]
-        repeated = {canonical_name(n) for n, m in modules.items() if isinstance(m, nn.ModuleList)}
-        return {
-            name: "the last matrix of the model" for name in last if not _inside(name, repeated)
-        }
-
-    heads = {}
-    output = model.get_output_embeddings()
+    inner: dict[str, PreTrainedModel] = {}  # the outermost models that transformers knows
     for name, module in modules.items():
-        if module is output and output is not None:
-            heads[canonical_name(name)] = "get_output_embeddings()"
-    if re.search(r"For[A-Z]|Head", type(model).__name__):
-        outside = _outside_base(model, matrices)
-        for (name, matrix), (_, following) in zip(outside, [*outside[1:], ("", None)], strict=True):
-            if following is None or _fans(matrix)[0] != _fans(following)[1]:
-                heads.setdefault(
-                    name, f"last matrix after the base model of {type(model).__name__}"
-                )
+        if isinstance(module, PreTrainedModel) and not _inside(_place(name), set(inner)):
+            inner[_place(name)] = module
+    heads: dict[str, str] = {}
+    for name, model in inner.items():
+        heads |= _task_heads(name, model, modules, matrices)
+
+    root = modules[""]
+    if not hasattr(root, "peft_config") and not type(root).__module__.startswith("transformers."):
+        lists = {_place(name) for name, m in modules.items() if isinstance(m, nn.ModuleList)}
+        own = [name for name in matrices if not _inside(name, set(inner))]
+        heads |= {
+            name: "the last matrix of the model" for name in own[-1:] if not _inside(name, lists)
+        }
     return heads
 
 
-def _outside_base(
-    model: PreTrainedModel, matrices: Mapping[str, nn.Module]
-) -> list[tuple[str, nn.Module]]:
-    """The matrices that a task class adds to its base model, in order."""
-    base = model.base_model
-    inside = {name for name, child in model.named_children() if child is base}
-    if (
-        base is model
-    ):  # none of its children is: only a matrix that is itself a child is surely added
-        return [(name, m) for name, m in matrices.items() if "." not in name]
-    return [(name, m) for name, m in matrices.items() if not _inside(name, inside)]
+def _task_heads(
+    place: str,
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    matrices: Mapping[str, nn.Module],
+) -> dict[str, str]:
+    """The output embeddings, and the last of the matrices that a task adds to its base model."""
+    heads = {}
+    output, base = model.get_output_embeddings(), model.base_model
+    if output is not None:
+        heads = {
+            _place(name): "get_output_embeddings()" for name, m in modules.items() if m is output
+        }
+    custom = not type(model).__module__.startswith("transformers.")
+    if not custom and not re.search(r"For[A-Z]|Head", type(model).__name__):
+        return heads
+
+    added = [(name, matrix) for name, matrix in matrices.items() if _inside(name, {place})]
+    if base is model:  # none of its modules is: only a matrix that is its child is surely added
+        children = {f"{place}.{child}".lstrip(".") for child, _ in model.named_children()}
+        added = [] if custom else [(name, matrix) for name, matrix in added if name in children]
+    else:
+        inside = {_place(name) for name, module in modules.items() if module is base}
+        added = [(name, matrix) for name, matrix in added if not _inside(name, inside)]
+    for i, (name, matrix) in enumerate(added):
+        if i + 1 == len(added) or _fans(matrix)[0] != _fans(added[i + 1][1])[1]:
+            heads.setdefault(name, f"last matrix after the base model of {type(model).__name__}")
+    return heads
 
 
 def _inside(name: str, modules: set[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
+    return any(not m or name == m or name.startswith(f"{m}.") for m in modules)
 
 
 def _fans(matrix: nn.Module) -> tuple[int, int]:
@@ -312,16 +328,26 @@ def _adapter(view: View) -> Finding | None:
     if found is None:
         return None
     what, shape = found[1], view.shape
+    if view.leaf == "bias":
+        return Finding("bias", f"bias of LoRA factor {what[-1]}")
+    wrapper = next((m for _, m in view.owners if hasattr(m, "get_delta_factors")), None)
+    experts = int(getattr(wrapper, "num_experts", 1))
+    if experts > 1:  # target_parameters: (experts * rank, in) and (out, rank * experts)
+        pattern = f"(expert={experts} out) in" if what == "lora_A" else f"out (in expert={experts})"
+        kind = "adapter_a" if what == "lora_A" else "adapter_b"
+        return Finding(
+            "linear", f"LoRA factors {what[-1]} of stacked experts", Layout(pattern), kind
+        )
     if what in ("lora_A", "lora_B"):
         kind = "adapter_a" if what == "lora_A" else "adapter_b"
-        role = "conv" if isinstance(view.owner, nn.modules.conv._ConvNd) else "linear"
+        if isinstance(view.owner, nn.modules.conv._ConvNd):
+            return Finding("conv", f"LoRA factor {what[-1]}", _owner_layout(view))
+        role = "linear"
         return Finding(
             role, f"LoRA factor {what[-1]}", _owner_layout(view) or usual_layout(role, shape), kind
         )
     if what == "lora_embedding_A":
-        return Finding(
-            "embedding", "LoRA factor A of a table: (rank, tokens)", Layout("out in"), "adapter_a"
-        )
+        return Finding("embedding", "LoRA factor A of a table: (rank, tokens)", Layout("out in"))
     if what == "lora_embedding_B":
         return Finding(
             "linear", "LoRA factor B of a table: (width, rank)", Layout("out in"), "adapter_b"
@@ -354,7 +380,7 @@ def _adds_one(cls: Hashable) -> bool:
 
 def _table(view: View) -> Finding | None:
     """Lookup tables."""
-    if not isinstance(view.owner, (nn.Embedding, nn.EmbeddingBag)):
+    if not isinstance(view.owner, (nn.Embedding, nn.EmbeddingBag)) or len(view.shape) != 2:
         return None
     kind = "position" if re.search(r"position|embed_pos|(^|\.)wpe\.", view.name) else ""
     return Finding("embedding", f"table of {view.owner_class}", Layout("in out"), kind)
@@ -362,8 +388,8 @@ def _table(view: View) -> Finding | None:
 
 def _fused(view: View) -> Finding | None:
     """Several maps in one tensor, from `architectures.py`."""
-    for path, owner in view.owners[1:3]:
-        row = fused_axis(owner, path.rpartition(".")[0])
+    for path, owner in view.owners[1:]:
+        row = fused_axis(owner, _place(path.rpartition(".")[0]))
         if row is None:
             continue
         axis = row.axis(owner)
@@ -376,7 +402,7 @@ def _fused(view: View) -> Finding | None:
 
 def _experts(view: View) -> Finding | None:
     """Stacked experts; their modules say how they are stored (transformers/integrations/moe.py)."""
-    if not view.owner_class.endswith("Experts") or view.owner_class == view.leaf:
+    if not view.owner_class.endswith("Experts"):
         return None
     out = "out"
     if view.leaf.startswith("gate_up_proj"):
@@ -393,7 +419,7 @@ def _experts(view: View) -> Finding | None:
 
 def _bias(view: View) -> Finding | None:
     """Additive vectors, by name: the one thing for which every library uses the same word."""
-    if "bias" not in view.leaf.rpartition(".")[2]:
+    if "bias" not in view.leaf or re.search(r"table|position", view.leaf):
         return None
     if isinstance(view.owner, nn.RNNBase):
         return Finding(
@@ -427,6 +453,8 @@ def _matrix(view: View) -> Finding | None:
 def _owner_layout(view: View) -> Layout | None:
     """The layout of a weight that torch or transformers multiply by themselves."""
     owner, shape = view.owner, view.shape
+    if view.leaf not in ("weight", "default") or len(shape) < 2:
+        return None
     if isinstance(owner, Conv1D):
         return Layout("in out")
     if isinstance(owner, nn.Linear):
@@ -478,9 +506,9 @@ def _projector(view: View) -> Finding | None:
 
 def _token(view: View) -> Finding | None:
     """Raw parameters placed into the sequence: class and mask tokens, positions, probes."""
-    if not re.search(r"token|embed|probe|position|latent|quer(y|ies)$", view.leaf):
+    if not re.search(r"token|embed|probe|position|latents?$|queries$|pos_?emb|^pos$", view.leaf):
         return None
-    kind = "position" if re.search(r"pos(ition)?_?(embed|ids|$)", view.leaf) else ""
+    kind = "position" if re.search(r"pos(ition|_?emb|$)", view.leaf) else ""
     return Finding("embedding", "a learned vector placed into the sequence", None, kind)
 
 
@@ -494,7 +522,7 @@ def _single(view: View) -> Finding | None:
 def _gain(view: View) -> Finding | None:
     """Raw vectors that multiply: layer scale and its likes."""
     one_axis = sum(size > 1 for size in view.shape) <= 1
-    if one_axis and re.search(r"weights?$|gamma|lambda|scale|gain", view.leaf):
+    if one_axis and re.search(r"weights?$|weight_g$|gamma|lambda|scale|gain", view.leaf):
         return Finding("norm", f"a raw vector named {view.leaf.rpartition('.')[2]}: a gain")
     return None
 

@@ -9,6 +9,8 @@ def format_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False
 ) -> str:
     """A text table; columns whose cells are all numbers are aligned to the right."""
+    if markdown:
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     numeric = [all(cell[:1].isdigit() for cell in column[1:]) for column in columns]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
-from .arguments import optimizer_from_arguments
+from .arguments import optimizer_from_arguments, optimizer_name
 from .optimizer import NormOpt
 from .presets import optimizer_names
 
@@ -49,12 +49,21 @@ class NormOptMixin:
         kwargs = dict(self.args.lr_scheduler_kwargs or {})
         if self.lr_scheduler is None and "decay_ratio" in kwargs:
             ratio = float(kwargs.pop("decay_ratio"))
-            if not 0 <= ratio <= 1:
-                raise ValueError(f"decay_ratio is a fraction of the run in [0, 1], found {ratio}.")
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            if self.args.lr_scheduler_type != "warmup_stable_decay":
+                raise ValueError(
+                    "decay_ratio belongs to lr_scheduler_type='warmup_stable_decay', found "
+                    f"{str(self.args.lr_scheduler_type.value)!r}."
+                )
+            if not 0 <= ratio <= 1 - warmup / max(1, num_training_steps):
+                raise ValueError(
+                    "decay_ratio is a fraction of the run, in [0, 1] together with the warm-up; "
+                    f"found {ratio} and {warmup} of {num_training_steps} steps."
+                )
             self.lr_scheduler = get_scheduler(
                 self.args.lr_scheduler_type,
                 optimizer=self.optimizer if optimizer is None else optimizer,
-                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                num_warmup_steps=warmup,
                 num_training_steps=num_training_steps,
                 scheduler_specific_kwargs={
                     "num_decay_steps": round(ratio * num_training_steps),
@@ -82,9 +91,8 @@ def register() -> None:
         from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
     except ImportError:
         raise ImportError(
-            'optim="normopt" needs the registry of optimizers of transformers >= 5.2. '
-            "Update transformers, or use "
-            "NormOptTrainer's mixin or create_normopt_optimizer."
+            "hf_normopt needs transformers >= 5.2, whose registry makes an optimizer known by "
+            "name. Update transformers."
         ) from None
     for name in optimizer_names():
         if name not in OptimizerNames._value2member_map_:
@@ -112,6 +120,6 @@ def _add_member(enum: Any, value: str) -> None:
 
 
 def _asks_for_normopt(args: TrainingArguments) -> bool:
-    name = str(getattr(args.optim, "value", args.optim))
+    name = optimizer_name(args)
     default = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == "optim")
     return name in optimizer_names() or name == str(getattr(default, "value", default))

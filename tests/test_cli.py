@@ -90,6 +90,7 @@ def test_inspect_with_overrides(capsys, llama):
     ("argv", "message"),
     [
         (["no/such/model"], "no/such/model"),
+        (["./nowhere"], "There is no file or folder ./nowhere"),
         (["MODEL", "--roles", "head:nothing"], "matches none"),
         (["MODEL", "--roles", "nothing"], "expected role:REGEX"),
     ],

@@ -9,7 +9,7 @@ import hf_normopt
 
 PACKAGE = Path(hf_normopt.__file__).parent
 ROWS = [
-    {"orthogonalize", "layouts", "architectures", "tables", "version"},
+    {"orthogonalize", "layouts", "architectures", "sharding", "tables", "version"},
     {"norms", "roles"},
     {"rules", "step_sizes"},
     {"optimizer"},

@@ -131,7 +131,12 @@ def test_errors():
         Layout("(part=3 out) in").to_operators(torch.ones(4, 2))
     with pytest.raises(ValueError, match="cannot read 'Out'"):
         Layout("Out in")
-    with pytest.raises(ValueError, match="leave the size of one name open"):
+    for pattern in ("(out in", "out)) in", "out(in)"):
+        with pytest.raises(ValueError, match="in pairs"):
+            Layout(pattern)
+    with pytest.raises(ValueError, match="a tap axis needs its size"):
+        Layout("out in tap")
+    with pytest.raises(ValueError, match="may leave one size open"):
         Layout("(part out) in")
     with pytest.raises(ValueError, match="one axis at the most"):
         Layout("(out=1+2) (in=1+2)")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from hf_normopt import Frobenius, MaxColumn, MaxRow, Norm, operator_norm
+from hf_normopt import Frobenius, MaxColumn, MaxRow, Norm, Spectral, operator_norm
 from hf_normopt.norms import parse_norm
 from tests.tolerances import TOLERANCE
 
@@ -201,6 +201,16 @@ def test_nan_is_not_hidden(norm: Norm):
     g = torch.randn(4, 4)
     g[2, 1] = torch.nan
     assert norm.lmo(g).isnan().any()
+    assert norm.norm(g).isnan()
+    assert norm.dual_norm(g).isnan()
+
+
+@every_norm
+def test_nothing_under_or_overflows(norm: Norm):
+    for size in (1e-30, 1e25):
+        g = size * torch.randn(6, 5)
+        close(inner(g, norm.lmo(g)), norm.dual_norm(g), torch.float32)
+        close(norm.norm(g) / size, norm.norm(g / size), torch.float32)
 
 
 def orthogonal(n):
@@ -265,6 +275,17 @@ def test_operator_norm_refuses_pairs_without_a_closed_form():
         operator_norm("l0", "linf")
     with pytest.raises(ValueError, match=r"Unknown vector norm 0.5"):
         operator_norm(0.5, "linf")
+
+
+def test_a_class_refuses_the_pairs_of_another():
+    for wrong in (
+        lambda: MaxColumn(input="rms"),
+        lambda: MaxRow(output="rms"),
+        lambda: MaxColumn(output="xyz"),
+        lambda: Spectral(input="l1", output="linf"),
+    ):
+        with pytest.raises(ValueError, match=r"is the pair of|Unknown vector norm|no closed form"):
+            wrong()
 
 
 @every_norm

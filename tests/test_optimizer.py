@@ -33,7 +33,7 @@ def llama(**changes):
         "num_attention_heads": 4,
     }
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, **{**sizes, "num_key_value_heads": 2, **changes})
+        LlamaConfig(**{**sizes, "num_key_value_heads": 2, "vocab_size": 64, **changes})
     )
 
 
@@ -414,6 +414,74 @@ def test_checkpoints_that_do_not_fit_are_refused_before_anything_changes():
     )
 
 
+def test_checkpoints_of_another_shape_are_refused():
+    _, first = one((5, 3))
+    _, second = one((6, 3))
+    with pytest.raises(
+        ValueError, match=r"w has the shape \(5, 3\) in the checkpoint and \(6, 3\)"
+    ):
+        second.load_state_dict(first.state_dict())
+
+
+def test_resume_in_another_dtype():
+    p, first = one()
+    p.grad = torch.randn(6, 4)
+    first.step()
+    q, second = one(dtype=torch.float64)
+    second.load_state_dict(first.state_dict())
+    q.grad = torch.randn(6, 4, dtype=torch.float64)
+    second.step()
+    assert second.state[q]["momentum_buffer"].dtype == torch.float64
+
+
+def test_two_parameters_of_one_name_are_refused():
+    a, b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    params = [*a.named_parameters(), *b.named_parameters()]
+    with pytest.raises(ValueError, match="Two parameters are named weight"):
+        NormOpt([{"params": params, "role": "linear"}], LINEAR, lr=0.1)
+
+
+def test_nothing_moves_when_one_shape_is_wrong():
+    p, q = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    optimizer = NormOpt([{"params": [p, q], "role": "linear"}], LINEAR, lr=0.1)
+    q.data = torch.ones(9)
+    p.grad, q.grad = torch.randn(3, 3), torch.randn(9)
+    with pytest.raises(RuntimeError, match="param_1 had the shape"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3, 3))
+
+
+def test_step_counters_do_not_depend_on_the_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        p, optimizer = one(policy={"linear": Rule(operator_norm("l1", "linf"), statistic=EMA(0.9))})
+        for _ in range(300):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[p]["step"].item() == 300
+
+
+def test_nesterov_with_bias_correction_starts_at_full_size():
+    """The weights of the Nesterov average sum to 1 - momentum^(t + 1), as in NAdam."""
+    rule = Rule(
+        operator_norm("l1", "linf"), momentum=0.9, nesterov=True, statistic=EMA(0.99, eps=0)
+    )
+    p, optimizer = one(policy={"linear": rule}, lr=1.0)
+    start, p.grad = p.detach().clone(), torch.randn(6, 4)
+    for step in range(1, 5):  # a constant gradient: every step is its sign
+        optimizer.step()
+        torch.testing.assert_close(start - p.detach(), step * p.grad.sign(), rtol=1e-4, atol=1e-4)
+
+
+def test_empty_tensors_are_left_alone():
+    for role, shape in (("linear", (0, 4)), ("bias", (0,)), ("embedding", (4, 0))):
+        p, optimizer = one(shape, role, PRESETS["normopt"].policy)
+        p.grad = torch.zeros(shape)
+        optimizer.step()
+
+
 def test_copies_keep_their_policy():
     p, optimizer = one()
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
@@ -477,6 +545,11 @@ def test_errors():
     group = {"params": [weight], "role": "linear"}
     with pytest.raises(ValueError, match=r"lr must be a finite number >= 0, found -0.1"):
         NormOpt([group], LINEAR, lr=-0.1)
+    for lr in (None, "0.1", math.inf):
+        with pytest.raises(ValueError, match="lr must be a finite number"):
+            NormOpt([group], LINEAR, lr=lr)
+    with pytest.raises(ValueError, match="A group needs a role"):
+        NormOpt([group], LINEAR, lr=0.1).add_param_group({"params": []})
     with pytest.raises(ValueError, match="weight_decay must be"):
         NormOpt([group], LINEAR, lr=0.1, weight_decay=math.nan)
     with pytest.raises(

@@ -61,8 +61,21 @@ def test_efficiency_on_every_spectrum(method, spectrum, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rank_one_goes_downhill(method, dtype):
     """At σ = 1 some published coefficient sets turn the step uphill."""
-    g = torch.outer(torch.randn(30), torch.randn(70)).to(dtype)
-    assert efficiency(g, orthogonalize(g, method)) > 0.999
+    for m, n in ((30, 70), (70, 30), (64, 4096), (256, 1024)):
+        for noise in (0, 1e-3) if method != "cubic" else (0,):
+            g = (torch.outer(torch.randn(m), torch.randn(n)) + noise * torch.randn(m, n)).to(dtype)
+            o = orthogonalize(g, method)
+            assert (g * o).sum() > 0.6 * torch.linalg.matrix_norm(g, "nuc") * (noise == 0)
+            assert torch.linalg.matrix_norm(o.double(), 2) < 1.2
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_null_spaces_of_products_stay_null(method, dtype):
+    g = torch.randn(256, 2, dtype=dtype) @ torch.randn(2, 1024, dtype=dtype)
+    assert torch.linalg.matrix_norm(orthogonalize(g, method)).square().item() == pytest.approx(
+        2, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

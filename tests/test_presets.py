@@ -122,6 +122,13 @@ def test_a_change_of_a_kind_makes_its_rule_from_its_role():
     assert policy["adapter_b"].norm == policy["linear"].norm
 
 
+def test_changes_do_not_depend_on_their_order():
+    one = changed(PRESETS["normopt"].policy, lr_router=2, momentum_linear=0.5)
+    other = changed(PRESETS["normopt"].policy, momentum_linear=0.5, lr_router=2)
+    assert one == other
+    assert one["router"].momentum == 0.5
+
+
 def test_adam_options_reach_the_rules_with_a_statistic():
     policy = changed(PRESETS["muon"].policy, beta1=0.8, beta2=0.99, eps=1e-6)
     assert (policy["head"].momentum, policy["head"].statistic) == (0.8, EMA(0.99, 1e-6))
@@ -138,6 +145,7 @@ def test_adam_options_reach_the_rules_with_a_statistic():
         ({"momentum": 1.5}, r"momentum must be in \[0, 1\)"),
         ({"norm_head": "l2->l1"}, r"no closed form"),
         ({"norm_head": "spectral"}, r"Cannot read the norm 'spectral'"),
+        ({"beta2": 0.5}, r"beta2 has no effect: no rule of this preset has a second moment"),
         ({"scale": "huge"}, r"Unknown scale 'huge'; expected one of norm, adamw, muon"),
         ({"preset": "moun"}, r"Unknown preset 'moun'.*Did you mean muon"),
     ],

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
+from packaging import version
+from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from hf_normopt import Layout, classify
@@ -56,6 +57,10 @@ def golden(architecture):
     return sections
 
 
+@pytest.mark.skipif(
+    version.parse(tf.__version__) < version.parse("5.23"),
+    reason="the tables name modules as 5.23 does",
+)
 @pytest.mark.parametrize(("architecture", "class_name"), CLASSES, ids=lambda x: x)
 def test_golden_table(architecture, class_name):
     sections = golden(architecture)
@@ -107,7 +112,7 @@ def test_lora_on_llama():
     assert rows == {
         "base_model.model.model.embed_tokens.lora_embedding_A.default": (
             "embedding",
-            "adapter_a",
+            "",
             "out in",
         ),
         "base_model.model.model.embed_tokens.lora_embedding_B.default": (
@@ -191,7 +196,7 @@ def test_tied_tensor_whose_first_name_is_the_heads():
 def test_gains_that_are_used_as_one_plus_weight_say_so():
     reasons = {s.name: s.reason for s in classify(build("Gemma3Model", "gemma3"))}
     assert "1 + weight" in reasons["language_model.norm.weight"]
-    assert "1 + weight" not in reasons["vision_tower.post_layernorm.weight"]
+    assert not [n for n, r in reasons.items() if "1 + weight" in r and n.startswith("vision_tower")]
 
 
 class Unknown(nn.Module):
@@ -241,6 +246,14 @@ def test_overrides_correct_the_role_and_keep_the_layout_of_a_known_module():
     assert "override" in blocks.reason
 
 
+def test_overrides_reach_a_tied_tensor_by_any_of_its_names():
+    for pattern in ("wte", "lm_head"):
+        (spec,) = [
+            s for s in classify(build("GPT2LMHeadModel", "gpt2"), {pattern: "head"}) if s.tied_to
+        ]
+        assert (spec.role, str(spec.layout)) == ("head", "out in")  # (vocabulary, width)
+
+
 def test_overrides_that_match_nothing_or_name_no_role():
     with pytest.raises(ValueError, match=r"'spectrun' matches none of .* such as spectrum"):
         classify(Unknown(), {"spectrun": "embedding"})
@@ -253,15 +266,119 @@ def test_overrides_that_match_nothing_or_name_no_role():
 def test_names_without_wrappers():
     assert canonical_name("module.model.a.weight") == "model.a.weight"
     assert canonical_name("_orig_mod.a._fsdp_wrapped_module.weight") == "a.weight"
-    assert canonical_name("base_model.model.a.base_layer.weight") == "a.weight"
-    assert canonical_name("base_model.model.c.modules_to_save.default.out.weight") == "c.out.weight"
-    assert canonical_name("module._orig_mod.a._checkpoint_wrapped_module.weight") == "a.weight"
+    assert canonical_name("_orig_mod.module.a._checkpoint_wrapped_module.weight") == "a.weight"
+    assert canonical_name("a.module.weight") == "a.module.weight"
+
+
+def roles(model):
+    return [(s.role, s.kind, str(s.layout)) for s in classify(model)]
 
 
 def test_wrapped_models_are_classified_as_what_they_wrap():
-    model = build("BertForSequenceClassification", "bert")
-    wrapped = nn.DataParallel(model)
-    assert [s.role for s in classify(wrapped)] == [s.role for s in classify(model)]
+    def plain():
+        return build("LlamaForSequenceClassification", "llama")
+
+    def tuned():
+        config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+        model = get_peft_model(plain(), config)
+        return model.requires_grad_(True)  # the base too, where a wrong prefix would show
+
+    for make in (plain, tuned):
+        expected = roles(make())
+        assert sum(role == "head" for role, *_ in expected) == (1 if make is plain else 2)
+        assert roles(nn.DataParallel(make())) == expected
+        assert roles(torch.compile(make())) == expected
+        assert roles(torch.compile(nn.DataParallel(make()))) == expected
+
+
+def test_a_model_inside_another_module_keeps_its_head():
+    class WithValueHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.value_head = nn.Linear(4096, 1)
+            self.pretrained = build("LlamaForCausalLM", "llama")
+
+    class Embedder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = build("BertModel", "bert")
+
+    found = {s.name: s.role for s in classify(WithValueHead())}
+    assert {name for name, role in found.items() if role == "head"} == {
+        "value_head.weight",
+        "pretrained.lm_head.weight",
+    }
+    assert "head" not in {s.role for s in classify(Embedder())}
+
+
+def test_a_task_model_without_its_head():
+    config = tf.ViTConfig(num_hidden_layers=1, num_labels=0)
+    with torch.device("meta"):
+        model = tf.ViTForImageClassification(config)
+    assert "head" not in {s.role for s in classify(model)}
+
+
+def test_prompt_encoders_have_no_head():
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(tf.LlamaForCausalLM(TINY_LLAMA), config)
+    assert "head" not in {s.role for s in classify(model)}
+    model = get_peft_model(
+        tf.LlamaForCausalLM(TINY_LLAMA),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    )
+    model.requires_grad_(True)
+    heads = [s.name for s in classify(model) if s.role == "head"]
+    assert heads == ["base_model.lm_head.weight"]
+
+
+TINY_LLAMA = tf.LlamaConfig(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+)
+
+
+def test_biases_of_lora_and_copies_of_fused_maps():
+    config = LoraConfig(
+        target_modules=["c_proj"], lora_bias=True, modules_to_save=["c_attn"], fan_in_fan_out=True
+    )
+    model = get_peft_model(build("GPT2Model", "gpt2"), config)
+    found = {fold(s.name).removeprefix("base_model.model."): s for s in classify(model)}
+    bias = found["h.*.mlp.c_proj.lora_B.default.bias"]
+    assert (bias.role, str(bias.layout)) == ("bias", "out")
+    saved = found["h.*.attn.c_attn.modules_to_save.default.weight"]
+    assert (saved.role, str(saved.layout)) == ("linear", "in (part=3 out)")
+
+
+def test_lora_on_stacked_experts_computes_their_updates():
+    """B is stored (out, rank * experts): its operators times A's are the experts' deltas."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, **heads, num_local_experts=3))
+    config = LoraConfig(target_parameters=["mlp.experts.down_proj"], r=2, lora_alpha=2)
+    model = get_peft_model(model, config)
+    params = dict(model.named_parameters())
+    factors = {}
+    for spec in classify(model):
+        params[spec.name].data.normal_()
+        (factors[spec.kind],) = spec.layout.to_operators(params[spec.name].data)
+    owner = next(m for m in model.modules() if hasattr(m, "get_delta_factors"))
+    delta = owner.get_delta_weight("default")
+    torch.testing.assert_close(factors["adapter_b"] @ factors["adapter_a"], delta)
+
+
+def test_vectors_of_matrix_modules_are_no_matrices():
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.scale = nn.Parameter(torch.ones(4))
+
+    class Marked(nn.Embedding):
+        def __init__(self):
+            super().__init__(5, 4)
+            self.end_embedding = nn.Parameter(torch.zeros(4))
+
+    rows = {s.name: (s.role, str(s.layout)) for s in classify(nn.Sequential(Scaled(), Marked()))}
+    assert rows["0.scale"] == ("norm", "out")
+    assert rows["1.end_embedding"] == ("embedding", "out")
 
 
 def test_every_kind_refines_a_role():

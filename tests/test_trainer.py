@@ -204,6 +204,10 @@ def test_decay_as_a_fraction_of_the_run(tmp_path):
     logged = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
     assert logged == pytest.approx([1e-3] * 4 + [1e-3 * 2 / 3, 1e-3 / 3])
     assert trainer._created_lr_scheduler
+    with pytest.raises(ValueError, match="decay_ratio belongs to lr_scheduler_type"):
+        NormOptTrainer(
+            bert(), dataclasses.replace(args, lr_scheduler_type="cosine"), train_dataset=rows()
+        ).train()
     with pytest.raises(ValueError, match="decay_ratio is a fraction"):
         NormOptTrainer(
             bert(),
@@ -222,7 +226,8 @@ def test_names_on_the_command_line():
     parser = HfArgumentParser(TrainingArguments)
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", "x", "--optim", "normopt_muon"])
     assert args.optim == "normopt_muon"
-    assert "normopt_muon" in parser.format_help()
+    (optim,) = [action for action in parser._actions if action.dest == "optim"]
+    assert {"normopt", "normopt_muon", "adamw_torch"} <= set(optim.choices)
     parser = HfArgumentParser(NormOptArguments)
     (args,) = parser.parse_args_into_dataclasses(
         [
@@ -237,6 +242,18 @@ def test_names_on_the_command_line():
         ]
     )
     assert normopt_options(args) == {"preset": "muon", "nesterov": False, "lr_head": 2}
+
+
+def test_typed_fields_and_optim_args_may_agree_but_not_differ(tmp_path):
+    def options(**fields):
+        return normopt_options(arguments(tmp_path, NormOptArguments, **fields))
+
+    agreed = options(optim_args="lr_head=2", lr_multipliers={"head": 2.0}, optim="normopt_muon")
+    assert agreed == {"lr_head": "2", "preset": "muon"}
+    with pytest.raises(ValueError, match=r"preset is given twice: 'normopt' by the fields"):
+        options(optim="normopt_muon", preset="normopt")
+    with pytest.raises(ValueError, match=r"lr_multipliers takes a dict.*found 'head=2'"):
+        options(lr_multipliers="head=2")
 
 
 def test_names_are_members_like_any_other():
@@ -303,6 +320,9 @@ def test_roles_in_optim_args(tmp_path):
         ({"optim_args": "roles=heads:pooler"}, "Unknown role 'heads'"),
         ({"optim_args": "roles=pooler"}, "expected role:REGEX"),
         ({"optim": "normopt_muon", "optim_args": "preset=normopt"}, "preset is given twice"),
+        ({"optim_args": "lr=2"}, "lr is no option; it is said by learning_rate"),
+        ({"optim_args": "overrides=2"}, "overrides is no option; it is said by roles="),
+        ({"optim_args": "lr_head=2,lr_head=3"}, "lr_head is given twice"),
         ({"learning_rate": -1.0}, "lr must be a finite number >= 0, found -1.0"),
     ],
 )
