@@ -19,8 +19,7 @@ class Fused:
     Args:
         owner: pattern of the class name of the module that uses the tensor.
         path: name of the tensor's module under the owner, "" for a parameter of its own.
-        axis: how the fused axis is read, given the owner; replaces `out` in the weight and the
-        bias.
+        axis: how the fused axis is read, given the owner; replaces `out` in weight and bias.
         reason: what a person reads in the table.
     """
 

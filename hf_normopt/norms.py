@@ -18,8 +18,7 @@ with a closed form. All of them are one of five shapes, up to a unit, since ‖x
 
 For every norm the dual norm and the LMO are, as in Prop. 1 (the LMO is the maximiser here),
 
-    dual_norm(G) = max_{norm(T) <= 1} ⟨G, T⟩ = ⟨G, lmo(G)⟩,    lmo(G) = argmax_{norm(T) <= 1} ⟨G,
-    T⟩,
+    lmo(G) = argmax_{norm(T) <= 1} ⟨G, T⟩,    dual_norm(G) = ⟨G, lmo(G)⟩,
 
 so steepest descent under the norm steps by `-dual_norm(G) / λ · lmo(G)`. A new norm is one
 dataclass here and one line in `tests/test_norms.py`.
@@ -171,8 +170,7 @@ class MaxColumn(Norm):
 
     norm(W)      = max_j ‖W_{:,j}‖_p
     dual_norm(G) = Σ_j ‖G_{:,j}‖_q, 1/p + 1/q = 1
-    lmo(G)       = in every column sign(g) |g|^(q-1) / ‖g‖_q^(q-1); for p = 2 the column over its
-    length
+    lmo(G)       = sign(g) |g|^(q-1) / ‖g‖_q^(q-1) in each column; for p = 2 it over its length
 
     For an embedding a column is the vector of one token. rms divides `norm` by √fan_out.
 
@@ -205,7 +203,7 @@ class MaxRow(Norm):
 
     norm(W)      = max_i ‖W_{i,:}‖_q
     dual_norm(G) = Σ_i ‖G_{i,:}‖_p
-    lmo(G)       = in every row sign(g) |g|^(p-1) / ‖g‖_p^(p-1); for p = 2 the row over its length
+    lmo(G)       = sign(g) |g|^(p-1) / ‖g‖_p^(p-1) in each row; for p = 2 it over its length
 
     For a head a row makes one output. rms multiplies `norm` by √fan_in.
 

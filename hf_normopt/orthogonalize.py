@@ -63,7 +63,8 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
     Args:
         g: matrices of shape (..., m, n), any floating dtype; never changed.
         method: one of [`METHODS`]. `"auto"` is exact on CPUs (`svd` in float64, `gram` in the other
-            dtypes) and the converged `polar_express` iteration on other devices.
+            dtypes) and the converged `polar_express` iteration on other devices, in float32: with
+            products in float16 or bfloat16 it fills a null space with singular values of 1.
         accuracy: the least LMO efficiency ⟨G, O⟩ / (‖O‖ ‖G‖†) that `"auto"` must give on every
             spectrum. Every choice that it makes today has at least 0.98; a larger number asks for
             an exact method.

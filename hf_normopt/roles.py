@@ -74,8 +74,7 @@ def classify(model: nn.Module, overrides: Mapping[str, str] | None = None) -> li
 
     Args:
         model: any module: a transformers model, one wrapped by PEFT, a plain one; on any device,
-        meta
-            included. Nothing is computed or allocated.
+            meta included. Nothing is computed or allocated.
         overrides: role (a key of [`ROLES`] or [`KINDS`]) by regular expression, searched in the
             parameter's name; the first expression that is found decides. A parameter whose layout
             its module determines keeps it, a raw one gets its new role's usual layout.
