@@ -132,7 +132,7 @@ def create_normopt_optimizer(
         model: any module; only parameters with `requires_grad` are trained.
         lr: the learning rate.
         preset: a key of [`PRESETS`].
-        weight_decay: decoupled; acts on the roles whose rule decays: matrices, not gains and biases.
+        weight_decay: decoupled; acts where the rule decays: on matrices, not on gains and biases.
         overrides: role by regular expression, see [`classify`](hf_normopt.classify).
         changes: of the preset's rules. `FIELD=value` changes all roles, `FIELD_ROLE=value` one role
             or kind, where FIELD is `lr` (a multiplier), `momentum`, `nesterov`, `norm`, `scale` or
