@@ -20,7 +20,7 @@ from .orthogonalize import orthogonalize
 from .presets import PRESETS, Preset, create_normopt_optimizer
 from .roles import ParamSpec, classify
 from .rules import EMA, Accumulate, Policy, Rule
-from .step_sizes import DualNorm, Fixed
+from .step_sizes import DualNorm, EscapeVelocity, Fixed, StepSize
 from .trainer import NormOptMixin, NormOptTrainer, register
 from .version import __version__
 
@@ -29,6 +29,7 @@ __all__ = [
     "PRESETS",
     "Accumulate",
     "DualNorm",
+    "EscapeVelocity",
     "Fixed",
     "Frobenius",
     "Layout",
@@ -45,6 +46,7 @@ __all__ = [
     "Preset",
     "Rule",
     "Spectral",
+    "StepSize",
     "__version__",
     "classify",
     "create_normopt_optimizer",

@@ -185,6 +185,15 @@ def optimizer_from_arguments(model: nn.Module, args: TrainingArguments) -> NormO
         model, lr=args.learning_rate, weight_decay=args.weight_decay, **{**adam, **options}
     )
     if args.process_index == 0:
+        low, high = PRESETS[preset].learning_rate
+        if not low / 10 <= args.learning_rate <= high * 10:
+            logger.warning(
+                "learning_rate=%g is far from what the preset %r recommends: %g to %g.",
+                args.learning_rate,
+                preset,
+                low,
+                high,
+            )
         print(f"NormOpt, preset {preset}:\n{optimizer}", flush=True)
     return optimizer
 

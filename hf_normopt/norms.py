@@ -96,9 +96,9 @@ class Norm:
         squares, block = _wide(g).square(), self._block()
         return {"second_moment": squares.sum(block, keepdim=True) if block else squares}
 
-    def precondition(self, m: Tensor, moments: dict[str, Tensor], eps: float) -> Tensor:
+    def precondition(self, m: Tensor, moments: dict[str, Tensor], eps: float | Tensor) -> Tensor:
         """Divide m by the root of its statistics, in the units of the LMO; 0 where both are 0."""
-        root = moments["second_moment"].sqrt().add_(eps)
+        root = moments["second_moment"].sqrt() + eps
         return m / torch.where(root == 0, 1, root) / self.unit(*m.shape[-2:])
 
     def _block(self) -> tuple[int, ...]:
@@ -150,6 +150,16 @@ class Spectral(Norm):
 
     def __str__(self) -> str:
         return super().__str__() + (f" ({self.method})" if self.method != "auto" else "")
+
+    def moments(self, g: Tensor) -> dict[str, Tensor]:
+        """The Gram matrices G Gᵀ and Gᵀ G, Shampoo's statistics (Eq. 12)."""
+        g = _wide(g)
+        return {"left": g @ g.mT, "right": g.mT @ g}
+
+    def precondition(self, m: Tensor, moments: dict[str, Tensor], eps: float | Tensor) -> Tensor:
+        """(L + eps)^(-1/4) M (R + eps)^(-1/4), over the unit (Eq. 13); eps 0: pseudo-inverse."""
+        left, right = (_inverse_fourth_root(moments[side], eps) for side in ("left", "right"))
+        return (left @ m.double() @ right).to(m.dtype) / self.unit(*m.shape[-2:])
 
     def _norm(self, w: Tensor) -> Tensor:
         return _singular_values(w).amax(-1)
@@ -415,3 +425,13 @@ def _dual_vector(g: Tensor, p: float, dim: int) -> Tensor:
 def _dual_vector_rms(p: float, dim: int) -> float:
     """RMS of `_dual_vector`'s entries for a g of equal magnitudes; exact for p in {1, 2, ∞}."""
     return dim**-0.5 if p == 1 else dim ** (-1 / p)
+
+
+def _inverse_fourth_root(gram: Tensor, eps: float | Tensor) -> Tensor:
+    """(gram + eps)^(-1/4) in float64; 0 on the null space where eps is 0."""
+    values, q = torch.linalg.eigh(gram.double())
+    values = values.clamp_min(0)
+    kept = values > 1e-12 * values.amax(-1, keepdim=True)  # of squares: 1e-6 of singular values
+    shifted = torch.where(kept, values, 0) + eps
+    roots = torch.where(shifted > 0, torch.where(shifted > 0, shifted, 1) ** -0.25, 0)
+    return (q * roots[..., None, :]) @ q.mT

@@ -1,6 +1,6 @@
 """NormOpt: steepest descent under a norm for each role, in one step().
 
-    W ← (1 - lr · weight_decay) · W - lr · η · multiplier · scale · direction
+    W ← (1 - lr · η · weight_decay) · W - lr · η · multiplier · scale · direction
 
 The direction is the LMO of the role's norm at the smoothed gradient, or, where the rule has a
 statistic, the smoothed gradient over the norm's smoothed statistic. η comes from the step size; a
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class NormOpt(torch.optim.Optimizer):
             model.
         policy: a rule for every role in the groups.
         lr: the learning rate, which a schedule may change; rules have multipliers of it.
-        weight_decay: decoupled: W shrinks by lr · weight_decay · rule.decay in each step.
+        weight_decay: decoupled: W shrinks by lr · η · weight_decay · rule.decay in each step.
         step_size: η: [`Fixed`], or a number that depends on all gradients.
 
     Each parameter's state is one momentum buffer, in float32 at least; none where the rule's
@@ -113,6 +113,7 @@ class NormOpt(torch.optim.Optimizer):
             "layouts": [str(layout) for layout in layouts],
             "rule": str(rule),
             "multiplier": rule.multiplier,
+            "memory": {},
         }
         group.setdefault("weight_decay", self.defaults["weight_decay"] * rule.decay)
         super().add_param_group(group)
@@ -137,29 +138,36 @@ class NormOpt(torch.optim.Optimizer):
                 loss = closure()
 
         self._check_shapes()
-        if not self.step_size.needs_dual:
-            eta = self.step_size.eta([])
-            for move in self._moves():
-                move.apply_inplace(eta)
-        elif moves := list(self._moves()):  # all directions at once: the model's size once more
-            eta = self.step_size.eta([move.dual() for move in moves])
-            for move in moves:
-                move.apply_inplace(eta)
+        groups = self.param_groups
+        for scope in [[group] for group in groups] if self.step_size.per_role else [groups]:
+            self._step_inplace(scope)
         return loss
 
-    def _moves(self) -> Iterator[_Move]:
-        """The direction of every parameter with a gradient; momenta and statistics advance."""
-        for group in self.param_groups:
+    def _step_inplace(self, groups: list[dict[str, Any]]) -> None:
+        """Move the parameters of groups that share one η, whose memory is in the first of them."""
+        size, memory = self.step_size, groups[0]["memory"]
+        moves = self._moves(groups)
+        weight = size.weight(memory)
+        if size.needs_dual:
+            for move in moves:
+                move.advance_inplace(weight, weight)
+        seen = [measured for m in moves if (measured := size.observe(m, weight)) is not None]
+        sums = sum(measured.to(seen[0].device) for measured in seen) if seen else None
+        eta = size.advance_inplace(memory, sums) if isinstance(sums, Tensor) else weight
+        for move in moves:
+            if not size.needs_dual:
+                move.advance_inplace(weight, size.weight(memory))
+            move.apply_inplace(eta)
+
+    def _moves(self, groups: list[dict[str, Any]]) -> list[_Move]:
+        """A move for every parameter with a gradient."""
+        moves = []
+        for group in groups:
             rule = self.policy[policy_key(self.policy, group["role"], group["kind"])]
             for p, layout in zip(group["params"], group["layouts"], strict=True):
-                if p.grad is None or p.numel() == 0:
-                    continue
-                grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
-                grad = grad.to(_state_dtype(p))
-                smooth = gathered(_momentum_inplace(rule, grad, self.state[p]))
-                whole = gathered(grad) if rule.statistic is not None else smooth
-                direction = _direction_inplace(rule, Layout(layout), smooth, whole, self.state[p])
-                yield _Move(p, smooth, direction, group)
+                if p.grad is not None and p.numel() > 0:
+                    moves.append(_Move(p, group, rule, Layout(layout), self.state[p]))
+        return moves
 
     def _check_shapes(self) -> None:
         for group in self.param_groups:
@@ -264,20 +272,76 @@ class _Move:
     """One parameter's update, not yet made."""
 
     param: Tensor
-    smooth: Tensor
-    direction: Tensor
     group: dict[str, Any]
+    rule: Rule
+    layout: Layout
+    state: dict[str, Any]
+    smooth: Tensor = field(init=False)
+    direction: Tensor = field(init=False)
 
-    def dual(self) -> Tensor:
-        """This parameter's part of the network's dual norm (Prop. 7)."""
-        return (self.smooth * self.direction).sum() * self.group["multiplier"]
+    @property
+    def grad(self) -> Tensor:
+        """The gradient, dense and in the state's dtype."""
+        grad = self.param.grad
+        assert grad is not None
+        return (grad.to_dense() if grad.is_sparse else grad).to(_state_dtype(self.param))
+
+    def advance_inplace(self, weight: Tensor | float, unit: Tensor | float) -> None:
+        """Advance momentum and statistic by the weighted gradient; find the direction.
+
+        `unit` is what the weights amount to in the step, for the statistic's eps.
+        """
+        grad = self.grad if isinstance(weight, float) and weight == 1 else self.grad * weight
+        self.smooth = gathered(_momentum_inplace(self.rule, grad, self.state))
+        operators = self.layout.to_operators(self.smooth)
+        if self.rule.statistic is None:
+            ratios: Iterable[Tensor] = map(self.rule.norm.lmo, operators)
+        else:
+            ratios = self._over_statistic_inplace(operators, gathered(grad), unit)
+        directions = (ratio * self._scale(ratio) for ratio in ratios)
+        self.direction = self.layout.from_operators(tuple(directions), tuple(self.param.shape))
+
+    def dual(self, tensor: Tensor | None = None) -> Tensor:
+        """Scale · multiplier · dual norm: a part of the network's dual norm (Prop. 7)."""
+        if tensor is None:  # what the direction was made of: ⟨M, lmo(M)⟩
+            return (self.smooth * self.direction).sum() * self.group["multiplier"]
+        duals = [
+            (self.rule.norm.dual_norm(operator) * self._scale(operator)).sum()
+            for operator in self.layout.to_operators(gathered(tensor))
+        ]
+        return torch.stack(duals).sum() * self.group["multiplier"]
 
     def apply_inplace(self, eta: Tensor | float) -> None:
-        lr = self.group["lr"]
+        step = self.group["lr"] * eta
         if self.group["weight_decay"]:
-            self.param.mul_(1 - lr * self.group["weight_decay"])
-        step = self.direction * (lr * eta * self.group["multiplier"])
-        self.param.sub_(sharded_like(step, self.param))
+            self.param.mul_(1 - step * self.group["weight_decay"])
+        update = self.direction * (step * self.group["multiplier"])
+        self.param.sub_(sharded_like(update, self.param))
+
+    def _scale(self, operator: Tensor) -> float:
+        fan_out, fan_in = operator.shape[-2:]
+        taps = self.layout.taps
+        return SCALES[self.rule.scale](self.rule.norm, fan_out, fan_in, taps) / taps
+
+    def _over_statistic_inplace(
+        self, operators: tuple[Tensor, ...], grad: Tensor, unit: Tensor | float
+    ) -> Iterator[Tensor]:
+        """The momentum over the norm's statistic, for each operator."""
+        statistic, state = self.rule.statistic, self.state
+        assert statistic is not None
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=grad.device)
+        step = state["step"].add_(1)
+        for i, (m, g) in enumerate(zip(operators, self.layout.to_operators(grad), strict=True)):
+            moments = {}
+            for name, moment in self.rule.norm.moments(g).items():
+                key = f"{name}_{i}" if i else name
+                if key not in state:
+                    state[key] = torch.zeros_like(moment)
+                moments[name] = statistic.update_inplace(state[key], moment, step)
+            if statistic.bias_correction:  # m's weights sum to 1 - momentum^t, Nesterov's one ahead
+                m = m / bias_correction(self.rule.momentum, step + self.rule.nesterov)
+            yield self.rule.norm.precondition(m, moments, statistic.eps * unit)
 
 
 def parameter_groups(
@@ -330,46 +394,6 @@ def _momentum_inplace(rule: Rule, grad: Tensor, state: dict[str, Any]) -> Tensor
         state["momentum_buffer"] = torch.zeros_like(grad)
     buffer = state["momentum_buffer"].lerp_(grad, 1 - rule.momentum)
     return grad.lerp(buffer, rule.momentum) if rule.nesterov else buffer
-
-
-def _direction_inplace(
-    rule: Rule, layout: Layout, smooth: Tensor, grad: Tensor, state: dict[str, Any]
-) -> Tensor:
-    """Scale · direction, operator by operator, in the stored layout; advances the statistic."""
-    if rule.statistic is not None:
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=grad.device)
-        state["step"].add_(1)
-    directions = []
-    operators = zip(layout.to_operators(smooth), layout.to_operators(grad), strict=True)
-    for i, (m, g) in enumerate(operators):
-        if rule.statistic is None:
-            direction = rule.norm.lmo(m)
-        else:
-            direction = _over_statistic_inplace(rule, m, g, state, i)
-        fan_out, fan_in = m.shape[-2:]
-        scale = SCALES[rule.scale](rule.norm, fan_out, fan_in, layout.taps)
-        directions.append(direction * (scale / layout.taps))
-    return layout.from_operators(tuple(directions), tuple(smooth.shape))
-
-
-def _over_statistic_inplace(
-    rule: Rule, m: Tensor, g: Tensor, state: dict[str, Any], piece: int
-) -> Tensor:
-    """The momentum over the norm's statistic; `piece` numbers the operators of one tensor."""
-    statistic = rule.statistic
-    assert statistic is not None
-    moments = {}
-    for name, moment in rule.norm.moments(g).items():
-        key = f"{name}_{piece}" if piece else name
-        if key not in state:
-            state[key] = torch.zeros_like(moment)
-        moments[name] = statistic.update_inplace(state[key], moment, state["step"])
-    if (
-        statistic.bias_correction
-    ):  # the weights of m sum to 1 - momentum^t; Nesterov's are one ahead
-        m = m / bias_correction(rule.momentum, state["step"] + rule.nesterov)
-    return rule.norm.precondition(m, moments, statistic.eps)
 
 
 def _some(names: set[str]) -> str:

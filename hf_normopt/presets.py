@@ -7,18 +7,19 @@ that it equals.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from .norms import Norm, Spectral, operator_norm, parse_norm
+from .norms import Frobenius, Norm, Spectral, operator_norm, parse_norm
 from .optimizer import NormOpt, parameter_groups
 from .roles import KINDS, ROLES, classify
 from .rules import EMA, Policy, Rule
-from .step_sizes import Fixed, StepSize
+from .step_sizes import EscapeVelocity, Fixed, StepSize
 
 
 @dataclass(frozen=True)
@@ -40,68 +41,130 @@ class Preset:
     step_size: StepSize = Fixed()  # noqa: RUF009 (immutable)
 
 
-def _normopt() -> Policy:
-    """The paper's conclusion, in the unit that AdamW's users expect."""
-    matrix = partial(Rule, scale="adamw", momentum=0.95, nesterov=True)
-    vector = partial(matrix, decay=0.0)
+# Building blocks: a rule for matrices and one for what has no shape to speak of.
+_ENTRY = operator_norm("l1", "linf")
+_MATRICES = ("linear", "conv", "embedding", "head")
+_VECTORS = ("norm", "bias", "scalar", "other")
+
+
+def _uniform(rule: Rule, **others: Rule) -> Policy:
+    """One rule for all roles but those named; gains, biases and scalars do not decay."""
+    policy = dict.fromkeys(_MATRICES, rule) | dict.fromkeys(_VECTORS, replace(rule, decay=0.0))
+    return policy | others
+
+
+def _by_role(rule: Callable[..., Rule], *, embedding: float = 1.0, head: float = 1.0) -> Policy:
+    """The paper's Epilogue: a norm for each role; multipliers for embedding and head."""
+    vector = partial(rule, decay=0.0)
     return {
-        "linear": matrix(operator_norm("rms", "rms")),
-        "conv": matrix(operator_norm("rms", "rms")),
-        "embedding": matrix(operator_norm("l1", "rms")),
-        "head": matrix(operator_norm("rms", "linf")),
-        "norm": vector(operator_norm("l1", "linf")),
+        "linear": rule(operator_norm("rms", "rms")),
+        "conv": rule(operator_norm("rms", "rms")),
+        "embedding": rule(operator_norm("l1", "rms"), multiplier=embedding),
+        "head": rule(operator_norm("rms", "linf"), multiplier=head),
+        "norm": vector(_ENTRY),
         "bias": vector(operator_norm("l1", "rms")),
-        "scalar": vector(operator_norm("l1", "linf")),
-        "other": vector(operator_norm("l1", "linf")),
+        "scalar": vector(_ENTRY),
+        "other": vector(_ENTRY),
     }
 
 
-def _muon() -> Policy:
-    """Muon for the hidden matrices, AdamW for all else."""
-    adamw = Rule(operator_norm("l1", "linf"), momentum=0.9, statistic=EMA(0.999))
-    undecayed = replace(adamw, decay=0.0)
-    return {
-        "linear": Rule(Spectral(method="muon"), scale="muon", momentum=0.95, nesterov=True),
-        "conv": adamw,
-        "embedding": adamw,
-        "head": adamw,
-        "norm": undecayed,
-        "bias": undecayed,
-        "scalar": undecayed,
-        "other": undecayed,
-    }
-
+_ADAM = Rule(_ENTRY, momentum=0.9, statistic=EMA(0.999))
+_MUON = Rule(Spectral(method="muon"), scale="muon", momentum=0.95, nesterov=True)
+_SHAMPOO = Rule(operator_norm("l2", "l2"), momentum=0.9, statistic=EMA(0.99, 1e-12))
+_PRODIGY = Rule(_ENTRY, momentum=0.9, statistic=EMA(0.999, 1e-8, bias_correction=False))
+_PAPER = "Bernstein & Newhouse 2024, arXiv 2409.20325"
 
 PRESETS: dict[str, Preset] = {
     "normopt": Preset(
         description="An operator norm for each role, at the learning rates of AdamW.",
-        source=(
-            "Bernstein & Newhouse 2024, arXiv 2409.20325, Epilogue; scale: Liu et al. 2025, arXiv "
-            "2502.16982"
-        ),
+        source=f"{_PAPER}, Epilogue; scale: Liu et al. 2025, arXiv 2502.16982",
         learning_rate=(1e-5, 5e-3),
-        policy=_normopt(),
+        policy=_by_role(partial(Rule, scale="adamw", momentum=0.95, nesterov=True)),
+    ),
+    "modular": Preset(
+        description="The same norms in their own unit: the rate transfers over width.",
+        source=f"{_PAPER}, Epilogue; Large et al. 2024, arXiv 2405.14813",
+        learning_rate=(1e-3, 1e-1),
+        policy=_by_role(partial(Rule, momentum=0.95, nesterov=True)),
+    ),
+    "scion": Preset(
+        description="The same norms with the radii 50, and 3000 for the head; plain momentum.",
+        source="Pethick et al. 2025, Scion (unconstrained), arXiv 2502.07529",
+        learning_rate=(1e-5, 2e-3),
+        policy=_by_role(partial(Rule, momentum=0.9, multiplier=50.0), embedding=50.0, head=3000.0),
     ),
     "muon": Preset(
-        description=(
-            "Orthogonalized momentum for linear layers, AdamW for the rest; equals "
-            "torch.optim.Muon + AdamW."
-        ),
-        source=(
-            "Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; its polynomial, 5 "
-            "steps"
-        ),
+        description="Orthogonalized momentum for linear layers, AdamW for the rest.",
+        source="Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; torch.optim.Muon",
         learning_rate=(3e-4, 2e-2),
-        policy=_muon(),
+        policy=_uniform(_ADAM, linear=_MUON),
+    ),
+    "adam": Preset(
+        description="The first story with its moving averages: AdamW.",
+        source=f"{_PAPER}, Story I; torch.optim.AdamW",
+        learning_rate=(1e-5, 5e-3),
+        policy=_uniform(_ADAM),
+    ),
+    "shampoo": Preset(
+        description="The second story with its moving averages; AdamW for what is no matrix.",
+        source=f"{_PAPER}, Story II; Gupta et al. 2018, arXiv 1802.09568",
+        learning_rate=(1e-4, 1e-1),
+        policy=_uniform(_ADAM, linear=_SHAMPOO, conv=_SHAMPOO),
+    ),
+    "prodigy": Preset(
+        description="The third story with its moving averages: Adam that finds its step size.",
+        source=f"{_PAPER}, Story III; Mishchenko & Defazio 2023, arXiv 2306.06101; prodigyopt",
+        learning_rate=(0.1, 2.0),
+        policy=_uniform(_PRODIGY),
+        step_size=EscapeVelocity(beta=math.sqrt(0.999)),
+    ),
+    "sign": Preset(
+        description="The first story, moving averages off: sign descent, without state.",
+        source=f"{_PAPER}, Prop. 2 and 3; torch.optim.Adam with betas 0 and eps 0",
+        learning_rate=(1e-5, 5e-3),
+        policy=_uniform(Rule(_ENTRY)),
+    ),
+    "spectral": Preset(
+        description="The second story, moving averages off: U Vᵀ for matrices, without state.",
+        source=f"{_PAPER}, Prop. 5",
+        learning_rate=(1e-4, 1e-1),
+        policy=_uniform(
+            Rule(operator_norm("l2", "l2")),
+            **dict.fromkeys(_VECTORS, Rule(_ENTRY, decay=0.0)),
+        ),
+    ),
+    "escape": Preset(
+        description="The third story, moving averages off: sign descent at escape velocity.",
+        source=f"{_PAPER}, Eq. 28 and 29",
+        learning_rate=(0.1, 2.0),
+        policy=_uniform(Rule(_ENTRY)),
+        step_size=EscapeVelocity(),
+    ),
+    "signum": Preset(
+        description="The sign of the momentum.",
+        source="Bernstein et al. 2018, signSGD, arXiv 1802.04434",
+        learning_rate=(1e-5, 2e-3),
+        policy=_uniform(Rule(_ENTRY, momentum=0.9)),
+    ),
+    "lion": Preset(
+        description="The sign of Nesterov's momentum: Lion with betas 0.95² and 0.95.",
+        source="Chen et al. 2023, arXiv 2302.06675",
+        learning_rate=(3e-6, 1e-3),
+        policy=_uniform(Rule(_ENTRY, momentum=0.95, nesterov=True)),
+    ),
+    "normalized-sgd": Preset(
+        description="Each tensor's momentum over its length.",
+        source=f"{_PAPER}, Table 1, the Frobenius norm",
+        learning_rate=(1e-3, 1.0),
+        policy=_uniform(Rule(Frobenius(), momentum=0.9)),
     ),
 }
 
 
 def optimizer_names() -> dict[str, str]:
     """Names for `TrainingArguments(optim=...)`, and the preset that each stands for."""
-    return {"normopt": "normopt"} | {
-        f"normopt_{name}": name for name in PRESETS if name != "normopt"
-    }
+    others = [name for name in PRESETS if name != "normopt"]
+    return {"normopt": "normopt"} | {f"normopt_{name.replace('-', '_')}": name for name in others}
 
 
 # Fields of a rule that may be changed by name, for all roles (`momentum=0.9`) or one

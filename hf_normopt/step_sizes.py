@@ -1,48 +1,84 @@
 """How far a step goes: η in W ← W - lr · η · multiplier · scale · direction.
 
-A step size is independent of the norms (the paper's third story): any of them goes with any policy.
+A step size is independent of the norms (the paper's third story): any goes with any policy. It is
+one number for the whole network, or one for each role:
+
+* [`Fixed`]: η = 1, the learning rate is the step size;
+* [`DualNorm`]: η = ‖G‖† / λ, the exact minimiser of the majorised loss (Prop. 1);
+* [`EscapeVelocity`]: η grows until the weights have left their start (Prodigy).
+
+Before a step, `weight` says what its gradients weigh in the moving averages. `observe` measures the
+move of each parameter, the optimizer adds the measurements up, and `advance_inplace` makes of the
+sum the next η. Nothing waits for the device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .sharding import gathered
 
-class StepSize(Protocol):
-    """One global number for each step.
 
-    `needs_dual` tells the optimizer to collect the dual norms of all parameters before it moves
-    any.
-    """
+class Move(Protocol):
+    """What a step size may see of a parameter's update before it is made."""
 
-    needs_dual: bool
+    param: Tensor
+    group: dict[str, Any]
+    state: dict[str, Any]
 
-    def eta(self, duals: list[Tensor]) -> Tensor | float:
-        """η from the dual norms, one scalar for each parameter, scales and multipliers included."""
+    @property
+    def grad(self) -> Tensor:
+        """The gradient, not weighted."""
+        ...
+
+    def dual(self, tensor: Tensor | None = None) -> Tensor:
+        """The parameter's part of the network's dual norm of a tensor.
+
+        Default: of the tensor that the LMO received, which is known where `needs_dual`.
+        """
         ...
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """η = 1: the learning rate is the step size."""
+class StepSize:
+    """A step size. `memory` is plain data that is kept in the checkpoint.
 
-    needs_dual = False
+    Attributes:
+        needs_dual: η depends on the directions of its own step, so that all of them are held at
+            once: the memory of the model once more.
+        per_role: one number for each role, else one for the network.
+    """
 
-    def eta(self, duals: list[Tensor]) -> float:
-        """1, whatever the gradients."""
+    needs_dual: bool = False
+    per_role: bool = False
+
+    def weight(self, memory: dict[str, Any]) -> Tensor | float:
+        """What gradients weigh in the moving averages: 1, or the η that is known so far."""
         return 1.0
 
+    def observe(self, move: Move, weight: Tensor | float) -> Tensor | None:
+        """Measure a parameter's move; the sums over all parameters reach `advance_inplace`."""
+        return None
+
+    def advance_inplace(self, memory: dict[str, Any], sums: Tensor) -> Tensor | float:
+        """The η of this step."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
-class DualNorm:
+class Fixed(StepSize):
+    """η = 1: the learning rate is the step size."""
+
+
+@dataclass(frozen=True)
+class DualNorm(StepSize):
     """η = (1/λ) Σ_k ‖G_k‖†_k / s_k, the minimiser of the majorised loss (Prop. 1, 3, 5, 7).
 
-    One number for the whole network: under the max over layers of s_l ‖W_l‖_l the dual norm is the
-    sum.
+    Under the max over layers of s_l ‖W_l‖_l the network's dual norm is the sum over layers, with
+    1/s_l the rule's scale times its multiplier. With momentum, G is the momentum.
 
     Args:
         sharpness: λ > 0 of L + ⟨G, ΔW⟩ + (λ/2) ‖ΔW‖².
@@ -56,6 +92,107 @@ class DualNorm:
         if not self.sharpness > 0:
             raise ValueError(f"DualNorm: sharpness must be positive, found {self.sharpness!r}.")
 
-    def eta(self, duals: list[Tensor]) -> Tensor:
-        """The sum of the dual norms over the sharpness."""
-        return torch.stack(duals).sum() / self.sharpness
+    def observe(self, move: Move, weight: Tensor | float) -> Tensor:
+        """This parameter's part of the dual norm."""
+        return move.dual()
+
+    def advance_inplace(self, memory: dict[str, Any], sums: Tensor) -> Tensor:
+        """The dual norm over the sharpness."""
+        return sums / self.sharpness
+
+
+@dataclass(frozen=True)
+class EscapeVelocity(StepSize):
+    """η grows until the weights escape from their start: Prodigy's idea, for any norm.
+
+        η_{t+1} = max(η_t, r_t / ‖s_t‖†),
+        r_t = β r_{t-1} + η_t² ⟨g_t, w_0 - w_t⟩,    s_t = β s_{t-1} + η_t² g_t,
+
+    with the dual norm of the network where Prodigy has ‖·‖_1 (Eq. 22 to 27); β = 0 is the paper's
+    EMA-free form (Eq. 28 and 29). The gradients of step t weigh η_t in momenta and statistics. The
+    learning rate is 1; a schedule multiplies η.
+
+    Args:
+        start: η_0; far below any useful step size.
+        beta: memory of r and s; Prodigy takes the root of its β_2.
+        variant: "delayed", as printed: w moves by η_t, so that a constant gradient gives
+            η / η_0 = 1, 1, 2, 3, 5, 8, ...; or "undelayed", as prodigyopt with betas 0: w moves by
+            η_{t+1}, which gives 1, 1, 2, 4, 8, ...
+        rule: "ratio" as above, or "cosine": η_{t+1} = η_t (1 + cos θ_t), θ_t the angle of g_t and
+            w_0 - w_t, which the paper suggests in closing.
+        anchor: what stands for w_0: "start", or with the cosine "last" for w_{t-1}, another of the
+            paper's suggestions.
+        decrease: let η shrink again, not below `start`, instead of taking the maximum.
+        per_role: one η for each role, instead of one for the network.
+        stride: keep every stride-th entry of w_0 only, and estimate the inner product from these.
+
+    Raises:
+        ValueError: for a value outside of its range.
+    """
+
+    start: float = 1e-6
+    beta: float = 0.0
+    variant: str = "delayed"
+    rule: str = "ratio"
+    anchor: str = "start"
+    decrease: bool = False
+    per_role: bool = False
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        choices = {"variant": ("delayed", "undelayed"), "rule": ("ratio", "cosine")}
+        choices["anchor"] = ("start", "last")
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"EscapeVelocity: {name} must be {' or '.join(allowed)}, found "
+                    f"{getattr(self, name)!r}."
+                )
+        if not self.start > 0 or not 0 <= self.beta < 1 or self.stride < 1:
+            raise ValueError(f"start must be > 0, beta in [0, 1), stride >= 1; found {self}.")
+        if self.anchor == "last" and self.rule == "ratio":
+            raise ValueError(
+                "EscapeVelocity: anchor='last' goes with rule='cosine'. By Hölder's inequality the "
+                "ratio of one step cannot exceed the last η, so it would never grow."
+            )
+
+    def weight(self, memory: dict[str, Any]) -> Tensor | float:
+        """η_t before the step, η_{t+1} after `advance_inplace`."""
+        return memory.get("eta", self.start)
+
+    def observe(self, move: Move, weight: Tensor | float) -> Tensor:
+        """⟨g, w_0 - w⟩, ‖s‖†, and for the cosine the squared lengths of g and w_0 - w."""
+        now = _every(move.param, self.stride).to(move.grad.dtype)
+        if "anchor" not in move.state:
+            move.state["anchor"] = now.clone()
+        way = move.state["anchor"] - now
+        if self.anchor == "last":
+            move.state["anchor"].copy_(now)
+        grad = _every(move.grad, self.stride)
+        squares = [gathered((a * b).sum()) for a, b in ((grad, way), (grad, grad), (way, way))]
+        inner, grad_square, way_square = (self.stride * square for square in squares)
+        share: Tensor | float = 1.0
+        tensor = move.grad
+        if self.beta:
+            share = move.group["lr"] * weight * weight / self.start
+            tensor = move.state.setdefault("gradient_sum", torch.zeros_like(move.grad))
+            tensor.mul_(self.beta).add_(move.grad * share)
+        return torch.stack([inner * share, move.dual(tensor), grad_square, way_square])
+
+    def advance_inplace(self, memory: dict[str, Any], sums: Tensor) -> Tensor:
+        """Find η_{t+1}; return it, or η_t for the delayed variant."""
+        inner, dual, grad_square, way_square = sums
+        eta = torch.as_tensor(self.weight(memory), dtype=sums.dtype, device=sums.device)
+        if self.beta:
+            inner = memory["numerator"] = inner + self.beta * memory.get("numerator", 0.0)
+        if self.rule == "cosine":
+            lengths = (grad_square * way_square).sqrt()
+            new = eta * (1 + torch.where(lengths > 0, inner / lengths, 0))
+        else:
+            new = torch.where(dual > 0, inner / dual, 0)
+        memory["eta"] = new.clamp_min(self.start) if self.decrease else torch.maximum(eta, new)
+        return eta if self.variant == "delayed" else memory["eta"]
+
+
+def _every(tensor: Tensor, stride: int) -> Tensor:
+    return tensor if stride == 1 else tensor.flatten()[::stride]

@@ -192,6 +192,20 @@ def test_adam_arguments_that_no_rule_uses_give_one_notice(tmp_path, caplog):
     assert not [r for r in caplog.records if "have no effect" in r.getMessage()]
 
 
+def test_a_learning_rate_far_outside_of_the_recommended_range_gives_a_notice(tmp_path, caplog):
+    for optim, lr, notices in (
+        ("normopt_modular", 5e-5, 1),
+        ("normopt_prodigy", 5e-5, 1),
+        ("normopt_prodigy", 1.0, 0),
+        ("normopt", 5e-5, 0),
+    ):
+        caplog.clear()
+        args = arguments(tmp_path, optim=optim, learning_rate=lr)
+        Trainer(bert(), args, train_dataset=rows()).create_optimizer()
+        found = [r for r in caplog.records if "is far from" in r.getMessage()]
+        assert len(found) == notices
+
+
 def test_decay_as_a_fraction_of_the_run(tmp_path):
     args = arguments(
         tmp_path,
