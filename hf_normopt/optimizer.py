@@ -111,7 +111,7 @@ class NormOpt(torch.optim.Optimizer):
             "param_names": [name for name, _ in pairs],  # torch leaves it out of an empty group
             "param_shapes": shapes,
             "layouts": [str(layout) for layout in layouts],
-            "rule": str(rule),
+            "rule": str(rule) if self.step_size == Fixed() else f"{rule}; {self.step_size}",
             "multiplier": rule.multiplier,
             "memory": {},
         }

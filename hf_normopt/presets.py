@@ -19,7 +19,7 @@ from .norms import Frobenius, Norm, Spectral, operator_norm, parse_norm
 from .optimizer import NormOpt, parameter_groups
 from .roles import KINDS, ROLES, classify
 from .rules import EMA, Policy, Rule
-from .step_sizes import EscapeVelocity, Fixed, StepSize
+from .step_sizes import EscapeVelocity, Fixed, StepSize, parse_step_size
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ def create_normopt_optimizer(
     preset: str = "normopt",
     weight_decay: float = 0.0,
     overrides: Mapping[str, str] | None = None,
+    step_size: StepSize | str | None = None,
     **changes: Any,
 ) -> NormOpt:
     """Make the optimizer for a model: find the roles, give each its rule.
@@ -197,6 +198,8 @@ def create_normopt_optimizer(
         preset: a key of [`PRESETS`].
         weight_decay: decoupled; acts where the rule decays: on matrices, not on gains and biases.
         overrides: role by regular expression, see [`classify`](hf_normopt.classify).
+        step_size: in place of the preset's, such as `EscapeVelocity()`, or its text, such as
+            `"escape_velocity/per_role:true"`.
         changes: of the preset's rules. `FIELD=value` changes all roles, `FIELD_ROLE=value` one role
             or kind, where FIELD is `lr` (a multiplier), `momentum`, `nesterov`, `norm`, `scale` or
             `decay`; `beta1`, `beta2` and `eps` change the rules that have a statistic. Values may
@@ -218,9 +221,12 @@ def create_normopt_optimizer(
             f"{', '.join(PRESETS)}.{_near(preset, PRESETS)}"
         )
     chosen = PRESETS[preset]
+    size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
     policy = changed(chosen.policy, **changes)
     groups = parameter_groups(model, classify(model, overrides), policy)
-    return NormOpt(groups, policy, lr=lr, weight_decay=weight_decay, step_size=chosen.step_size)
+    return NormOpt(
+        groups, policy, lr=lr, weight_decay=weight_decay, step_size=size or chosen.step_size
+    )
 
 
 def changed(policy: Policy, **changes: Any) -> Policy:

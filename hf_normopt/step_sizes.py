@@ -14,7 +14,7 @@ sum the next η. Nothing waits for the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -196,3 +196,41 @@ class EscapeVelocity(StepSize):
 
 def _every(tensor: Tensor, stride: int) -> Tensor:
     return tensor if stride == 1 else tensor.flatten()[::stride]
+
+
+STEP_SIZES: dict[str, type[StepSize]] = {
+    "fixed": Fixed,
+    "dual_norm": DualNorm,
+    "escape_velocity": EscapeVelocity,
+}
+
+
+def parse_step_size(text: str) -> StepSize:
+    """A step size from its text, such as `"escape_velocity/variant:undelayed/per_role:true"`.
+
+    Raises:
+        ValueError: for an unknown name, field or value.
+    """
+    name, *words = text.split("/")
+    if name not in STEP_SIZES:
+        raise ValueError(f"Unknown step size {name!r}; expected one of {', '.join(STEP_SIZES)}.")
+    defaults: Any = STEP_SIZES[name]()
+    known: dict[str, type] = {f.name: type(getattr(defaults, f.name)) for f in fields(defaults)}
+    options: dict[str, Any] = {}
+    for word in words:
+        key, _, value = word.partition(":")
+        if key not in known:
+            raise ValueError(
+                f"Step size {text!r}: {name} has no field {key!r}, but "
+                f"{', '.join(known) or 'none'}."
+            )
+        try:
+            options[key] = _BOOLEANS[value.lower()] if known[key] is bool else known[key](value)
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"Step size {text!r}: {key} takes a {known[key].__name__}, found {value!r}."
+            ) from None
+    return STEP_SIZES[name](**options)
+
+
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}

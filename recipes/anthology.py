@@ -135,7 +135,8 @@ def equivalences(data):
         "Prodigy, betas 0   = escape velocity": (
             "escape",
             1.0,
-            {},
+            # prodigyopt moves by the new step size, where the paper prints the old one
+            {"step_size": EscapeVelocity(variant="undelayed")},
             Prodigy,
             {"betas": (0.0, 0.0), "eps": 1e-300},
         ),
@@ -227,8 +228,7 @@ def draw_escape(path, data, steps):
     ):
         torch.manual_seed(0)
         model, etas = Classifier(), []
-        optimizer = create_normopt_optimizer(model, lr=1.0, preset=preset)
-        optimizer.step_size = size
+        optimizer = create_normopt_optimizer(model, lr=1.0, preset=preset, step_size=size)
 
         def remember(optimizer=optimizer, etas=etas):
             etas.append(optimizer.param_groups[0]["memory"]["eta"].item())

@@ -22,6 +22,7 @@ from hf_normopt import (
     create_normopt_optimizer,
     operator_norm,
 )
+from hf_normopt.step_sizes import parse_step_size
 from tests.test_optimizer import batches, llama, train
 
 torch64 = {"dtype": torch.float64}
@@ -359,9 +360,7 @@ def test_one_eta_for_each_role_or_one_for_all():
 @pytest.mark.parametrize("size", [EscapeVelocity(), EscapeVelocity(beta=0.99, per_role=True)])
 def test_escape_velocity_survives_a_resume(tmp_path, size):
     def make(model):
-        optimizer = create_normopt_optimizer(model, lr=1.0)
-        optimizer.step_size = size
-        return optimizer
+        return create_normopt_optimizer(model, lr=1.0, step_size=size)
 
     straight, data = llama(), batches(30)
     broken = copy.deepcopy(straight)
@@ -378,8 +377,10 @@ def test_escape_velocity_survives_a_resume(tmp_path, size):
 
 def test_escape_velocity_with_multipliers_and_stride_keeps_less():
     model = llama()
-    optimizer = create_normopt_optimizer(model, lr=1.0, preset="prodigy", lr_head=2.0)
-    optimizer.step_size = EscapeVelocity(stride=11)
+    size = EscapeVelocity(stride=11)
+    optimizer = create_normopt_optimizer(
+        model, lr=1.0, preset="prodigy", step_size=size, lr_head=2.0
+    )
     train(model, optimizer, batches(3))
     for p in model.parameters():
         assert optimizer.state[p]["anchor"].numel() == -(-p.numel() // 11)
@@ -392,6 +393,30 @@ def test_lr_zero_leaves_the_memory_alone():
     optimizer.step()
     assert etas(optimizer) == [1e-6]
     assert torch.equal(w, torch.ones(50, **torch64))
+
+
+def test_resuming_with_another_step_size_is_refused():
+    model = llama()
+    state = create_normopt_optimizer(model, lr=1.0, preset="escape").state_dict()
+    with pytest.raises(ValueError, match="EscapeVelocity"):
+        create_normopt_optimizer(model, lr=1.0, preset="sign").load_state_dict(state)
+
+
+def test_step_sizes_by_their_text():
+    text = "escape_velocity/variant:undelayed/per_role:true/start:1e-5/stride:3"
+    size = EscapeVelocity(1e-5, variant="undelayed", per_role=True, stride=3)
+    assert parse_step_size(text) == size
+    assert parse_step_size("dual_norm/sharpness:2") == DualNorm(2.0)
+    optimizer = create_normopt_optimizer(nn.Linear(2, 2), lr=1.0, step_size=text)
+    assert optimizer.step_size == size
+    for wrong, message in (
+        ("escape", "Unknown step size 'escape'; expected one of fixed, dual_norm, escape_velocity"),
+        ("fixed/start:1", "fixed has no field 'start'"),
+        ("dual_norm/sharpness:high", "sharpness takes a float, found 'high'"),
+        ("escape_velocity/per_role:perhaps", "per_role takes a bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_step_size(wrong)
 
 
 def test_bad_step_sizes_are_refused():

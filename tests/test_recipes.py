@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_normopt import PRESETS
+
 ROOT = Path(__file__).parent.parent
 SNIPS = ROOT / "recipes" / "data" / "snips"
 
@@ -61,6 +63,22 @@ def test_other_data_and_another_optimizer(tmp_path, optim):
     )
     assert (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").exists()
     assert ("NormOpt, preset muon" in resumed.stdout) == (optim == "normopt_muon")
+
+
+@pytest.mark.slow
+def test_anthology_prints_its_equivalences_and_draws(tmp_path):
+    command = [sys.executable, str(ROOT / "recipes" / "anthology.py"), "--steps", "40"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    differences = [float(d) for d in re.findall(r"= .*? (\d\.\de[-+]\d+)", done.stdout)]
+    assert len(differences) == 5
+    assert max(differences) < 1e-6
+    for name in PRESETS:
+        assert re.search(rf"^  {name} +lr", done.stdout, re.MULTILINE)
+    assert (tmp_path / "norms.png").stat().st_size > 10_000
+    assert (tmp_path / "escape_velocity.png").stat().st_size > 10_000
 
 
 def test_shipped_data_has_its_source_and_licence():

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from hf_normopt import create_normopt_optimizer
+from hf_normopt import DualNorm, EscapeVelocity, create_normopt_optimizer
 from tests.test_optimizer import batches, llama, train
 
 
@@ -22,18 +22,21 @@ def _rank(rank, folder, function):
 
 
 def _fsdp2_is_one_process():
-    for preset in ("normopt", "muon"):
+    for options in (
+        {"lr": 1e-2, "weight_decay": 0.1},
+        {"lr": 1e-2, "weight_decay": 0.1, "preset": "muon"},
+        {"lr": 1e-2, "preset": "spectral", "step_size": DualNorm(100.0)},
+        {"lr": 1.0, "step_size": EscapeVelocity(1e-4, beta=0.9)},
+    ):
         torch.manual_seed(0)
         alone = llama(vocab_size=33)  # does not divide by two
         sharded = copy.deepcopy(alone)
-        optimizer = create_normopt_optimizer(sharded, lr=1e-2, weight_decay=0.1, preset=preset)
+        optimizer = create_normopt_optimizer(sharded, **options)
         fully_shard(sharded)
         for group in optimizer.param_groups:  # as accelerate does, by name
             group["params"] = [sharded.get_parameter(name) for name in group["param_names"]]
         data = [ids % 33 for ids in batches(3)]
-        train(
-            alone, create_normopt_optimizer(alone, lr=1e-2, weight_decay=0.1, preset=preset), data
-        )
+        train(alone, create_normopt_optimizer(alone, **options), data)
         train(sharded, optimizer, data)
         for a, b in zip(alone.parameters(), sharded.parameters(), strict=True):
             torch.testing.assert_close(a, b.full_tensor(), rtol=1e-3, atol=1e-5)
