@@ -88,8 +88,8 @@ PRESETS: dict[str, Preset] = {
         policy=_by_role(partial(Rule, momentum=0.95, nesterov=True)),
     ),
     "scion": Preset(
-        description="The same norms with the radii 50, and 3000 for the head; plain momentum.",
-        source="Pethick et al. 2025, Scion (unconstrained), arXiv 2502.07529",
+        description="The same norms with radius 50, 3000 for the head (by rows); plain momentum.",
+        source="Pethick et al. 2025, Scion, unconstrained, arXiv 2502.07529",
         learning_rate=(1e-5, 2e-3),
         policy=_by_role(partial(Rule, momentum=0.9, multiplier=50.0), embedding=50.0, head=3000.0),
     ),
