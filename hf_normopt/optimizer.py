@@ -312,11 +312,13 @@ class _Move:
         return torch.stack(duals).sum() * self.group["multiplier"]
 
     def apply_inplace(self, eta: Tensor | float) -> None:
+        """Move the parameter, and let go of the direction: only one is alive where one suffices."""
         step = self.group["lr"] * eta
         if self.group["weight_decay"]:
             self.param.mul_(1 - step * self.group["weight_decay"])
         update = self.direction * (step * self.group["multiplier"])
         self.param.sub_(sharded_like(update, self.param))
+        del self.smooth, self.direction
 
     def _scale(self, operator: Tensor) -> float:
         fan_out, fan_in = operator.shape[-2:]

@@ -7,6 +7,7 @@ that it equals.
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from .optimizer import NormOpt, parameter_groups
 from .roles import KINDS, ROLES, classify
 from .rules import EMA, Policy, Rule
 from .step_sizes import EscapeVelocity, Fixed, StepSize, parse_step_size
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,11 @@ def create_normopt_optimizer(
     size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
     policy = changed(chosen.policy, **changes)
     groups = parameter_groups(model, classify(model, overrides), policy)
+    present = {group["role"] for group in groups} | {group["kind"] for group in groups}
+    for change in changes:
+        role = change.partition("_")[2]
+        if role and role not in present:
+            logger.warning("%s has no effect: no trainable parameter is %r.", change, role)
     return NormOpt(
         groups, policy, lr=lr, weight_decay=weight_decay, step_size=size or chosen.step_size
     )

@@ -43,33 +43,35 @@ def network(roles=tuple(MIXED)):
     return params, [{"params": [(role, p)], "role": role} for role, p in params.items()]
 
 
-def test_proposition_1_for_every_row_of_table_1():
-    """-(‖g‖† / λ) lmo(g) minimises ⟨g, Δ⟩ + (λ/2) ‖Δ‖², with the value -‖g‖†² / (2 λ)."""
-    rows = {  # Table 1: the norm and the solution it lists
-        "Euclidean": (Frobenius(), lambda g: -g),
-        "infinity": (operator_norm("l1", "linf"), lambda g: -g.abs().sum() * g.sign()),
-        "Frobenius": (Frobenius(), lambda g: -g),
-        "spectral": (operator_norm("l2", "l2"), minus_trace_polar),
-    }
-    sharpness = 2.5
-    for name, (norm, solution) in rows.items():
-        g = torch.randn((7, 1) if name in ("Euclidean", "infinity") else (4, 6), **torch64)
-        step = -norm.dual_norm(g) / sharpness * norm.lmo(g)
-        torch.testing.assert_close(step, solution(g) / sharpness)
-
-        def objective(delta, g=g, norm=norm):
-            return (g * delta).sum((-2, -1)) + sharpness / 2 * norm.norm(delta) ** 2
-
-        best = objective(step)
-        torch.testing.assert_close(best, -(norm.dual_norm(g) ** 2) / (2 * sharpness))
-        for scale in (1e-3, 1e-1, 1, 10):
-            others = step + scale * torch.randn(3000, *g.shape, **torch64)
-            assert (objective(others) >= best * (1 + 1e-12)).all()
-
-
 def minus_trace_polar(g):
     u, s, vh = torch.linalg.svd(g, full_matrices=False)
     return -s.sum() * u @ vh
+
+
+TABLE_1 = {  # the norm, the shape it is for, and the solution times the sharpness
+    "Euclidean": (Frobenius(), (7, 1), lambda g: -g),
+    "infinity": (operator_norm("l1", "linf"), (7, 1), lambda g: -g.abs().sum() * g.sign()),
+    "Frobenius": (Frobenius(), (4, 6), lambda g: -g),
+    "spectral": (operator_norm("l2", "l2"), (4, 6), minus_trace_polar),
+}
+
+
+@pytest.mark.parametrize("row", TABLE_1)
+def test_proposition_1_for_every_row_of_table_1(row):
+    """-(‖g‖† / λ) lmo(g) minimises ⟨g, Δ⟩ + (λ/2) ‖Δ‖², with the value -‖g‖†² / (2 λ)."""
+    norm, shape, solution = TABLE_1[row]
+    sharpness, g = 2.5, torch.randn(shape, **torch64)
+    step = -norm.dual_norm(g) / sharpness * norm.lmo(g)
+    torch.testing.assert_close(step, solution(g) / sharpness)
+
+    def objective(delta):
+        return (g * delta).sum((-2, -1)) + sharpness / 2 * norm.norm(delta) ** 2
+
+    best = objective(step)
+    torch.testing.assert_close(best, -(norm.dual_norm(g) ** 2) / (2 * sharpness))
+    for scale in (1e-3, 1e-1, 1, 10):
+        others = step + scale * torch.randn(3000, *shape, **torch64)
+        assert (objective(others) >= best * (1 + 1e-12)).all()
 
 
 @given(seed=st.integers(0, 2**31), sharpness=st.floats(0.1, 10))

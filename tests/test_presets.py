@@ -214,6 +214,15 @@ def test_a_change_of_a_kind_makes_its_rule_from_its_role():
     assert policy["adapter_b"].norm == policy["linear"].norm
 
 
+def test_a_change_that_concerns_no_parameter_gives_a_notice(caplog):
+    create_normopt_optimizer(
+        nn.Linear(2, 2), lr=0.1, lr_conv=2.0, lr_head=2.0, beta2=0.9, preset="adam"
+    )
+    assert [r.getMessage() for r in caplog.records] == [
+        "lr_conv has no effect: no trainable parameter is 'conv'."
+    ]
+
+
 def test_changes_do_not_depend_on_their_order():
     one = changed(PRESETS["normopt"].policy, lr_router=2, momentum_linear=0.5)
     other = changed(PRESETS["normopt"].policy, momentum_linear=0.5, lr_router=2)
