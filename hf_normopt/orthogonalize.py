@@ -95,7 +95,10 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
     wide = wide / _largest_entry(wide)  # no square below can overflow or underflow
-    if method == "svd":
+    if method in ("svd", "gram") and wide.shape[-2] == 1:
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        polar = wide / torch.where(length == 0, 1, length)  # depthwise kernels: thousands of them
+    elif method == "svd":
         polar = _svd(wide)
     elif method == "gram":
         polar = _gram(wide)
