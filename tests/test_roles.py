@@ -311,6 +311,23 @@ def test_a_model_inside_another_module_keeps_its_head():
     assert "head" not in {s.role for s in classify(Embedder())}
 
 
+def test_a_users_own_task_class_has_all_of_its_heads():
+    """Two heads side by side, and a layer before one of them."""
+
+    class TwoTasks(tf.BertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert = tf.BertModel(config)
+            self.inner = nn.Linear(config.hidden_size, 48)
+            self.topic = nn.Linear(48, 3)
+            self.tone = nn.Linear(config.hidden_size, 5)
+
+    with torch.device("meta"):
+        model = TwoTasks(tf.BertConfig(num_hidden_layers=1))
+    heads = [s.name for s in classify(model) if s.role == "head"]
+    assert heads == ["topic.weight", "tone.weight"]
+
+
 def test_a_task_model_without_its_head():
     config = tf.ViTConfig(num_hidden_layers=1, num_labels=0)
     with torch.device("meta"):
