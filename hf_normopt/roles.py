@@ -329,22 +329,18 @@ def _adapter(view: View) -> Finding | None:
     what, shape = found[1], view.shape
     if view.leaf == "bias":
         return Finding("bias", f"bias of LoRA factor {what[-1]}")
-    wrapper = next((m for _, m in view.owners if hasattr(m, "get_delta_factors")), None)
-    experts = int(getattr(wrapper, "num_experts", 1))
-    if experts > 1:  # target_parameters: (experts * rank, in) and (out, rank * experts)
-        pattern = f"(expert={experts} out) in" if what == "lora_A" else f"out (in expert={experts})"
-        kind = "adapter_a" if what == "lora_A" else "adapter_b"
-        return Finding(
-            "linear", f"LoRA factors {what[-1]} of stacked experts", Layout(pattern), kind
-        )
     if what in ("lora_A", "lora_B"):
         kind = "adapter_a" if what == "lora_A" else "adapter_b"
+        reason = f"LoRA factor {what[-1]}"
+        wrapper = next((m for _, m in view.owners if hasattr(m, "get_delta_factors")), None)
+        experts = int(getattr(wrapper, "num_experts", 1))
+        if experts > 1:  # target_parameters: (experts * rank, in) and (out, rank * experts)
+            first = f"(expert={experts} out) in"
+            layout = Layout(first if what == "lora_A" else f"out (in expert={experts})")
+            return Finding("linear", f"{reason} of stacked experts", layout, kind)
         if isinstance(view.owner, nn.modules.conv._ConvNd):
-            return Finding("conv", f"LoRA factor {what[-1]}", _owner_layout(view))
-        role = "linear"
-        return Finding(
-            role, f"LoRA factor {what[-1]}", _owner_layout(view) or usual_layout(role, shape), kind
-        )
+            return Finding("conv", reason, _owner_layout(view))
+        return Finding("linear", reason, _owner_layout(view) or usual_layout("linear", shape), kind)
     if what == "lora_embedding_A":
         return Finding("embedding", "LoRA factor A of a table: (rank, tokens)", Layout("out in"))
     if what == "lora_embedding_B":
