@@ -68,7 +68,7 @@ def skeleton(name: str) -> nn.Module:
 
     Args:
         name: a folder with `config.json` or `adapter_config.json`, a config file, or a model id on
-        the Hub.
+            the Hub.
 
     Raises:
         OSError: if there is no such config.

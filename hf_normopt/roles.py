@@ -95,9 +95,9 @@ def classify(model: nn.Module, overrides: Mapping[str, str] | None = None) -> li
         specs.append(
             ParamSpec(names[0], shape, found.role, found.kind, layout, found.reason, tied_to)
         )
+    names = [name for _, aliases in graph.trainable() for name in aliases]
     for pattern in overrides:
-        if not any(re.search(pattern, name) for spec in specs for name in _all_names(spec)):
-            names = [name for spec in specs for name in _all_names(spec)]
+        if not any(re.search(pattern, name) for name in names):
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
             raise ValueError(
                 f"The override {pattern!r} matches none of {len(specs)} trainable parameters; it "
@@ -122,10 +122,6 @@ _PEFT_COPIES = re.compile(r"(?<![^.])(?:base_layer|original_module|modules_to_sa
 def _place(name: str) -> str:
     """Where a module or parameter stands, also if PEFT put a copy or a layer of its own there."""
     return _PEFT_COPIES.sub("", canonical_name(name)).rstrip(".")
-
-
-def _all_names(spec: ParamSpec) -> list[str]:
-    return [spec.name, *(spec.tied_to or "").split(", ")] if spec.tied_to else [spec.name]
 
 
 def _checked(overrides: Mapping[str, str]) -> dict[str, str]:

@@ -162,21 +162,22 @@ class EscapeVelocity(StepSize):
 
     def observe(self, move: Move, weight: Tensor | float) -> Tensor:
         """⟨g, w_0 - w⟩, ‖s‖†, and for the cosine the squared lengths of g and w_0 - w."""
-        now = _every(move.param, self.stride).to(move.grad.dtype)
+        whole = move.grad  # made anew by each access
+        now = _every(move.param, self.stride).to(whole.dtype)
         if "anchor" not in move.state:
             move.state["anchor"] = now.clone()
         way = move.state["anchor"] - now
         if self.anchor == "last":
             move.state["anchor"].copy_(now)
-        grad = _every(move.grad, self.stride)
+        grad = _every(whole, self.stride)
         squares = [gathered((a * b).sum()) for a, b in ((grad, way), (grad, grad), (way, way))]
         inner, grad_square, way_square = (self.stride * square for square in squares)
         share: Tensor | float = 1.0
-        tensor = move.grad
+        tensor = whole
         if self.beta:
             share = move.group["lr"] * weight * weight / self.start
-            tensor = move.state.setdefault("gradient_sum", torch.zeros_like(move.grad))
-            tensor.mul_(self.beta).add_(move.grad * share)
+            tensor = move.state.setdefault("gradient_sum", torch.zeros_like(whole))
+            tensor.mul_(self.beta).add_(whole * share)
         return torch.stack([inner * share, move.dual(tensor), grad_square, way_square])
 
     def advance_inplace(self, memory: dict[str, Any], sums: Tensor) -> Tensor:

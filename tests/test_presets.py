@@ -72,12 +72,12 @@ def test_adam_rules_equal_torch_adamw_over_two_hundred_steps():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-def entry(buffer):
-    return buffer.sign()
+def entry(name, m):
+    return m.sign()
 
 
-def frobenius(buffer):
-    return buffer / buffer.norm()
+def frobenius(name, m):
+    return m / m.norm()
 
 
 class ByHand:
@@ -118,16 +118,12 @@ def scion(name, m):
     return role_norms(name, m) * (radius if m.ndim == 2 else 50)
 
 
-def modular(name, m):
-    return role_norms(name, m)
-
-
 REFERENCES = {
-    "signum": (lambda n, m: entry(m), {"momentum": 0.9}),
-    "lion": (lambda n, m: entry(m), {"momentum": 0.95, "lion": 0.95**2}),
-    "normalized-sgd": (lambda n, m: frobenius(m), {"momentum": 0.9}),
+    "signum": (entry, {"momentum": 0.9}),
+    "lion": (entry, {"momentum": 0.95, "lion": 0.95**2}),
+    "normalized-sgd": (frobenius, {"momentum": 0.9}),
     "scion": (scion, {"momentum": 0.9}),
-    "modular": (modular, {"momentum": 0.95, "lion": 0.95**2}),
+    "modular": (role_norms, {"momentum": 0.95, "lion": 0.95**2}),
 }
 
 
