@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .graph import canonical_name
 from .layouts import Layout, usual_layout
-from .roles import ROLES, ParamSpec, canonical_name
+from .roles import ROLES, ParamSpec
 from .rules import SCALES, Policy, Rule, bias_correction, check_total, policy_key
 from .sharding import gathered, sharded_like
 from .step_sizes import Fixed, StepSize

@@ -10,7 +10,11 @@ import hf_normopt
 PACKAGE = Path(hf_normopt.__file__).parent
 ROWS = [
     {"orthogonalize", "layouts", "architectures", "sharding", "tables", "version"},
-    {"norms", "roles"},
+    {"norms", "graph"},
+    {"adapters"},
+    {"heads"},
+    {"matchers"},
+    {"roles"},
     {"rules", "step_sizes"},
     {"optimizer"},
     {"presets"},

@@ -10,7 +10,8 @@ from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_m
 from torch import nn
 
 from hf_normopt import Layout, classify
-from hf_normopt.roles import KINDS, ROLES, canonical_name
+from hf_normopt.graph import canonical_name
+from hf_normopt.roles import KINDS, ROLES
 from tests.role_models import BASES, CONFIGS, TASKS, build
 
 FOLDER = Path(__file__).parent / "roles"
