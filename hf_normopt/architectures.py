@@ -1,15 +1,21 @@
 """What the module graph cannot tell: how single architectures fuse, stack and transpose their maps.
 
-Each row of [`FUSED`] was read off the architecture's modelling source. A new row names the class
-that multiplies by the tensor, the tensor's name under it, and how its axes are to be read.
+Most of it is read from the source of each module's own `forward` by `fused.py`, so that an
+architecture in no release is known too. The tables hold the rest; each row was read off the
+architecture's modelling source. A new row names the class that multiplies by the tensor, the
+tensor's name under it, and how its axes are to be read.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from .fused import Matrix, matrices
+from .reading import matrix_fans
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Fused:
 
     Args:
         owner: pattern of the class name of the module that uses the tensor.
-        path: name of the tensor's module under the owner, "" for a parameter of its own.
+        path: pattern of the name of the tensor's module under the owner, or of a raw parameter.
         axis: how the fused axis is read, given the owner; replaces `out` in weight and bias.
         reason: what a person reads in the table.
     """
@@ -29,20 +35,268 @@ class Fused:
     reason: str
 
 
+# What the source of `forward` does not tell `fused.py`; a row here wins over what it tells.
 FUSED: tuple[Fused, ...] = (
-    # query, key, value; in cross-attention key and value only
     Fused(
-        r"GPT2Attention",
-        "c_attn",
-        lambda attention: f"(part={attention.c_attn.nf // attention.embed_dim} out)",
-        "maps of the attention side by side",
+        "DiffLlamaAttention",
+        "v_proj",
+        lambda _: "out",
+        "one map: both halves of the heads are values",
     ),
-    Fused(r"ModernBertAttention", "Wqkv", lambda _: "(part=3 out)", "query, key and value fused"),
-    Fused(r"ModernBertMLP", "Wi", lambda _: "(part=2 out)", "input and gate fused"),
+    Fused(
+        "EsmFold2TriangleMultiplicativeUpdate",
+        "proj_bundle",
+        lambda _: "(part=4 out)",
+        "left and right and their gates; divided after they are multiplied",
+    ),
+    Fused(
+        "LightGlueMatchAssignmentLayer",
+        "final_projection",
+        lambda _: "out",
+        "one map: both images go through it in one batch",
+    ),
+    Fused(
+        "DeepseekV4(CSACompressor|Indexer)",
+        "kv_proj|gate_proj",
+        lambda _: "(part=2 out)",
+        "for the window before and for its own, in a buffer",
+    ),
+    Fused(
+        "ZambaMambaMixer",
+        "in_proj",
+        lambda _: "(out part=2)",
+        "input and gate interleaved; each is then cut into heads",
+    ),
+    Fused(
+        "VitsWaveNet",
+        r"in_layers\.\d+",
+        lambda _: "(part=2 out)",
+        "halves for tanh and sigmoid, divided at a number that is passed as a tensor",
+    ),
+    Fused(
+        "WavLMAttention",
+        "gru_rel_pos_linear",
+        lambda _: "(part=2 out)",
+        "two gates, each the sum of its half",
+    ),
+    Fused(
+        ".*Gemma.*Text(Model|PLE)",
+        "per_layer_model_projection",
+        lambda model: f"(layer={getattr(model, 'config', model).num_hidden_layers} out)",
+        "one map for each layer",
+    ),
+    Fused(
+        "DeepseekV4GroupedLinear",
+        "weight",
+        lambda linear: f"(group={linear.n_groups} out)",
+        "each group of inputs has a map of its own",
+    ),
+    Fused("InklingTopkRouter", "weight", lambda _: "out", "one map, for shared experts too"),
 )
 
 
 def fused_axis(owner: Any, path: str) -> Fused | None:
-    """The row for a module's path under its owner, if there is one."""
+    """How an owner divides what one of its matrices gives.
+
+    Args:
+        owner: a module.
+        path: name of a matrix's module under the owner, or of a raw parameter of it.
+
+    Returns:
+        The row of [`FUSED`], else one made from the source of the owner's `forward`; None if the
+        matrix is one map, or of another module.
+    """
+    for row in FUSED:
+        if re.fullmatch(row.path, path) and _is(owner, row.owner):
+            return row if row.axis(owner) != "out" else None
+    matrix = matrices(owner).get(path)
+    if matrix is None or matrix.axis == "out":
+        return None
     name = type(owner).__name__
-    return next((row for row in FUSED if row.path == path and re.fullmatch(row.owner, name)), None)
+    return Fused(name, path, lambda _: matrix.axis, f"several maps, as {name} divides them")
+
+
+def _is(owner: Any, pattern: str) -> bool:
+    """Whether an owner's class, or one that it refines (as FSDP does), has such a name."""
+    return any(re.fullmatch(pattern, cls.__name__) for cls in type(owner).__mro__)
+
+
+def head_axes(owner: Any, path: str) -> tuple[str, str] | None:
+    """The axes of an attention matrix with heads as operators of their own.
+
+    Args:
+        owner: a module above the matrix.
+        path: name of the matrix's module under the owner.
+
+    Returns:
+        What replaces `out` (a fused axis as a whole) and what replaces `in`: for queries, keys and
+        values as `("(head=32 out)", "in")`, for the map after them `("out", "(head=32 in)")`. None
+        for a matrix that has no heads there.
+    """
+    known = matrices(owner)
+    matrix = known.get(path)
+    if matrix is not None and matrix.heads is not None and _counts_heads(owner, matrix):
+        return matrix.heads, "in"
+    if matrix is not None and path == list(known)[-1]:
+        return _output(owner, matrix.inputs)
+    first, _, rest = path.partition(".")
+    if matrix is not None or not rest:
+        return None
+    # BERT's way: the attention is a module beside the one with the map after it
+    fans = matrix_fans(owner.get_submodule(path)) if first in dict(owner.named_children()) else None
+    beside = [child for name, child in owner.named_children() if name != first]
+    answers = (_output(child, fans[1]) for child in beside if fans is not None and not _own(child))
+    return next(filter(None, answers), None)
+
+
+def _output(attention: Any, inputs: int) -> tuple[str, str] | None:
+    """The map after an attention, if its inputs are the heads' values one after the other."""
+    found = [m for m in matrices(attention).values() if m.heads and _counts_heads(attention, m)]
+    sizes = [size for matrix in found for size in matrix.sizes]
+    heads = max((heads for heads, _ in sizes), default=0)
+    if any(heads * size == inputs for _, size in sizes):
+        return "out", f"(head={heads} in)"
+    return None
+
+
+def _own(attention: Any) -> bool:
+    """Whether an attention holds the map after it."""
+    known = matrices(attention)
+    return bool(known) and list(known.values())[-1].heads is None
+
+
+def _counts_heads(owner: Any, matrix: Matrix) -> bool:
+    """Whether an attribute says that these are attention heads, not another (count, size)."""
+    known = vars(owner) | getattr(getattr(owner, "config", None), "__dict__", {})
+    counts = {
+        value
+        for name, value in known.items()
+        if "head" in name and "dim" not in name and isinstance(value, int)
+    }
+    return any(heads in counts for heads, _ in matrix.sizes)
+
+
+def stored_layout(owner: Any, name: str) -> str | None:
+    """The layout of a raw matrix, its parts told apart.
+
+    Args:
+        owner: the module that holds it.
+        name: the parameter's name there.
+
+    Returns:
+        As the source of the owner's `forward` multiplies by it; None where that shows no product.
+    """
+    matrix = matrices(owner).get(name)
+    if matrix is None or not matrix.pattern:
+        return None
+    divided = fused_axis(owner, name)
+    stack = "expert" if _is(owner, ".*Experts.*") else "stack"
+    pattern = matrix.pattern.replace("stack", stack)
+    return re.sub(r"\bout\b", divided.axis(owner) if divided else "out", pattern)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that reading `forward` does not find, or what it finds and is none.
+
+    Args:
+        owner: pattern of the class name of a module above it.
+        path: pattern of the matrix's name under the owner.
+        reason: what a person reads in the table.
+        is_head: False for what is none.
+    """
+
+    owner: str
+    path: str
+    reason: str
+    is_head: bool = True
+
+
+HEADS: tuple[Head, ...] = (
+    Head("LxmertVisualObjHead", r"decoder_dict\.\w+", "what is predicted of objects, for the loss"),
+    Head("AMSoftmaxLoss", "weight", "class scores, which only the loss sees"),
+    Head("SpeechT5SpeechDecoderPostnet", "prob_out", "probability to stop, for generate()"),
+    Head("Nemotron3_5Transcribe.*", "word_timestamp_head", "word timestamps, for generate()"),
+    Head("MobileBertLMPredictionHead", "dense", "token scores, beside those of the tied table"),
+    Head("SplinterFor.*", r"splinter_qass\.(start|end)_classifier", "bilinear in the question"),
+    Head(".*TTSFlowHead", r"final_layer\.proj", "velocity of the flow"),
+    Head("Qwen2_5OmniToken2WavDiTModel", "proj_out", "velocity of the flow"),
+    Head("FSMTDecoder", "output_projection", "token scores, which the base model returns"),
+    Head("Bark(Causal|Coarse|Semantic)Model", "lm_head", "token scores"),
+    Head("UVDocHead", r"out_point_positions2D\.conv_up", "two coordinates for each pixel"),
+    Head("FastSpeech2ConformerSpeechDecoderPostnet", "feat_out", "spectrogram"),
+    Head("EsmFold2ConfidenceHead", "(pae|pde)_head|(plddt|resolved)_weight", "confidences"),
+    Head("EsmFold2AtomDecoder", "output_linear", "positions of atoms"),
+    Head(".*MaskDecoder", r"(iou_prediction|pred_obj_score)_head\.proj_out", "scores of masks"),
+    Head("Sam3.*DetrDecoder", r"(box|presence)_head\.layer3", "boxes and their presence"),
+    Head("Sam3.*MaskDecoder", "semantic_projection", "semantic segmentation"),
+    Head("VitsResidualCouplingLayer", "conv_post", "mean inside the flow", is_head=False),
+    Head("SuperPointConvBlock", "conv_b", "features before the score", is_head=False),
+    Head("LightGlue.*", r".*projector|.*mlp\.fc2", "features before the match", is_head=False),
+)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A raw parameter whose use is not plain from its module's source.
+
+    Args:
+        owner: pattern of the class name of the module that holds it.
+        leaf: pattern of its name there.
+        role: what it is.
+        reason: what a person reads in the table.
+        layout: a pattern, or a function of the owner that gives it; "" for the role's usual one.
+    """
+
+    owner: str
+    leaf: str
+    role: str
+    reason: str
+    layout: str | Callable[[Any], str] = ""
+
+
+RAW: tuple[Raw, ...] = (
+    # flattened experts, handed to `forward` one by one: x.matmul(w1.T), h.matmul(w2)
+    Raw("DbrxExpertGLU", "w1|v1", "linear", "experts", lambda glu: _experts_of(glu, "out", "in")),
+    Raw("DbrxExpertGLU", "w2", "linear", "experts", lambda glu: _experts_of(glu, "in", "out")),
+    Raw("ZambaMambaMixer", "x_proj_weight", "linear", "time step, B and C", lambda m: _zamba(m)),
+    Raw(".*Snake.*", "alpha|beta", "norm", "frequency or inverse height of a periodic activation"),
+    Raw(".*Attention", "sinks", "other", "logits that take attention from all tokens"),
+    Raw("DiffLlamaAttention", r"lambda_[qk]\d", "other", "their products weigh two attentions"),
+    Raw("RecurrentGemmaRglru", "recurrent_param", "other", "rates of a recurrence"),
+    Raw("RwkvSelfAttention", "time_first", "bias", "added to the key of the current token"),
+    Raw("RwkvFeedForward|RwkvSelfAttention", "time_mix_.*", "norm", "mixes a token with the last"),
+    Raw("EsmFold2Parcae", "input_matrix_continuous", "linear", "rows scaled, then multiplied by"),
+    Raw("EsmFold2LanguageModelEncoder", "layer_weights", "other", "logits of a mean over layers"),
+    Raw("TapasForQuestionAnswering", "(column_)?output_weights", "head", "one row: scores", "in"),
+    Raw("Inkling2DynamicShortConvolution", "static_weight", "conv", "depthwise", "tap=4 group"),
+    Raw("CsmCodebooksHead", "weight", "head", "token scores of each codebook", "stack in out"),
+    Raw("FunnelRelMultiheadAttention", "r_kernel", "linear", "of positions", "in out0 out1"),
+    Raw(".*", "no_(object|memory)_.*", "embedding", "stands for what is not there"),
+    Raw("AxialPositionEmbeddings", r"weights\.\d", "embedding", "positions along one axis"),
+    Raw("Sam.*PositionalEmbedding", ".*", "linear", "random features of coordinates", "in out"),
+    Raw("(XLNet|FunnelRel).*Attention", "seg_embed", "embedding", "two segments", "in out0 out1"),
+    Raw("Sam2HieraDetModel", "pos_embed.*", "embedding", "grid of positions", "in0 out in1 in2"),
+    Raw("HieraEmbeddings", "position_embeddings", "embedding", "grid of positions"),
+)
+
+
+def _experts_of(glu: Any, stacked: str, other: str) -> str:
+    return f"(expert={glu.moe_num_experts} {stacked}) {other}"
+
+
+def _zamba(mixer: Any) -> str:
+    return f"stack (out={mixer.time_step_rank}+{mixer.ssm_state_size}+{mixer.ssm_state_size}) in"
+
+
+def listed_parameter(owner: Any, leaf: str) -> Raw | None:
+    """The row for a raw parameter, if there is one."""
+    return _row(tuple(cls.__name__ for cls in type(owner).__mro__), leaf)
+
+
+@functools.cache
+def _row(classes: tuple[str, ...], leaf: str) -> Raw | None:
+    for row in RAW:
+        if re.fullmatch(row.leaf, leaf) and any(re.fullmatch(row.owner, c) for c in classes):
+            return row
+    return None

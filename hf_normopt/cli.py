@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import torch
-import transformers
-from torch import nn
 
 from .arguments import parse_roles
+from .picture import Total, check_file, count_roles, save_picture, tied_names
 from .presets import PRESETS
 from .roles import ROLES, ParamSpec, classify
-from .rules import Policy, Rule, policy_key
-from .tables import format_table
+from .rules import Rule, policy_key
+from .skeletons import skeleton
+from .tables import fold_names, format_table
 
 _FORMATS = ("table", "json", "markdown")
 
@@ -27,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0, or 2 when the input cannot be used.
+        The exit status: 0; 1 when `inspect --strict` finds a parameter whose role is `other`; 2
+        when the input cannot be used.
     """
     parser = argparse.ArgumentParser(
         prog="hf-normopt", description="An operator norm for each tensor, by its role."
@@ -48,6 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--roles", default="", metavar="ROLE:REGEX;...", help="override roles by name"
     )
     inspect.add_argument("--why", action="store_true", help="show the reason for each role")
+    inspect.add_argument(
+        "--plot", metavar="FILE", help="also draw the model with its norms, as .html or .png"
+    )
+    inspect.add_argument(
+        "--strict", action="store_true", help="exit with status 1 if a parameter is `other`"
+    )
+    inspect.add_argument(
+        "--trust_remote_code",
+        "--trust-remote-code",
+        action="store_true",
+        help="run modelling code that comes with the config",
+    )
     inspect.set_defaults(run=_inspect)
 
     presets = commands.add_parser("presets", help="show the presets")
@@ -56,78 +64,116 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parser.parse_args(argv)
     try:
-        print(args.run(args))
+        return args.run(args)
     except (OSError, ValueError, ImportError) as error:
-        print(f"hf-normopt {args.command}: {error}", file=sys.stderr)
+        print(f"hf-normopt {args.command}: {str(error).strip()}", file=sys.stderr)
         return 2
-    return 0
 
 
-def skeleton(name: str) -> nn.Module:
-    """A model on the meta device, from its config alone.
-
-    Args:
-        name: a folder with `config.json` or `adapter_config.json`, a config file, or a model id on
-            the Hub.
-
-    Raises:
-        OSError: if there is no such config.
-        ValueError: if transformers has no class for it.
-    """
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-        raise OSError(f"There is no file or folder {name}.")
-    if (Path(name) / "adapter_config.json").exists():
-        from peft import PeftConfig, get_peft_model
-
-        adapter = PeftConfig.from_pretrained(name)
-        adapter.inference_mode = False
-        with torch.device("meta"):
-            return get_peft_model(skeleton(adapter.base_model_name_or_path), adapter)
-    config = transformers.AutoConfig.from_pretrained(name)
-    classes = [
-        getattr(transformers, architecture, None) for architecture in config.architectures or []
-    ]
-    with torch.device("meta"):
-        if classes and classes[0] is not None:
-            return classes[0](config)
-        return transformers.AutoModel.from_config(config)
-
-
-def _inspect(args: argparse.Namespace) -> str:
+def _inspect(args: argparse.Namespace) -> int:
+    if args.plot:
+        check_file(args.plot)
     policy = PRESETS[args.preset].policy
-    specs = classify(skeleton(args.model), parse_roles(args.roles))
+    model = skeleton(args.model, trust_remote_code=args.trust_remote_code)
+    specs = classify(model, parse_roles(args.roles))
+    rules = [policy[policy_key(policy, spec.role, spec.kind)] for spec in specs]
+    norms = [str(rule.norm) for rule in rules]
+    totals = count_roles(specs, norms)
+    if args.plot:
+        save_picture(args.plot, f"{type(model).__name__}, preset {args.preset}", specs, norms)
+    markdown, others = args.format == "markdown", _others(specs)
     if args.format == "json":
-        return json.dumps([_record(spec, policy) for spec in specs], indent=1)
+        print(json.dumps(_report(args, type(model).__name__, specs, rules, totals), indent=1))
+    else:
+        print(_table(specs, norms, args.why, markdown), _totals_table(totals, markdown), sep="\n\n")
+        if others:
+            print(f"\nother: {'; '.join(f'{name}: {reason}' for name, reason in others)}")
+    if not (others and args.strict):
+        return 0
+    wish = ";".join(f"ROLE:{name.partition(' (')[0]}" for name, _ in others)
+    print(
+        f"hf-normopt inspect: the role of {', '.join(name for name, _ in others)} is other. "
+        f'Give another with --roles "{wish}"; ROLE is one of {", ".join(list(ROLES)[:-1])}.',
+        file=sys.stderr,
+    )
+    return 1
 
-    folded: dict[tuple[str, ...], int] = {}
-    for spec in specs:
-        cells: tuple[str, ...] = (
-            _folded(spec),
-            _role(spec),
-            str(_rule(spec, policy).norm),
-            _times(spec.shape),
+
+def _others(specs: Sequence[ParamSpec]) -> list[tuple[str, str]]:
+    """The folded names of what is `other`, and why."""
+    others = [spec for spec in specs if spec.role == "other"]
+    reasons = [spec.reason for spec in others]
+    names = [_short(spec.name) for spec in others]
+    return [(label, reasons[at[0]]) for label, at in fold_names(names, reasons)]
+
+
+def _table(specs: Sequence[ParamSpec], norms: Sequence[str], why: bool, markdown: bool) -> str:
+    cells = [
+        (
+            f"{spec.role}/{spec.kind}" if spec.kind else spec.role,
+            norm,
+            " x ".join(map(str, spec.shape)) or "1",
             str(spec.layout),
+            *([spec.reason] if why else []),
         )
-        cells += (spec.reason,) if args.why else ()
-        folded[cells] = folded.get(cells, 0) + 1
-    rows = [(name if n == 1 else f"{name} (x{n})", *rest) for (name, *rest), n in folded.items()]
-    header = ("parameter", "role", "norm", "shape", "layout", *(("reason",) if args.why else ()))
-    markdown = args.format == "markdown"
-    return f"{format_table(header, rows, markdown)}\n\n{_totals(specs, policy, markdown)}"
-
-
-def _totals(specs: list[ParamSpec], policy: Policy, markdown: bool) -> str:
+        for spec, norm in zip(specs, norms, strict=True)
+    ]
+    keys = [(row, spec.tied_to is None) for row, spec in zip(cells, specs, strict=True)]
     rows = []
-    for role in ROLES:
-        members = [spec for spec in specs if spec.role == role]
-        if members:
-            norms = sorted({str(_rule(spec, policy).norm) for spec in members})
-            count = sum(math.prod(spec.shape) for spec in members)
-            rows.append((role, ", ".join(norms), f"{len(members):,}", f"{count:,}"))
+    for label, at in fold_names([_short(spec.name) for spec in specs], keys):
+        names = [label, *tied_names([specs[i] for i in at])]
+        rows.append((" = ".join(names), *cells[at[0]]))
+    header = ("parameter", "role", "norm", "shape", "layout", *(["reason"] if why else []))
+    return format_table(header, rows, markdown)
+
+
+def _totals_table(totals: Sequence[Total], markdown: bool) -> str:
+    rows = [
+        (total.role, ", ".join(total.norms), f"{total.tensors:,}", f"{total.parameters:,}")
+        for total in totals
+    ]
     return format_table(("role", "norm", "tensors", "parameters"), rows, markdown)
 
 
-def _presets(args: argparse.Namespace) -> str:
+def _report(
+    args: argparse.Namespace,
+    class_name: str,
+    specs: Sequence[ParamSpec],
+    rules: Sequence[Rule],
+    totals: Sequence[Total],
+) -> dict[str, object]:
+    """What `--format json` prints: described in docs/inspect.md, whose version it carries."""
+    return {
+        "format_version": 1,
+        "model": args.model,
+        "class": class_name,
+        "preset": args.preset,
+        "parameters": [
+            {
+                "name": spec.name,
+                "shape": spec.shape,
+                "role": spec.role,
+                "kind": spec.kind,
+                "layout": str(spec.layout),
+                "reason": spec.reason,
+                "tied_to": spec.tied_to.split(", ") if spec.tied_to else [],
+                "norm": str(rule.norm),
+                "rule": str(rule),
+            }
+            for spec, rule in zip(specs, rules, strict=True)
+        ],
+        "totals": {
+            total.role: {
+                "norms": total.norms,
+                "tensors": total.tensors,
+                "parameters": total.parameters,
+            }
+            for total in totals
+        },
+    }
+
+
+def _presets(args: argparse.Namespace) -> int:
     if args.format == "json":
         records = [
             {
@@ -139,45 +185,16 @@ def _presets(args: argparse.Namespace) -> str:
             }
             for name, preset in PRESETS.items()
         ]
-        return json.dumps(records, indent=1)
+        print(json.dumps(records, indent=1))
+        return 0
     rows = [
         (name, preset.description, "{:g} to {:g}".format(*preset.learning_rate), preset.source)
         for name, preset in PRESETS.items()
     ]
-    return format_table(
-        ("preset", "what it is", "learning rate", "source"), rows, args.format == "markdown"
-    )
+    header = ("preset", "what it is", "learning rate", "source")
+    print(format_table(header, rows, args.format == "markdown"))
+    return 0
 
 
-def _record(spec: ParamSpec, policy: Policy) -> dict[str, object]:
-    return {
-        "name": spec.name,
-        "shape": spec.shape,
-        "role": spec.role,
-        "kind": spec.kind,
-        "layout": str(spec.layout),
-        "reason": spec.reason,
-        "tied_to": spec.tied_to,
-        "norm": str(_rule(spec, policy).norm),
-        "rule": str(_rule(spec, policy)),
-    }
-
-
-def _rule(spec: ParamSpec, policy: Policy) -> Rule:
-    return policy[policy_key(policy, spec.role, spec.kind)]
-
-
-def _folded(spec: ParamSpec) -> str:
-    """The name with layer numbers replaced, and what it is tied to."""
-    names = [spec.name] if spec.tied_to is None else [spec.name, spec.tied_to]
-    return " = ".join(
-        re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removesuffix(".weight")) for name in names
-    )
-
-
-def _role(spec: ParamSpec) -> str:
-    return f"{spec.role}/{spec.kind}" if spec.kind else spec.role
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "1"
+def _short(name: str) -> str:
+    return name.removesuffix(".weight")

@@ -20,12 +20,25 @@ _WRAPPERS = re.compile(
     r"^(?:module\.|_orig_mod\.)+"
     r"|(?<![^.])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)(?:\.|$)"
 )
-_PEFT_COPIES = re.compile(r"(?<![^.])(?:base_layer|original_module|modules_to_save\.[^.]+)(?:\.|$)")
+_PEFT_COPIES = re.compile(
+    r"(?<![^.])(?:base_layer|original_module|token_adapter"
+    r"|(?:modules_to_save|ln_tuning_layers)\.[^.]+)(?:\.|$)"
+)
+_PARAMETRIZED = re.compile(r"(?<![^.])parametrizations\.([^.]+)\.original\d*$")
 
 
 def place(name: str) -> str:
-    """Where a module or parameter stands, also if PEFT put a copy or a layer of its own there."""
-    return _PEFT_COPIES.sub("", canonical_name(name)).rstrip(".")
+    """Where a module or parameter stands, also if PEFT or torch put something of its own there."""
+    name = _PARAMETRIZED.sub(r"\1", canonical_name(name))
+    return _PEFT_COPIES.sub("", name).rstrip(".")
+
+
+MATRIX = (nn.Linear, Conv1D, nn.Bilinear, nn.modules.conv._ConvNd)
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight, and does nothing else that matters."""
+    return isinstance(module, MATRIX)
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class View:
     name: str
     shape: tuple[int, ...]
     owners: tuple[tuple[str, nn.Module], ...]  # (path below that owner, owner), the innermost first
-    head: str | None  # why the owner is a head, if it is
+    head: str | None  # why it is a head, if it is
 
     @property
     def owner(self) -> nn.Module:

@@ -1,84 +1,191 @@
-"""Which matrices are heads: the last ones before a task's output."""
+"""Which matrices are heads: the last ones before a task's output.
+
+A transformers model says itself what its outputs are: `forward` returns a `ModelOutput` whose
+fields are named. [`find_heads`] follows those of [`OUTPUTS`] back to the matrices that made them
+(`flow.py`); other models are followed from all that they return. A base model's hidden states are
+no task's output.
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .adapters import is_adapter
-from .graph import place
+from .architectures import HEADS
+from .flow import Reader
+from .graph import is_matrix, place
+from .interpreter import parsed
+from .values import INPUT, Known, Makers, Record, Value, makers, now
 
-MATRIX = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
+# Fields of transformers' outputs that are a task's output; `router_logits` choose experts.
+OUTPUTS = re.compile(
+    r"(?<!router_)logits|pred(?!ictor)|score|box|coord|corners|outputs_class|normals|_seg$"
+    r"|heatmap|regression|reconstruction|spectrogram|waveform|^audio$|audio_values|log_probs"
+    r"|(duration|pitch|energy)_outputs"
+)
+# Models whose whole output is a task's.
+_TASK = re.compile(r"For[A-Z]|Head|GAN|Gan$|Code2Wav$")
 
 
 def find_heads(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Why a module is a head, by its place."""
-    matrices = {
-        place(name): module
-        for name, module in modules.items()
-        if isinstance(module, MATRIX) and not is_adapter(name)
-    }
-    inner: dict[str, PreTrainedModel] = {}  # the outermost models that transformers knows
-    for name, module in modules.items():
-        if isinstance(module, PreTrainedModel) and not _inside(place(name), set(inner)):
-            inner[place(name)] = module
+    """Why a matrix is a head, by the place of its module, or of the parameter if it is a raw one.
+
+    Args:
+        modules: all modules of a model, by name.
+    """
+    places = _places(modules)
     heads: dict[str, str] = {}
-    for name, model in inner.items():
-        heads |= _task_heads(name, model, modules, matrices)
-
-    root = modules[""]
-    if not hasattr(root, "peft_config") and not type(root).__module__.startswith("transformers."):
-        lists = {place(name) for name, m in modules.items() if isinstance(m, nn.ModuleList)}
-        own = [name for name in matrices if not _inside(name, set(inner))]
-        heads |= {
-            name: "the last matrix of the model" for name in own[-1:] if not _inside(name, lists)
-        }
+    inner = list(_outermost(modules))
+    for name, model in modules.items():
+        if isinstance(model, PreTrainedModel):
+            heads |= _output_embeddings(model, places)
+            if name in inner or _TASK.search(_name(model)):
+                heads |= _task_heads(model, places)
+    root = _unwrapped(modules[""])
+    if not isinstance(root, PreTrainedModel):
+        heads |= _own_heads(root, modules, places, [place(name) for name in inner])
+    heads |= _listed(set(places.values()), modules, is_head=True)
+    for name in _listed(heads, modules, is_head=False):
+        del heads[name]
     return heads
 
 
-def _task_heads(
-    root: str,
-    model: PreTrainedModel,
-    modules: Mapping[str, nn.Module],
-    matrices: Mapping[str, nn.Module],
+def _own_heads(
+    root: nn.Module, modules: Mapping[str, nn.Module], places: Mapping[int, str], inner: list[str]
 ) -> dict[str, str]:
-    """The output embeddings, and the last of the matrices that a task adds to its base model."""
-    heads = {}
-    output, base = model.get_output_embeddings(), model.base_model
-    if output is not None:
-        heads = {
-            place(name): "get_output_embeddings()" for name, m in modules.items() if m is output
-        }
+    """The heads of a module that is none of transformers' models, outside those inside it."""
+
+    def own(name: str) -> bool:
+        return not any(name == model or name.startswith(f"{model}.") for model in inner)
+
+    if is_matrix(root):
+        return {place(next(n for n, m in modules.items() if m is root)): "the model's only matrix"}
+    found = _read(root, places)
+    if found is not None:
+        made = filter(own, makers(found) - INPUT)
+        return {name: f"made last what {_name(root)} returns" for name in made}
+    lists = [f"{name}." for name, m in modules.items() if isinstance(m, nn.ModuleList)]
+    matrices = [
+        place(name)
+        for name, module in modules.items()
+        if is_matrix(module) and not is_adapter(name, modules) and not name.startswith(tuple(lists))
+    ]
+    return {name: f"the last matrix of {_name(root)}" for name in list(filter(own, matrices))[-1:]}
+
+
+def _output_embeddings(model: PreTrainedModel, places: Mapping[int, str]) -> dict[str, str]:
+    output = model.get_output_embeddings()
+    return {places[id(output)]: "get_output_embeddings()"} if id(output) in places else {}
+
+
+def _task_heads(model: PreTrainedModel, places: Mapping[int, str]) -> dict[str, str]:
+    """What made the outputs of a model last."""
+    found = _read(model, places)
     custom = not type(model).__module__.startswith("transformers.")
-    if not custom and not re.search(r"For[A-Z]|Head", type(model).__name__):
-        return heads
+    task = custom or _TASK.search(_name(model)) is not None
+    fields: dict[str, Makers] = {}
+    if isinstance(found, Record) and any(isinstance(key, str) for key in found.fields):
+        fields = {
+            str(key): makers(later.value)
+            for key, later in found.fields.items()
+            if OUTPUTS.search(str(key))
+        }
+        if (
+            task
+            and not model.get_output_embeddings()
+            and not any(made - INPUT for made in fields.values())
+        ):
+            whole = [k for k in found.fields if custom or k == "last_hidden_state"]
+            fields = {str(k): makers(found.fields[k].value) for k in whole}
+    elif found is not None and task:
+        fields = {"output": makers(found)}
+    return {
+        name: f"made the {key} of {_name(model)} last"
+        for key, made in reversed(fields.items())
+        for name in made - INPUT
+    }
 
-    added = [(name, matrix) for name, matrix in matrices.items() if _inside(name, {root})]
-    if base is model:  # none of its modules is: only a matrix that is its child is surely added
-        children = {f"{root}.{child}".lstrip(".") for child, _ in model.named_children()}
-        added = [] if custom else [(name, matrix) for name, matrix in added if name in children]
-    else:
-        inside = {place(name) for name, module in modules.items() if module is base}
-        added = [(name, matrix) for name, matrix in added if not _inside(name, inside)]
-    for i, (name, matrix) in enumerate(added):
-        if i + 1 == len(added) or _fans(matrix)[0] != _fans(added[i + 1][1])[1]:
-            heads.setdefault(name, f"last matrix after the base model of {type(model).__name__}")
-    return heads
+
+def _read(model: nn.Module, places: Mapping[int, str]) -> Value | None:
+    """What comes out of a model, None where its source cannot be read."""
+    forward = type(model).forward
+    if forward is nn.Module.forward or parsed(inspect.unwrap(forward)) is None:
+        return None
+
+    def last(module: nn.Module) -> Makers | None:
+        if is_matrix(module):
+            return frozenset({places[id(module)]})
+        if isinstance(module, nn.MultiheadAttention):
+            return frozenset({places[id(module.out_proj)]})
+        # what is looked up, normalised or remembered is no output yet
+        tables = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
+        normalises = "norm" in _name(module).lower() and not list(module.children())
+        return INPUT if isinstance(module, tables) or normalises else None
+
+    try:
+        reader = Reader(places, last, _unwrapped, not isinstance(model, PreTrainedModel))
+        return reader.function(forward, [now(Known(model))], {})
+    except RecursionError:
+        return None
 
 
-def _inside(name: str, modules: set[str]) -> bool:
-    return any(not m or name == m or name.startswith(f"{m}.") for m in modules)
+def _places(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """The places of modules and parameters; a matrix module's weight stands for the module."""
+    places: dict[int, str] = {}
+    for name, module in modules.items():
+        if is_adapter(name, modules):
+            continue
+        places.setdefault(id(module), place(name))
+        for leaf, parameter in module.named_parameters(recurse=False):
+            own = place(name) if is_matrix(module) else place(f"{name}.{leaf}".lstrip("."))
+            places.setdefault(id(parameter), own)
+    return places
 
 
-def _fans(matrix: nn.Module) -> tuple[int, int]:
-    """(fan_out, fan_in) in features or channels."""
-    if isinstance(matrix, Conv1D):
-        return matrix.nf, matrix.nx
-    if isinstance(matrix, nn.Linear):
-        return matrix.out_features, matrix.in_features
-    assert isinstance(matrix, nn.modules.conv._ConvNd)
-    return matrix.out_channels, matrix.in_channels
+def _outermost(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Names of the models of transformers that are in no other one."""
+    found: list[str] = []
+    for name, module in modules.items():
+        inside = any(not m or name.startswith(f"{m}.") for m in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found.append(name)
+            yield name
+
+
+def _listed(
+    places: Iterable[str], modules: Mapping[str, nn.Module], is_head: bool
+) -> dict[str, str]:
+    """What `architectures.py` says of matrices that reading misjudges."""
+    rows = [row for row in HEADS if row.is_head == is_head]
+    return {
+        name: row.reason
+        for owner, module in modules.items()
+        for row in rows
+        if re.fullmatch(row.owner, _name(module))
+        for name in places
+        if re.fullmatch(rf"{re.escape(place(owner))}\.?({row.path})", name)
+    }
+
+
+# Where DDP, torch.compile, FSDP and PEFT keep the module whose output theirs is.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "module", "base_layer", "original_module")
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    if type(module).__module__.partition(".")[0] not in ("torch", "peft"):
+        return module
+    base = getattr(module, "get_base_model", None)  # of a PeftModel
+    if callable(base):
+        return _unwrapped(base())
+    inner = (module._modules.get(name) for name in (*_WRAPPED, "token_adapter"))
+    found = next((m for m in inner if m is not None), None)
+    return module if found is None else _unwrapped(found)
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__

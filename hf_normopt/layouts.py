@@ -11,6 +11,9 @@ table and in a checkpoint:
 | `in out`                  | `Conv1D.weight` (GPT-2), `nn.Embedding.weight` (in = the tokens)  |
 | `in (part=3 out)`         | GPT-2's `c_attn`: three maps side by side                         |
 | `(out=512+64+64) in`      | three maps of unequal size, one below the other                   |
+| `(out0=12 part=3 out1) in` | three maps interleaved per head, each an operator over all heads |
+| `(out0=8 out1=256+64+64) in` | the same of unequal size, per group of heads                   |
+| `(head=32+8+8 out=128) in` | heads of queries, keys and values, each head an operator         |
 | `expert (part=2 out) in`  | stacked experts with gate and up projections fused                |
 | `(group=4 out) in tap=3 tap=3` | a grouped 3 x 3 convolution                                  |
 | `out`                     | a vector: one column, acting on the constant 1                    |

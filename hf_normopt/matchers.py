@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import cache
 from typing import cast
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .adapters import adapter
-from .architectures import fused_axis
-from .graph import Finding, View, owner_layout, place
-from .heads import MATRIX
+from .architectures import fused_axis, head_axes, listed_parameter, stored_layout
+from .graph import MATRIX, Finding, View, owner_layout, place
 from .layouts import Layout, usual_layout
+from .uses import uses
 
 
 def _normalisation(view: View) -> Finding | None:
@@ -44,21 +47,10 @@ def _table(view: View) -> Finding | None:
     if not isinstance(view.owner, (nn.Embedding, nn.EmbeddingBag)) or len(view.shape) != 2:
         return None
     kind = "position" if re.search(r"position|embed_pos|(^|\.)wpe\.", view.name) else ""
-    return Finding("embedding", f"table of {view.owner_class}", Layout("in out"), kind)
-
-
-def _fused(view: View) -> Finding | None:
-    """Several maps in one tensor, from `architectures.py`."""
-    for path, owner in view.owners[1:]:
-        row = fused_axis(owner, place(path.rpartition(".")[0]))
-        if row is None:
-            continue
-        axis = row.axis(owner)
-        if "bias" in view.leaf:
-            return Finding("bias", f"bias: {row.reason}", Layout(axis))
-        plain = owner_layout(view) or usual_layout("linear", view.shape)
-        return Finding("linear", row.reason, Layout(plain.pattern.replace("out", axis)))
-    return None
+    reason = f"table of {view.owner_class}"
+    if view.head is not None and "get_output" not in view.head:
+        reason += f", and the head: a tied tensor takes the embedding's rule ({view.head})"
+    return Finding("embedding", reason, Layout("in out"), kind)
 
 
 def _experts(view: View) -> Finding | None:
@@ -73,8 +65,10 @@ def _experts(view: View) -> Finding | None:
         return Finding("bias", f"biases of stacked experts{fused}", Layout(f"expert {out}"), "")
     if len(view.shape) != 3:
         return None
-    transposed = getattr(view.owner, "is_transposed", False)
-    layout = Layout(f"expert in {out}" if transposed else f"expert {out} in")
+    stored = stored_layout(view.owner, view.leaf) or ""
+    transposed = getattr(view.owner, "is_transposed", stored.split()[1:2] in (["in"], ["in0"]))
+    usual = f"expert in {out}" if transposed else f"expert {out} in"
+    layout = Layout(stored if "expert" in stored else usual)
     return Finding("linear", f"stacked experts{fused}", layout, "expert")
 
 
@@ -82,7 +76,7 @@ def _bias(view: View) -> Finding | None:
     """Additive vectors, by name: the one thing for which every library uses the same word."""
     if "bias" not in view.leaf or re.search(r"table|position", view.leaf):
         return None
-    if isinstance(view.owner, nn.RNNBase):
+    if isinstance(view.owner, (nn.RNNBase, nn.RNNCellBase)):
         return Finding(
             "bias", f"biases of the gates of {view.owner_class}", Layout(_gates(view.owner))
         )
@@ -90,25 +84,65 @@ def _bias(view: View) -> Finding | None:
         return Finding("bias", "biases of query, key and value", Layout("(part=3 out)"))
     if view.shape in ((), (1,)) and not isinstance(view.owner, MATRIX):
         return Finding("scalar", "a single number")
+    looked_up = _uses(view).get("lookup")
+    if looked_up and len(view.shape) > 1:
+        return Finding("embedding", "biases looked up by an index", looked_up, "position")
     return Finding("bias", f"bias of {view.owner_class}")
 
 
-def _router(view: View) -> Finding | None:
-    """The matrix that chooses experts."""
-    if len(view.shape) == 2 and view.owner_class.endswith("Router") and view.leaf == "weight":
-        return Finding("linear", f"router {view.owner_class}", Layout("out in"), "router")
-    return None
+def _parametrized(view: View) -> Finding | None:
+    """What torch.nn.utils.parametrize and the older weight_norm, spectral_norm keep of a weight."""
+    old = re.fullmatch(r"(.+)_(g|v|orig)", view.leaf)
+    if isinstance(view.owner, ParametrizationList):
+        number = view.leaf.removeprefix("original")
+        path, _ = view.owners[2]
+        weight = path.split(".")[1]
+        kinds = [type(p).__name__ for p in view.owner]
+    elif old and hasattr(view.owner, old[1]) and isinstance(view.owner, MATRIX):
+        number, weight = {"g": "0", "v": "1", "orig": ""}[old[2]], old[1]
+        path, kinds = view.leaf, ["_WeightNorm"]
+    else:
+        return None
+    if number == "0" and "_WeightNorm" in kinds:
+        return Finding("norm", "length of a kernel, of weight normalisation")
+    outer = view.owners[2:] if isinstance(view.owner, ParametrizationList) else view.owners
+    owners = tuple((above.replace(path, weight), module) for above, module in outer)
+    name = f"{view.name.removesuffix(path)}{weight}"
+    found = _find_first(replace(view, name=name, owners=owners))
+    return found and replace(found, reason=f"{found.reason}, reparametrized")
 
 
 def _matrix(view: View) -> Finding | None:
-    """Linear layers and convolutions, heads among them."""
+    """Linear layers and convolutions, heads and routers among them."""
     layout = owner_layout(view)
     if layout is None:
         return None
     if view.head is not None:
         return Finding("head", view.head, layout)
-    role = "conv" if isinstance(view.owner, nn.modules.conv._ConvNd) else "linear"
-    return Finding(role, f"weight of {view.owner_class}", layout)
+    if isinstance(view.owner, nn.modules.conv._ConvNd):
+        return Finding("conv", f"weight of {view.owner_class}", layout)
+    looked_up = _uses(view, above=1).get("lookup")
+    if looked_up:  # LayoutLMv3 indexes the transpose of a layer's weight
+        return Finding("embedding", f"weight of {view.owner_class}, looked up", looked_up)
+    if _routes(view):
+        return Finding("linear", f"router, weight of {view.owner_class}", layout, "router")
+    return Finding("linear", f"weight of {view.owner_class}", layout)
+
+
+def _routes(view: View) -> bool:
+    """Whether a matrix chooses experts: a router's own, or a gate beside as many experts."""
+    if any(type(owner).__name__.endswith("Router") for _, owner in view.owners[:2]):
+        return True
+    if len(view.owners) < 2:
+        return False
+    path, above = view.owners[1]
+    experts = getattr(above, "experts", None)
+    count = (
+        len(experts)
+        if isinstance(experts, nn.ModuleList)
+        else getattr(experts, "num_experts", None)
+    )
+    return path.split(".")[0] in ("gate", "router") and count == view.shape[0]
 
 
 def _attention(view: View) -> Finding | None:
@@ -121,8 +155,8 @@ def _attention(view: View) -> Finding | None:
 
 
 def _recurrent(view: View) -> Finding | None:
-    """The gates of nn.LSTM, nn.GRU and nn.RNN."""
-    if not isinstance(view.owner, nn.RNNBase) or len(view.shape) != 2:
+    """The gates of nn.LSTM, nn.GRU and nn.RNN, and of their cells."""
+    if not isinstance(view.owner, (nn.RNNBase, nn.RNNCellBase)) or len(view.shape) != 2:
         return None
     if view.leaf.startswith("weight_hr"):
         return Finding("linear", f"projection of {view.owner_class}", Layout("out in"))
@@ -130,29 +164,68 @@ def _recurrent(view: View) -> Finding | None:
     return Finding("linear", f"gate matrices of {view.owner_class}", layout)
 
 
-def _gates(owner: nn.RNNBase) -> str:
-    gates = {"LSTM": 4, "GRU": 3}.get(owner.mode, 1)
+def _gates(owner: nn.RNNBase | nn.RNNCellBase) -> str:
+    mode = getattr(owner, "mode", type(owner).__name__)
+    gates = 4 if "LSTM" in mode else 3 if "GRU" in mode else 1
     return f"(gate={gates} out)" if gates > 1 else "out"
 
 
-def _projector(view: View) -> Finding | None:
-    """Gemma 3's image projection, a raw parameter: `torch.matmul(x, weight)`."""
-    if (
-        view.owner_class == "Gemma3MultiModalProjector"
-        and view.leaf == "mm_input_projection_weight"
-    ):
-        return Finding(
-            "linear", "image features to text width, multiplied from the right", Layout("in out")
-        )
+def _listed(view: View) -> Finding | None:
+    """Raw parameters that have a row in `architectures.py`."""
+    for path, owner in view.owners[:2]:
+        row = listed_parameter(owner, path)
+        if row is not None:
+            layout = row.layout(owner) if callable(row.layout) else row.layout
+            return Finding(row.role, row.reason, Layout(layout) if layout else None)
     return None
 
 
-def _token(view: View) -> Finding | None:
-    """Raw parameters placed into the sequence: class and mask tokens, positions, probes."""
-    if not re.search(r"token|embed|probe|position|latents?$|queries$|pos_?emb|^pos$", view.leaf):
+# Learned vectors that stand for a token; whatever else a module does, such a name says it.
+_TOKEN = re.compile(r"token|embed|(^|_)emb(_|$)|codebook|codevector|latents|probe|(^|_)prompts?$")
+# Names that are used for such vectors and for others.
+_MAYBE_TOKEN = re.compile(r"position|(^|_)pos(_|$)|quer(y|ies)(_|$)|newline|separator|image_")
+
+
+def _raw_matrix(view: View) -> Finding | None:
+    """Raw parameters that the module multiplies by, or convolves with."""
+    stored = stored_layout(view.owner, view.leaf)
+    layout = Layout(stored) if stored else _uses(view).get("product")
+    if layout is None or len(view.shape) < 2 or _TOKEN.search(view.leaf):
         return None
-    kind = "position" if re.search(r"pos(ition|_?emb|$)", view.leaf) else ""
-    return Finding("embedding", "a learned vector placed into the sequence", None, kind)
+    if view.head is not None:
+        return Finding("head", view.head, layout)
+    kind = "router" if _routes(view) else ""
+    return Finding("linear", f"{view.owner_class} multiplies by it", layout, kind)
+
+
+def _raw_kernel(view: View) -> Finding | None:
+    """Raw parameters that the module convolves with."""
+    layout = _uses(view).get("kernel")
+    if layout is None:
+        return None
+    return Finding("conv", f"{view.owner_class} convolves with it", layout)
+
+
+def _token(view: View) -> Finding | None:
+    """Raw parameters looked up or placed into the sequence: tokens, positions, latents."""
+    uses = _uses(view)
+    if math.prod(view.shape) == 1:
+        return None
+    kind = "position" if re.search(r"(^|_)pos(ition|_|$)|position", view.leaf) else ""
+    if "lookup" in uses and len(view.shape) > 1:
+        return Finding("embedding", "rows looked up by an index", uses["lookup"], kind)
+    if (
+        _TOKEN.search(view.leaf)
+        or uses.keys() & {"place", "return"}
+        or (kind and "gain" not in uses)
+    ):
+        return Finding("embedding", "a learned vector placed into the sequence", None, kind)
+    several = sum(size > 1 for size in view.shape) > 1
+    if uses.keys() == {"sum"} and several:
+        return Finding("embedding", "a table of vectors that is added to the sequence")
+    if _MAYBE_TOKEN.search(view.leaf) and uses.keys() <= {"sum"}:
+        return Finding("embedding", "a learned vector placed into the sequence")
+    return None
 
 
 def _single(view: View) -> Finding | None:
@@ -162,29 +235,93 @@ def _single(view: View) -> Finding | None:
     return None
 
 
-def _gain(view: View) -> Finding | None:
-    """Raw vectors that multiply: layer scale and its likes."""
+_DECAY = re.compile(r"^A$|A_log|(^|_)decay|log_delta")
+
+
+def _vector(view: View) -> Finding | None:
+    """Raw vectors that multiply, or are added."""
+    uses = _uses(view)
+    leaf = view.leaf.rpartition(".")[2]
+    if _DECAY.search(leaf):
+        return Finding("other", f"{leaf} of {view.owner_class}: rates of a recurrence")
+    if "gain" in uses:
+        return Finding("norm", f"{view.owner_class} multiplies by it, entry by entry")
+    if "sum" in uses:
+        return Finding("bias", f"{view.owner_class} adds it")
     one_axis = sum(size > 1 for size in view.shape) <= 1
-    if one_axis and re.search(r"weights?$|weight_g$|gamma|lambda|scale|gain", view.leaf):
-        return Finding("norm", f"a raw vector named {view.leaf.rpartition('.')[2]}: a gain")
+    if leaf == "D" or (one_axis and re.search(r"weights?$|gamma|lambda|scale|scaling|gain", leaf)):
+        return Finding("norm", f"a raw vector named {leaf}: a gain")
     return None
+
+
+def _uses(view: View, above: int = 0) -> dict[str, Layout | None]:
+    """How the owner (or a module above it) uses a parameter, with the layout that this gives."""
+    path, owner = view.owners[min(above, len(view.owners) - 1)]
+    found: dict[str, Layout | None] = {}
+    for use in uses(cast(Hashable, type(owner)), path, len(view.shape)):
+        found[use.how] = Layout(use.layout) if use.layout else found.get(use.how)
+    return {
+        how: layout
+        or (usual_layout(_ROLE_OF_USE[how], view.shape) if how in _ROLE_OF_USE else None)
+        for how, layout in found.items()
+    }
+
+
+_ROLE_OF_USE = {"product": "linear", "kernel": "conv", "lookup": "embedding"}
+
+
+def find(view: View, heads: bool = False) -> Finding:
+    """What a parameter is, and how it is divided into maps.
+
+    Args:
+        view: the parameter under one of its names.
+        heads: whether each attention head is an operator of its own.
+    """
+    found = _find_first(view)
+    if found is None:
+        return Finding("other", f"no matcher knows {view.leaf} of {view.owner_class}")
+    return _divided(view, found, heads)
+
+
+def _find_first(view: View) -> Finding | None:
+    return next(filter(None, (matcher(view) for matcher in MATCHERS)), None)
+
+
+def _divided(view: View, found: Finding, heads: bool) -> Finding:
+    """The layout of a tensor that holds several maps: as the module divides what it gives."""
+    layout = found.layout or usual_layout(found.role, view.shape)
+    words = str(layout).split()
+    if found.role not in ("linear", "conv", "head", "bias") or "out" not in words:
+        return found
+    for i, (path, owner) in enumerate(view.owners):
+        matrix = place(path.rpartition(".")[0] if i else path)
+        axes = head_axes(owner, matrix) if heads else None
+        row = fused_axis(owner, matrix) if axes is None else None
+        if axes is None and row is None:
+            continue
+        out, into = axes or (row.axis(owner) if row else "out", "in")
+        words = [{"out": out, "in": into}.get(word, word) for word in words]
+        reason = row.reason if row else f"heads of {type(owner).__name__}"
+        return replace(found, layout=Layout(" ".join(words)), reason=f"{found.reason}: {reason}")
+    return found
 
 
 Matcher = Callable[[View], Finding | None]
 
 MATCHERS: tuple[Matcher, ...] = (
     adapter,
+    _parametrized,
+    _listed,
     _normalisation,
     _table,
-    _fused,
     _experts,
     _bias,
-    _router,
     _matrix,
     _attention,
     _recurrent,
-    _projector,
-    _token,
     _single,
-    _gain,
+    _raw_matrix,
+    _raw_kernel,
+    _token,
+    _vector,
 )

@@ -18,7 +18,7 @@ from torch import nn
 from .graph import Finding, View, place
 from .heads import find_heads
 from .layouts import Layout, usual_layout
-from .matchers import MATCHERS
+from .matchers import find
 
 # In the order in which optimizers keep their groups: the main matrices first.
 ROLES: dict[str, str] = {
@@ -65,7 +65,9 @@ class ParamSpec:
     tied_to: str | None = None
 
 
-def classify(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[ParamSpec]:
+def classify(
+    model: nn.Module, overrides: Mapping[str, str] | None = None, *, heads: bool = False
+) -> list[ParamSpec]:
     """Find the role and the layout of every trainable parameter.
 
     Args:
@@ -74,6 +76,8 @@ def classify(model: nn.Module, overrides: Mapping[str, str] | None = None) -> li
         overrides: role (a key of [`ROLES`] or [`KINDS`]) by regular expression, searched in the
             parameter's name; the first expression that is found decides. A parameter whose layout
             its module determines keeps it, a raw one gets its new role's usual layout.
+        heads: whether each attention head is an operator of its own, in queries, keys, values and
+            the map after them; one operator for all heads if not.
 
     Returns:
         One [`ParamSpec`] for each trainable parameter, in the order of `model.named_parameters()`.
@@ -86,7 +90,8 @@ def classify(model: nn.Module, overrides: Mapping[str, str] | None = None) -> li
     specs = []
     for tensor, names in graph.trainable():
         shape, tied_to = tuple(tensor.shape), ", ".join(names[1:]) or None
-        found = _overridden(_settled(map(_find, graph.views(tensor, names))), names, overrides)
+        findings = (find(view, heads) for view in graph.views(tensor, names))
+        found = _overridden(_settled(findings), names, overrides)
         layout = found.layout or usual_layout(found.role, shape)
         specs.append(
             ParamSpec(names[0], shape, found.role, found.kind, layout, found.reason, tied_to)
@@ -122,16 +127,10 @@ def _checked(overrides: Mapping[str, str]) -> dict[str, str]:
     return dict(overrides)
 
 
-def _find(view: View) -> Finding:
-    """The answer of the first matcher that has one."""
-    found = next(filter(None, (matcher(view) for matcher in MATCHERS)), None)
-    return found or Finding("other", f"no matcher knows {view.leaf} of {view.owner_class}")
-
-
 def _settled(findings: Iterable[Finding]) -> Finding:
-    """One finding for a tensor with several names; a table that is the head too is an embedding."""
+    """One finding for a tensor with several names; a table that is the head too is a table."""
     findings = list(findings)
-    best = next((found for found in findings if found.role == "embedding"), findings[0])
+    best = min(findings, key=lambda found: {"embedding": 0, "head": 1}.get(found.role, 2))
     if best.role == "embedding" and any(found.role == "head" for found in findings):
         tie = "and the head: a tied tensor takes the embedding's rule"
         return replace(best, reason=f"{best.reason}, {tie}")
@@ -176,5 +175,6 @@ class _Graph:
                 (".".join(parts[i:]), self._modules[".".join(parts[:i])])
                 for i in range(len(parts) - 1, -1, -1)
             )
-            head = self._heads.get(place(".".join(parts[:-1])))
+            stands = place(name)
+            head = self._heads.get(stands, self._heads.get(stands.rpartition(".")[0]))
             yield View(name, tuple(tensor.shape), owners, head)

@@ -9,13 +9,13 @@ import hf_normopt
 
 PACKAGE = Path(hf_normopt.__file__).parent
 ROWS = [
-    {"orthogonalize", "layouts", "architectures", "sharding", "tables", "version"},
-    {"norms", "graph"},
-    {"adapters"},
-    {"heads"},
-    {"matchers"},
+    {"orthogonalize", "layouts", "interpreter", "values", "sharding", "tables", "version"},
+    {"norms", "graph", "calls", "reading", "uses"},
+    {"adapters", "fused", "flow"},
+    {"architectures"},
+    {"heads", "matchers"},
     {"roles"},
-    {"rules", "step_sizes"},
+    {"rules", "step_sizes", "picture", "skeletons"},
     {"optimizer"},
     {"presets"},
     {"arguments"},

@@ -22,6 +22,10 @@ LAYOUTS = {  # pattern: (stored shape, shapes of the operators)
     "expert in (out part=2)": ((4, 6, 10), [(4, 2, 5, 6)]),  # gate and up interleaved
     "(head=2 out) in": ((6, 5), [(2, 3, 5)]),
     "out (head=2 in)": ((5, 6), [(2, 5, 3)]),
+    "(head0=2 head1=4+1+1 out=3) in": ((36, 5), [(2, 4, 3, 5), (2, 1, 3, 5), (2, 1, 3, 5)]),
+    "(out0=2 out1=4+3) in": ((14, 5), [(8, 5), (6, 5)]),  # k and v of a latent, per head
+    "(expert=2 in) out": ((6, 5), [(2, 5, 3)]),  # flattened experts (DBRX)
+    "in out0 out1": ((5, 2, 3), [(6, 5)]),
     "out in tap=3 tap=2": ((4, 5, 3, 2), [(3, 2, 4, 5)]),
     "(group=2 out) in tap=3": ((6, 2, 3), [(2, 3, 3, 2)]),
     "(group=2 in) out tap=3": ((6, 2, 3), [(2, 3, 2, 3)]),

@@ -323,6 +323,11 @@ def test_a_users_own_task_class_has_all_of_its_heads():
             self.topic = nn.Linear(48, 3)
             self.tone = nn.Linear(config.hidden_size, 5)
 
+        def forward(self, input_ids, labels=None):
+            pooled = self.bert(input_ids).pooler_output
+            topic = self.topic(torch.tanh(self.inner(pooled)))
+            return {"logits": (topic, self.tone(pooled))}
+
     with torch.device("meta"):
         model = TwoTasks(tf.BertConfig(num_hidden_layers=1))
     heads = [s.name for s in classify(model) if s.role == "head"]

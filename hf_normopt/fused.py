@@ -1,0 +1,242 @@
+"""How a module divides what its matrices give: into maps, and into heads.
+
+Features that go to the same uses (see `reading.py`) are one map; where they are used in the shape
+(heads, size), they are heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .interpreter import UNKNOWN, source
+from .reading import Path, Reading, Source, signature
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix as its module uses it.
+
+    Attributes:
+        axis: text of the out axis in a layout, as `(part=3 out)`; "out" if it is one map.
+        heads: the same with heads as operators of their own; None where there are none.
+        sizes: (heads, size of a head) for each map; empty where there are none.
+        pattern: the layout of a raw parameter, with `out` for that axis; "" for a module.
+        inputs: number of input features.
+    """
+
+    axis: str
+    heads: str | None
+    sizes: tuple[tuple[int, int], ...]
+    pattern: str
+    inputs: int
+
+
+def matrices(owner: nn.Module) -> dict[str, Matrix]:
+    """The matrices that a module calls by itself, by their path under it.
+
+    Args:
+        owner: any module, on any device.
+
+    Returns:
+        Empty where the source tells nothing.
+    """
+    known = _OF_MODULE.get(owner)
+    if known is None:
+        known = _OF_MODULE[owner] = _read(owner)
+    return known
+
+
+_OF_MODULE: weakref.WeakKeyDictionary[nn.Module, dict[str, Matrix]] = weakref.WeakKeyDictionary()
+# What was asked of modules of a class, and what followed from the answers.
+_OF_CLASS: dict[type, list[tuple[dict[Path, Any], dict[str, Matrix]]]] = {}
+
+
+def _read(owner: nn.Module) -> dict[str, Matrix]:
+    cls = type(owner)
+    if (getattr(cls.forward, "__module__", None) or "").startswith("torch.") or not _worth_reading(
+        cast(Hashable, cls)
+    ):
+        return {}
+    for reads, found in _OF_CLASS.setdefault(cls, []):
+        if all(signature(_reach(owner, path)) == value for path, value in reads.items()):
+            return found
+    # The source seldom says how many axes the activations have; it fails at a wrong number.
+    reading = Reading(owner, 3)
+    found = _divided(reading)
+    if reading.failures and all(matrix.axis == "out" for matrix in found.values()):
+        readings = (reading, Reading(owner, 4), Reading(owner, 2))
+        reading = min(readings, key=lambda reading: reading.failures)
+        found = _divided(reading)
+    _OF_CLASS[cls].append((reading.reads, found))
+    return found
+
+
+@functools.cache
+def _worth_reading(cls: Hashable) -> bool:
+    """Whether a class's methods hold a word that divides or multiplies; most have none."""
+    words = r"chunk|split|unbind|view\(|reshape|unflatten|glu\b|GLU|\[\.\.\.,|\[:, |mm\(|matmul|@ "
+    words += r"|einsum|linear\("
+    for name, method in inspect.getmembers(cast(type, cls), inspect.isfunction):
+        if name == "forward" or name not in nn.Module.__dict__:
+            text = source(method)
+            if text is not None and re.search(words, text):
+                return True
+    return False
+
+
+def _reach(owner: Any, path: Path) -> Any:
+    for name in path:
+        if name.isdigit():
+            owner = owner[int(name)] if int(name) < len(owner) else UNKNOWN
+        else:
+            owner = getattr(owner, name, UNKNOWN)
+    return owner
+
+
+def _divided(reading: Reading) -> dict[str, Matrix]:
+    uses = [(int(use.min()), use) for use in reading.uses if use.numel()]
+    found = {}
+    for path, matrix in reading.sources.items():
+        own = [use - matrix.start for at, use in uses if matrix.start <= at < matrix.stop]
+        own = [use for use in own if int(use.max()) < matrix.stop - matrix.start]
+        found[".".join(path)] = _matrix(matrix, own)
+    return found
+
+
+def _matrix(matrix: Source, uses: list[Tensor]) -> Matrix:
+    size = matrix.stop - matrix.start
+    labels = torch.zeros(size, dtype=torch.int64, device="cpu")
+    used = torch.zeros(size, dtype=torch.bool, device="cpu")
+    for use in uses:
+        if use.numel() < size:
+            marks = torch.zeros_like(used)
+            marks[use.flatten()] = True
+            used |= marks
+            labels = torch.unique(labels * 2 + marks, return_inverse=True)[1]
+    # a part without a use of its own is padding, or was cut off along another axis
+    parts = _parts(labels) if size and used.all() else None
+    parts = parts or _Parts(1, (size,))
+    sizes = tuple(_heads(use) for use in parts.uses(uses))
+    known = tuple(size for size in sizes if size is not None)
+    if known and len(known) < len(sizes):
+        sizes = parts.complete(sizes, known[0][1])
+        known = tuple(size for size in sizes if size is not None)
+    heads = parts.heads(known) if known and len(known) == len(sizes) else None
+    return Matrix(parts.text(), heads, known if heads else (), matrix.pattern, matrix.inputs)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Maps that lie in runs of features, one after the other, the whole repeated."""
+
+    repeats: int
+    runs: tuple[int, ...]
+
+    @property
+    def _equal(self) -> bool:
+        return len(set(self.runs)) == 1
+
+    def text(self) -> str:
+        """The out axis in a layout."""
+        count = len(self.runs)
+        if count == 1:
+            return "out"
+        if self._equal and self.runs[0] == 1:
+            return f"(out part={count})"
+        out = "out" if self.repeats == 1 else "out1"
+        split = f"part={count} {out}" if self._equal else f"{out}={_sum(self.runs)}"
+        return f"({split})" if self.repeats == 1 else f"(out0={self.repeats} {split})"
+
+    def uses(self, uses: list[Tensor]) -> list[Tensor | None]:
+        """For each map a use of all of it, in the shape with the most axes."""
+        starts = [sum(self.runs[:i]) for i in range(len(self.runs))]
+        found: list[Tensor | None] = []
+        for start, run in zip(starts, self.runs, strict=True):
+            whole = [u for u in uses if u.numel() == self.repeats * run and int(u.min()) == start]
+            shaped = [use for use in whole if _heads(use) is not None]
+            found.append(next(iter(shaped or whole), None))
+        return found
+
+    def complete(
+        self, sizes: tuple[tuple[int, int] | None, ...], size: int
+    ) -> tuple[tuple[int, int] | None, ...]:
+        """Heads of maps whose uses do not show them, given the size of the others' heads."""
+        if self.repeats > 1:  # a gate beside each head
+            return tuple(
+                known or (self.repeats, run) for known, run in zip(sizes, self.runs, strict=True)
+            )
+        # a single key that all queries share
+        return tuple(
+            known or ((1, run) if run == size else None)
+            for known, run in zip(sizes, self.runs, strict=True)
+        )
+
+    def heads(self, sizes: tuple[tuple[int, int], ...]) -> str | None:
+        """The out axis with heads as operators, given each map's number and size of heads."""
+        per_run = [heads // self.repeats for heads, _ in sizes]
+        if any(
+            heads * size != run
+            for heads, (_, size), run in zip(per_run, sizes, self.runs, strict=True)
+        ):
+            return None
+        outer = f"head0={self.repeats} " if self.repeats > 1 else ""
+        if set(per_run) == {1}:  # a run is a head
+            outer = outer.replace("head0", "head")
+            if len(self.runs) == 1 or not outer:
+                return None
+            return (
+                f"({outer}part={len(self.runs)} out)"
+                if self._equal
+                else (f"({outer}out={_sum(self.runs)})")
+            )
+        if len({size for _, size in sizes}) > 1:
+            return None
+        if len(self.runs) == 1:
+            return f"(head={per_run[0]} out)"
+        head = "head1" if outer else "head"
+        if self._equal:
+            return f"({outer}part={len(self.runs)} {head}={per_run[0]} out)"
+        return f"({outer}{head}={_sum(tuple(per_run))} out={sizes[0][1]})"
+
+
+def _sum(sizes: tuple[int, ...]) -> str:
+    return "+".join(map(str, sizes))
+
+
+def _parts(labels: Tensor) -> _Parts | None:
+    """The maps that features belong to, given their labels; None where they lie in no order."""
+    values, counts = torch.unique_consecutive(labels, return_counts=True)
+    runs = list(zip(values.tolist(), counts.tolist(), strict=True))
+    period = next(
+        p
+        for p in range(1, len(runs) + 1)
+        if len(runs) % p == 0 and runs == runs[:p] * (len(runs) // p)
+    )
+    repeats, lengths = len(runs) // period, tuple(length for _, length in runs[:period])
+    single = max(lengths) * repeats == 1  # scores, such as a span's start and end
+    if single or len({label for label, _ in runs}) != period:
+        return None
+    return _Parts(repeats, lengths)
+
+
+def _heads(use: Tensor | None) -> tuple[int, int] | None:
+    """(heads, size of a head) of features used in such a shape, whatever the order of its axes."""
+    if use is None:
+        return None
+    inner = [axis for axis, size in enumerate(use.shape) if size > 1]
+    if len(inner) != 2:
+        return None
+    entries = use.permute(*inner, *(axis for axis in range(use.ndim) if axis not in inner))
+    entries = entries.reshape(*(use.shape[axis] for axis in inner))
+    if entries[1, 0] < entries[0, 1]:  # (size, heads), as of transposed keys
+        entries = entries.T
+    return tuple(entries.shape)  # type: ignore[return-value]
