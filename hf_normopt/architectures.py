@@ -230,7 +230,9 @@ HEADS: tuple[Head, ...] = (
     Head(".*MaskDecoder", r"(iou_prediction|pred_obj_score)_head\.proj_out", "scores of masks"),
     Head("Sam3.*DetrDecoder", r"(box|presence)_head\.layer3", "boxes and their presence"),
     Head("Sam3.*MaskDecoder", "semantic_projection", "semantic segmentation"),
+    Head("PPDocLayoutV4Decoder", r"class_embed\.\d+", "class scores, of every layer"),
     Head("VitsResidualCouplingLayer", "conv_post", "mean inside the flow", is_head=False),
+    Head("ZoeDepthAttractorLayer.*", "conv2", "moves the bins", is_head=False),
     Head("SuperPointConvBlock", "conv_b", "features before the score", is_head=False),
     Head("LightGlue.*", r".*projector|.*mlp\.fc2", "features before the match", is_head=False),
 )

@@ -15,8 +15,10 @@ from .values import (
     Later,
     Made,
     Record,
+    Some,
     Value,
     attempt,
+    either,
     elements,
     item_of,
     made_of,
@@ -57,6 +59,9 @@ def call(
 ) -> Value:
     """What a known object returns when it is called."""
     everything = [*arguments, *keywords.values()]
+    if isinstance(callee, Some):
+        returned = [now(call(reader, one, arguments, keywords)) for one in callee.choices]
+        return either(returned).value if returned else UNKNOWN
     if isinstance(callee, nn.Module):
         return reader.call(callee, arguments, keywords)
     if isinstance(callee, MethodType) and isinstance(callee.__self__, nn.Module):
@@ -104,8 +109,9 @@ def of_tensors(reader: Reader, name: str, arguments: list[Later]) -> Value | Non
 def product(reader: Reader, factors: list[Later]) -> Value:
     """A product: made by the parameter among its factors; by none where activations meet."""
     values = [factor.value for factor in factors]
-    known = [id(v.value) for v in values if isinstance(v, Known)]
-    matrices = frozenset(reader.names[i] for i in known if i in reader.names)
+    known = [v.value for v in values if isinstance(v, Known)]
+    known += [choice for x in known if isinstance(x, Some) for choice in x.choices]
+    matrices = frozenset(reader.names[id(x)] for x in known if id(x) in reader.names)
     if matrices:
         return Made(matrices)
     made = [found for value in values if (found := makers(value))]

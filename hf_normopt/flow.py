@@ -28,6 +28,7 @@ from .values import (
     Made,
     Makers,
     Record,
+    Some,
     Value,
     appended,
     attempt,
@@ -295,6 +296,9 @@ class _Frame:
             return UNKNOWN if name in DESCRIBES else base
         if isinstance(base.value, Tensor) and name not in DESCRIBES:
             return base  # a parameter, seen from another side
+        if isinstance(base.value, Some):
+            choices = (getattr(choice, name, None) for choice in base.value.choices)
+            return Known(Some(tuple(choices)))
         return attempt(getattr, base.value, name)
 
     def _value_of_subscript(self, node: ast.Subscript) -> Value:

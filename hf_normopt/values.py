@@ -43,6 +43,13 @@ class Record:
         return list(self.fields.values())
 
 
+@dataclass(frozen=True)
+class Some:
+    """One of several objects of a list in the model; which one depends on the input."""
+
+    choices: tuple[Any, ...]
+
+
 Value = Known | Made | Record
 UNKNOWN = Made()
 
@@ -151,8 +158,9 @@ def item_of(value: Value, index: Any) -> Value:
     if isinstance(value, Known) and not isinstance(value.value, Tensor):
         if index is not None:
             return attempt(lambda: value.value[index])
-        parts = elements(value)
-        return parts[-1].value if parts else UNKNOWN
+        if isinstance(value.value, (nn.ModuleList, nn.ParameterList, nn.Sequential)):
+            return Known(Some(tuple(value.value)))
+        return UNKNOWN
     return value
 
 

@@ -30,7 +30,7 @@ def axes(owner):
     return {path: row.axis(owner) for path in paths if (row := fused_axis(owner, path))}
 
 
-# Each row was compared with the lines of the owner's source that divide the map (transformers 5.23).
+# Each row was compared with the lines of transformers 5.23 that divide the owner's map.
 OWNERS = [
     ("aria", "AriaExperts", "AriaTextConfig", (), {"gate_up_proj": "(part=2 out)"}),
     (
