@@ -91,6 +91,12 @@ FUSED: tuple[Fused, ...] = (
         lambda linear: f"(group={linear.n_groups} out)",
         "each group of inputs has a map of its own",
     ),
+    Fused(
+        "Zamba2(Attention)?MLP",
+        r"gate_up_proj_adapter_list\.\d+\.1",
+        lambda _: "(part=2 out)",
+        "added to gate and up",
+    ),
     Fused("InklingTopkRouter", "weight", lambda _: "out", "one map, for shared experts too"),
 )
 
@@ -225,6 +231,7 @@ HEADS: tuple[Head, ...] = (
     Head("Bark(Causal|Coarse|Semantic)Model", "lm_head", "token scores"),
     Head("UVDocHead", r"out_point_positions2D\.conv_up", "two coordinates for each pixel"),
     Head("FastSpeech2ConformerSpeechDecoderPostnet", "feat_out", "spectrogram"),
+    Head(".*ContactPredictionHead", "regression", "contacts, for predict_contacts()"),
     Head("EsmFold2ConfidenceHead", "(pae|pde)_head|(plddt|resolved)_weight", "confidences"),
     Head("EsmFold2AtomDecoder", "output_linear", "positions of atoms"),
     Head(".*MaskDecoder", r"(iou_prediction|pred_obj_score)_head\.proj_out", "scores of masks"),
@@ -257,11 +264,25 @@ class Raw:
     layout: str | Callable[[Any], str] = ""
 
 
+def _experts_of(glu: Any, stacked: str, other: str) -> str:
+    return f"(expert={glu.moe_num_experts} {stacked}) {other}"
+
+
+def _zamba(mixer: Any) -> str:
+    return f"stack (out={mixer.time_step_rank}+{mixer.ssm_state_size}+{mixer.ssm_state_size}) in"
+
+
+def _tdnn(layer: Any) -> str:
+    return f"out (tap={layer.kernel_size} in)"
+
+
 RAW: tuple[Raw, ...] = (
     # flattened experts, handed to `forward` one by one: x.matmul(w1.T), h.matmul(w2)
     Raw("DbrxExpertGLU", "w1|v1", "linear", "experts", lambda glu: _experts_of(glu, "out", "in")),
     Raw("DbrxExpertGLU", "w2", "linear", "experts", lambda glu: _experts_of(glu, "in", "out")),
-    Raw("ZambaMambaMixer", "x_proj_weight", "linear", "time step, B and C", lambda m: _zamba(m)),
+    Raw("ZambaMambaMixer", "x_proj_weight", "linear", "time step, B and C", _zamba),
+    # a layer's weight that is viewed as a kernel, never called
+    Raw("TDNNLayer", r"kernel\.weight", "conv", "kernel over time", _tdnn),
     Raw(".*Snake.*", "alpha|beta", "norm", "frequency or inverse height of a periodic activation"),
     Raw(".*Attention", "sinks", "other", "logits that take attention from all tokens"),
     Raw("DiffLlamaAttention", r"lambda_[qk]\d", "other", "their products weigh two attentions"),
@@ -281,14 +302,6 @@ RAW: tuple[Raw, ...] = (
     Raw("Sam2HieraDetModel", "pos_embed.*", "embedding", "grid of positions", "in0 out in1 in2"),
     Raw("HieraEmbeddings", "position_embeddings", "embedding", "grid of positions"),
 )
-
-
-def _experts_of(glu: Any, stacked: str, other: str) -> str:
-    return f"(expert={glu.moe_num_experts} {stacked}) {other}"
-
-
-def _zamba(mixer: Any) -> str:
-    return f"stack (out={mixer.time_step_rank}+{mixer.ssm_state_size}+{mixer.ssm_state_size}) in"
 
 
 def listed_parameter(owner: Any, leaf: str) -> Raw | None:

@@ -57,6 +57,9 @@ class NormOptArguments(TrainingArguments):
     scale: str | None = field(
         default=None, metadata={"help": "Scale of all roles: norm, adamw or muon."}
     )
+    heads: bool | None = field(
+        default=None, metadata={"help": "Make each attention head an operator of its own."}
+    )
 
 
 def parse_optim_args(text: str | None) -> dict[str, str]:
@@ -123,7 +126,8 @@ def normopt_options(args: TrainingArguments) -> dict[str, Any]:
         (f"optim={name!r}", {} if name == "normopt" else {"preset": optimizer_names().get(name)})
     ]
     if isinstance(args, NormOptArguments):
-        typed = {key: getattr(args, key) for key in ("preset", "momentum", "nesterov", "scale")}
+        fields = ("preset", "momentum", "nesterov", "scale", "heads")
+        typed = {key: getattr(args, key) for key in fields}
         typed["overrides"] = _dict_field(args, "role_overrides") or None
         multipliers = _dict_field(args, "lr_multipliers")
         typed |= {f"lr_{role}": value for role, value in multipliers.items()}

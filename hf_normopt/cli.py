@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect.add_argument(
         "--roles", default="", metavar="ROLE:REGEX;...", help="override roles by name"
     )
+    inspect.add_argument(
+        "--heads", action="store_true", help="make each attention head an operator of its own"
+    )
     inspect.add_argument("--why", action="store_true", help="show the reason for each role")
     inspect.add_argument(
         "--plot", metavar="FILE", help="also draw the model with its norms, as .html or .png"
@@ -75,7 +78,7 @@ def _inspect(args: argparse.Namespace) -> int:
         check_file(args.plot)
     policy = PRESETS[args.preset].policy
     model = skeleton(args.model, trust_remote_code=args.trust_remote_code)
-    specs = classify(model, parse_roles(args.roles))
+    specs = classify(model, parse_roles(args.roles), heads=args.heads)
     rules = [policy[policy_key(policy, spec.role, spec.kind)] for spec in specs]
     norms = [str(rule.norm) for rule in rules]
     totals = count_roles(specs, norms)

@@ -46,11 +46,16 @@ def _table(view: View) -> Finding | None:
     """Lookup tables."""
     if not isinstance(view.owner, (nn.Embedding, nn.EmbeddingBag)) or len(view.shape) != 2:
         return None
-    kind = "position" if re.search(r"position|embed_pos|(^|\.)wpe\.", view.name) else ""
     reason = f"table of {view.owner_class}"
     if view.head is not None and "get_output" not in view.head:
         reason += f", and the head: a tied tensor takes the embedding's rule ({view.head})"
-    return Finding("embedding", reason, Layout("in out"), kind)
+    return Finding("embedding", reason, Layout("in out"), _position(view.name))
+
+
+def _position(name: str) -> str:
+    """The sub-role of a table of positions."""
+    words = r"(^|[._])(pos|rel|wpe|position\w*|relative)([._]|$)|embed_pos"
+    return "position" if re.search(words, name) else ""
 
 
 def _experts(view: View) -> Finding | None:
@@ -123,10 +128,16 @@ def _matrix(view: View) -> Finding | None:
         return Finding("conv", f"weight of {view.owner_class}", layout)
     looked_up = _uses(view, above=1).get("lookup")
     if looked_up:  # LayoutLMv3 indexes the transpose of a layer's weight
-        return Finding("embedding", f"weight of {view.owner_class}, looked up", looked_up)
+        reason = f"weight of {view.owner_class}, looked up"
+        return Finding("embedding", reason, looked_up, _position(view.name))
+    return Finding("linear", f"weight of {view.owner_class}", layout, _kind(view))
+
+
+def _kind(view: View) -> str:
+    """The sub-role of a linear map."""
     if _routes(view):
-        return Finding("linear", f"router, weight of {view.owner_class}", layout, "router")
-    return Finding("linear", f"weight of {view.owner_class}", layout)
+        return "router"
+    return "expert" if re.search(r"(^|\.)experts\.", view.name) else ""
 
 
 def _routes(view: View) -> bool:
@@ -176,7 +187,8 @@ def _listed(view: View) -> Finding | None:
         row = listed_parameter(owner, path)
         if row is not None:
             layout = row.layout(owner) if callable(row.layout) else row.layout
-            return Finding(row.role, row.reason, Layout(layout) if layout else None)
+            kind = _kind(view) if row.role == "linear" else ""
+            return Finding(row.role, row.reason, Layout(layout) if layout else None, kind)
     return None
 
 
@@ -194,8 +206,7 @@ def _raw_matrix(view: View) -> Finding | None:
         return None
     if view.head is not None:
         return Finding("head", view.head, layout)
-    kind = "router" if _routes(view) else ""
-    return Finding("linear", f"{view.owner_class} multiplies by it", layout, kind)
+    return Finding("linear", f"{view.owner_class} multiplies by it", layout, _kind(view))
 
 
 def _raw_kernel(view: View) -> Finding | None:
@@ -211,7 +222,7 @@ def _token(view: View) -> Finding | None:
     uses = _uses(view)
     if math.prod(view.shape) == 1:
         return None
-    kind = "position" if re.search(r"(^|_)pos(ition|_|$)|position", view.leaf) else ""
+    kind = _position(view.leaf)
     if "lookup" in uses and len(view.shape) > 1:
         return Finding("embedding", "rows looked up by an index", uses["lookup"], kind)
     if (
@@ -294,7 +305,7 @@ def _divided(view: View, found: Finding, heads: bool) -> Finding:
     if found.role not in ("linear", "conv", "head", "bias") or "out" not in words:
         return found
     for i, (path, owner) in enumerate(view.owners):
-        matrix = place(path.rpartition(".")[0] if i else path)
+        matrix = place(path).rpartition(".")[0] if i else path
         axes = head_axes(owner, matrix) if heads else None
         row = fused_axis(owner, matrix) if axes is None else None
         if axes is None and row is None:

@@ -23,7 +23,7 @@ from .roles import ROLES, ParamSpec
 from .rules import SCALES, Policy, Rule, bias_correction, check_total, policy_key
 from .sharding import gathered, sharded_like
 from .step_sizes import Fixed, StepSize
-from .tables import format_table
+from .tables import fold_names, format_table
 
 # What a group is, as opposed to its options (lr, weight_decay, ...), which checkpoints may change.
 _IDENTITY = ("param_names", "param_shapes", "role", "kind", "rule", "layouts")
@@ -259,7 +259,15 @@ class NormOpt(torch.optim.Optimizer):
             )
             for group in self.param_groups
         ]
-        return format_table(("role", "norm", "tensors", "parameters", "lr", "weight decay"), rows)
+        header = ("role", "norm", "tensors", "parameters", "lr", "weight decay")
+        unknown = [n for g in self.param_groups if g["role"] == "other" for n in g["param_names"]]
+        if not unknown:
+            return format_table(header, rows)
+        names = ", ".join(label for label, _ in fold_names(unknown))
+        return (
+            f"{format_table(header, rows)}\nother: {names}. hf-normopt inspect --why tells why; "
+            'optim_args="roles=ROLE:REGEX" corrects.'
+        )
 
 
 NEEDS_WHOLE_MATRICES = (

@@ -191,6 +191,7 @@ def create_normopt_optimizer(
     weight_decay: float = 0.0,
     overrides: Mapping[str, str] | None = None,
     step_size: StepSize | str | None = None,
+    heads: bool | str = False,
     **changes: Any,
 ) -> NormOpt:
     """Make the optimizer for a model: find the roles, give each its rule.
@@ -203,6 +204,7 @@ def create_normopt_optimizer(
         overrides: role by regular expression, see [`classify`](hf_normopt.classify).
         step_size: in place of the preset's, such as `EscapeVelocity()`, or its text, such as
             `"escape_velocity/per_role:true"`.
+        heads: whether each attention head is an operator of its own.
         changes: of the preset's rules. `FIELD=value` changes all roles, `FIELD_ROLE=value` one role
             or kind, where FIELD is `lr` (a multiplier), `momentum`, `nesterov`, `norm`, `scale` or
             `decay`; `beta1`, `beta2` and `eps` change the rules that have a statistic. Values may
@@ -226,7 +228,8 @@ def create_normopt_optimizer(
     chosen = PRESETS[preset]
     size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
     policy = changed(chosen.policy, **changes)
-    groups = parameter_groups(model, classify(model, overrides), policy)
+    specs = classify(model, overrides, heads=_read("heads", heads, bool))
+    groups = parameter_groups(model, specs, policy)
     present = {group["role"] for group in groups} | {group["kind"] for group in groups}
     for change in changes:
         role = change.partition("_")[2]

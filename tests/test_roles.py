@@ -336,6 +336,23 @@ def test_a_task_model_without_its_head():
     assert "head" not in {s.role for s in classify(model)}
 
 
+def test_heads_as_operators_of_their_own():
+    """Queries, grouped keys and values, and the map after them; fused ones too."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        llama = tf.LlamaModel(tf.LlamaConfig(**sizes, hidden_size=32, head_dim=8))
+        gpt2 = tf.GPT2Model(tf.GPT2Config(n_layer=1, n_embd=32, n_head=4))
+    rows = {s.name.split(".")[-2]: s for s in classify(llama, heads=True)}
+    assert str(rows["q_proj"].layout) == "(head=4 out) in"
+    assert str(rows["k_proj"].layout) == str(rows["v_proj"].layout) == "(head=2 out) in"
+    assert str(rows["o_proj"].layout) == "out (head=4 in)"
+    assert str(rows["up_proj"].layout) == "out in"
+    assert "heads of LlamaAttention" in rows["q_proj"].reason
+    fused = next(s for s in classify(gpt2, heads=True) if s.name == "h.0.attn.c_attn.weight")
+    (operators,) = fused.layout.to_operators(torch.empty(fused.shape))
+    assert operators.shape == (3, 4, 8, 32)
+
+
 def test_prompt_encoders_have_no_head():
     config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(tf.LlamaForCausalLM(TINY_LLAMA), config)

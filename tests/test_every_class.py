@@ -1,0 +1,152 @@
+"""Every model class that transformers exports and that builds from its default config.
+
+`every/heads.txt` says which matrices of each class are heads. It was compared with labels made from
+the modelling sources alone, without `classify`; where they differed, the source decided.
+`python -m tests.test_every_class` prints it anew, to be compared before it is kept.
+"""
+
+import inspect
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from packaging import version
+from torch import nn
+
+from hf_normopt import classify
+from hf_normopt.roles import ROLES
+from hf_normopt.tables import fold_names
+
+TABLE = Path(__file__).parent / "every" / "heads.txt"
+# Task classes whose output no matrix makes last: embeddings to compare, products of activations.
+WITHOUT_HEAD = {
+    "BrosSpadeELForTokenClassification",
+    "ColModernVBertForRetrieval",
+    "ColPaliForRetrieval",
+    "ColQwen2ForRetrieval",
+    "EfficientLoFTRForKeypointMatching",
+    "NeoMMEForRetrieval",
+    "UniSpeechForPreTraining",
+    "UniSpeechSatForPreTraining",
+    "VisualBertForRegionToPhraseAlignment",
+    "Wav2Vec2ConformerForPreTraining",
+    "Wav2Vec2ForPreTraining",
+}
+
+
+def built():
+    """Models on the meta device, one after the other."""
+    for name in sorted(dir(tf)):
+        try:
+            cls = getattr(tf, name)
+        except ImportError:
+            continue
+        if not (inspect.isclass(cls) and issubclass(cls, tf.PreTrainedModel) and cls.config_class):
+            continue
+        try:
+            with warnings.catch_warnings(), torch.device("meta"):
+                warnings.simplefilter("ignore")
+                model = cls(cls.config_class())
+        except Exception:  # a default config that builds no model raises anything
+            continue
+        if any(True for _ in model.parameters()):
+            yield name, shortened(model)
+
+
+def shortened(model):
+    """The model with two layers of each kind in every list."""
+    for module in list(model.modules()):
+        if isinstance(module, nn.ModuleList) and len(module) > 2:
+            kinds = {}
+            for child in module:
+                parameters = tuple((n, tuple(p.shape)) for n, p in child.named_parameters())
+                kinds.setdefault((type(child), parameters), []).append(child)
+            kept = {id(child) for alike in kinds.values() for child in (alike[0], alike[-1])}
+            children = [child for child in module if id(child) in kept]
+            module._modules.clear()
+            module.extend(children)
+    return model
+
+
+@cache
+def inverts(layout, shape):
+    stored = torch.empty(shape, device="meta")
+    return layout.from_operators(layout.to_operators(stored), shape).shape == stored.shape
+
+
+def complaints(name, model, specs):
+    """What is wrong with a model's table."""
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    if [spec.name for spec in specs] != trainable:
+        yield f"{name}: rows {len(specs)}, trainable parameters {len(trainable)}"
+    modules = dict(model.named_modules())
+    for spec in specs:
+        if spec.role not in ROLES or not spec.reason:
+            yield f"{name}: {spec}"
+        if spec.role in ("linear", "conv") and len(spec.shape) < 2:
+            yield f"{name}: a vector is no matrix: {spec}"
+        if not inverts(spec.layout, spec.shape):
+            yield f"{name}: layout does not invert: {spec}"
+        path, _, leaf = spec.name.rpartition(".")
+        owner = modules[path]
+        if isinstance(owner, nn.Embedding) and spec.role != "embedding" and len(spec.shape) == 2:
+            yield f"{name}: a table is an embedding: {spec}"
+        if isinstance(owner, nn.Linear) and leaf == "weight" and spec.role in ("linear", "head"):
+            operators = spec.layout.to_operators(torch.empty(spec.shape, device="meta"))
+            fans = [(o.shape[:-2].numel() * o.shape[-2], o.shape[-1]) for o in operators]
+            outs, ins = sum(out for out, _ in fans), {into for _, into in fans}
+            if outs != owner.out_features or ins != {owner.in_features}:
+                yield f"{name}: {owner} is read as {fans}: {spec}"
+    heads = {s.name for s in specs if s.role == "head" or "the head" in s.reason}
+    if re.search(r"For[A-Z]|LMHead", name) and not heads and name not in WITHOUT_HEAD:
+        yield f"{name} has no head"
+    if heads and name in WITHOUT_HEAD:
+        yield f"{name} has a head: {heads}"
+
+
+def heads_of(specs):
+    names = [s.name.removesuffix(".weight") for s in specs if s.role == "head"]
+    return sorted(label for label, _ in fold_names(names))
+
+
+@pytest.fixture(scope="module")
+def everything():
+    """For each class its complaints and its heads."""
+    found = {}
+    for name, model in built():
+        specs = classify(model)
+        found[name] = (list(complaints(name, model, specs)), heads_of(specs))
+    return found
+
+
+@pytest.mark.slow
+def test_every_parameter_has_one_row_that_fits(everything):
+    assert len(everything) > 1500
+    assert [complaint for listed, _ in everything.values() for complaint in listed] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    version.parse(tf.__version__) < version.parse("5.23"),
+    reason="the table names modules as 5.23 does",
+)
+def test_heads_are_those_that_readers_found(everything):
+    lines = TABLE.read_text().splitlines()
+    table = {name: heads.split("; ") if heads else [] for name, heads in map(split, lines)}
+    assert everything.keys() == table.keys()
+    wrong = {name: (heads, table[name]) for name, (_, heads) in everything.items()}
+    assert {name: pair for name, pair in wrong.items() if pair[0] != pair[1]} == {}
+
+
+def split(line):
+    name, _, heads = line.partition(":")
+    return name, heads.strip()
+
+
+if __name__ == "__main__":
+    for name, model in built():
+        print(f"{name}: {'; '.join(heads_of(classify(model)))}".strip())
