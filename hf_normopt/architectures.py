@@ -220,6 +220,8 @@ class Head:
 
 HEADS: tuple[Head, ...] = (
     Head("LxmertVisualObjHead", r"decoder_dict\.\w+", "what is predicted of objects, for the loss"),
+    Head("DPTAuxiliaryHead", r"head\.4", "class scores, which only the loss sees"),
+    Head(".*FCNHead", "classifier", "class scores, which only the loss sees"),
     Head("AMSoftmaxLoss", "weight", "class scores, which only the loss sees"),
     Head("SpeechT5SpeechDecoderPostnet", "prob_out", "probability to stop, for generate()"),
     Head("Nemotron3_5Transcribe.*", "word_timestamp_head", "word timestamps, for generate()"),

@@ -6,9 +6,6 @@ Features that go to the same uses (see `reading.py`) are one map; where they are
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -17,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .interpreter import UNKNOWN, source
-from .reading import Path, Reading, Source, signature
+from .interpreter import UNKNOWN
+from .reading import Path, Reading, Source, divides, no_matrices, signature
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,8 @@ _OF_CLASS: dict[type, list[tuple[dict[Path, Any], dict[str, Matrix]]]] = {}
 
 def _read(owner: nn.Module) -> dict[str, Matrix]:
     cls = type(owner)
-    if (getattr(cls.forward, "__module__", None) or "").startswith("torch.") or not _worth_reading(
-        cast(Hashable, cls)
-    ):
+    torchs = (getattr(cls.forward, "__module__", None) or "").startswith("torch.")
+    if (torchs and not isinstance(owner, nn.Sequential)) or not _worth_reading(owner):
         return {}
     for reads, found in _OF_CLASS.setdefault(cls, []):
         if all(signature(_reach(owner, path)) == value for path, value in reads.items()):
@@ -80,17 +76,13 @@ def _read(owner: nn.Module) -> dict[str, Matrix]:
     return found
 
 
-@functools.cache
-def _worth_reading(cls: Hashable) -> bool:
-    """Whether a class's methods hold a word that divides or multiplies; most have none."""
-    words = r"chunk|split|unbind|view\(|reshape|unflatten|glu\b|GLU|\[\.\.\.,|\[:, |mm\(|matmul|@ "
-    words += r"|einsum|linear\("
-    for name, method in inspect.getmembers(cast(type, cls), inspect.isfunction):
-        if name == "forward" or name not in nn.Module.__dict__:
-            text = source(method)
-            if text is not None and re.search(words, text):
-                return True
-    return False
+def _worth_reading(module: nn.Module) -> bool:
+    """Whether a module's own source divides or multiplies, or that of its activations does."""
+    return divides(cast(Hashable, type(module))) or any(
+        isinstance(child, nn.GLU)
+        or ((isinstance(child, nn.Sequential) or no_matrices(child)) and _worth_reading(child))
+        for child in module.children()
+    )
 
 
 def _reach(owner: Any, path: Path) -> Any:
@@ -117,10 +109,10 @@ def _matrix(matrix: Source, uses: list[Tensor]) -> Matrix:
     labels = torch.zeros(size, dtype=torch.int64, device="cpu")
     used = torch.zeros(size, dtype=torch.bool, device="cpu")
     for use in uses:
+        marks = torch.zeros_like(used)
+        marks[use.flatten()] = True
+        used |= marks
         if use.numel() < size:
-            marks = torch.zeros_like(used)
-            marks[use.flatten()] = True
-            used |= marks
             labels = torch.unique(labels * 2 + marks, return_inverse=True)[1]
     # a part without a use of its own is padding, or was cut off along another axis
     parts = _parts(labels) if size and used.all() else None

@@ -24,7 +24,7 @@ from .values import INPUT, Known, Makers, Record, Value, makers, now
 
 # Fields of transformers' outputs that are a task's output; `router_logits` choose experts.
 OUTPUTS = re.compile(
-    r"(?<!router_)logits|pred(?!ictor)|score|box|coord|corners|outputs_class|normals|_seg$"
+    r"(?<!router_)logits|^params$|pred(?!ictor)|score|box|coord|corners|outputs_class|normals|_seg$"
     r"|heatmap|regression|reconstruction|spectrogram|waveform|^audio$|audio_values|log_probs"
     r"|(duration|pitch|energy)_outputs"
 )
@@ -43,9 +43,10 @@ def find_heads(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     inner = list(_outermost(modules))
     for name, model in modules.items():
         if isinstance(model, PreTrainedModel):
-            heads |= _output_embeddings(model, places)
-            if name in inner or _TASK.search(_name(model)):
-                heads |= _task_heads(model, places)
+            read = name in inner or _TASK.search(_name(model)) is not None
+            heads |= (_task_heads(model, places) if read else {}) or _output_embeddings(
+                model, places
+            )
     root = _unwrapped(modules[""])
     if not isinstance(root, PreTrainedModel):
         heads |= _own_heads(root, modules, places, [place(name) for name in inner])

@@ -95,7 +95,7 @@ class Interpreter:
         """What a loop runs over."""
         raise NotImplementedError
 
-    def both(self, left: Any, right: Any) -> Any:
+    def both(self, left: Any, right: Any, summed: bool = False) -> Any:
         """An elementwise operation, at least one side a tensor."""
         raise NotImplementedError
 
@@ -162,7 +162,7 @@ class Interpreter:
         if isinstance(expression.op, ast.MatMult):
             return self.call(UNKNOWN, "matmul", [left, right], {})
         if isinstance(left, Tensor) or isinstance(right, Tensor):
-            return self.both(left, right)
+            return self.both(left, right, isinstance(expression.op, (ast.Add, ast.Sub)))
         if left is UNKNOWN and isinstance(right, tuple):  # x.shape[:-1] + (...)
             left = (1,) * (self.axes - 1)
         if left is UNKNOWN or right is UNKNOWN:
@@ -202,7 +202,7 @@ class Interpreter:
     def _generatorexp(self, expression: ast.GeneratorExp | ast.ListComp, env: Env) -> Any:
         (generator,) = expression.generators
         results = []
-        for value in self.eval(generator.iter, env):
+        for value in self.elements(self.eval(generator.iter, env)):
             inner = dict(env)
             self._bind(generator.target, value, inner)
             results.append(self.eval(expression.elt, inner))
@@ -264,10 +264,16 @@ class Interpreter:
             self.block(statement.body, env, returned)
 
     def _bind(self, target: ast.expr, value: Any, env: Env) -> None:
+        if isinstance(target, ast.Starred):
+            target = target.value
         if isinstance(target, ast.Name):
             env[target.id] = value
         elif isinstance(target, ast.Tuple):
             values = list(value) if isinstance(value, (tuple, list, Tensor)) else []
+            for i, part in enumerate(target.elts):
+                if isinstance(part, ast.Starred):
+                    rest = len(target.elts) - 1 - i
+                    values[i : len(values) - rest] = [tuple(values[i : len(values) - rest])]
             if len(values) != len(target.elts):
                 self.failures += value is not UNKNOWN
                 self.use(value)

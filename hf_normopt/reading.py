@@ -16,25 +16,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
+import math
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .interpreter import UNKNOWN, Closure, Env, Interpreter, parsed, plain, tensors
+from .interpreter import UNKNOWN, Closure, Env, Interpreter, parsed, plain, source, tensors
 
 Path = tuple[str, ...]
 
 # Methods and functions that move entries; they are run on the numbers as they stand.
 _VIEWS = re.compile(
     "chunk|split|split_with_sizes|tensor_split|unbind|permute|transpose|swapaxes|swapdims|movedim"
-    "|moveaxis|unflatten|flatten|squeeze|unsqueeze|select|narrow|t|size|dim"
+    "|moveaxis|unflatten|flatten|squeeze|unsqueeze|select|narrow|t|size|dim|reshape_as|view_as"
 )
 # Those that keep an entry in its place.
 _ENTRYWISE = re.compile(
@@ -43,12 +43,17 @@ _ENTRYWISE = re.compile(
     "|normalize)_?"
 )
 # Functions that do: rotations act within a map, and short convolutions are depthwise.
-_KEEPS = re.compile(r"rotary|rope|conv1d|mask_to_padding")
+_KEEPS = re.compile(r"rotary|rotat|(^|_)rot_|rope|conv1d|mask_to_padding")
+_DIVIDES = re.compile(
+    r"chunk|split|unbind|view\(|reshape|unflatten|glu\b|GLU|\[\.\.\.,|\[:,|rearrange"
+    r"|mm\(|matmul|@ |einsum|linear\("
+)
 # A layer's number says nothing of its maps, and would make each layer a reading of its own.
 _PLACE = re.compile(r"_?layer_(idx|id|index|number)")
 _PRODUCTS = frozenset({"matmul", "bmm", "mm", "addmm", "baddbmm"})
 _CALLS = frozenset({len, min, max, int, sum, range, list, tuple, abs, bool, isinstance, hasattr})
 _DEPTH = 4  # calls within calls that are followed
+_SMALL = 4  # matrices of a module whose call is followed, as of one with adapters
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,26 @@ class Reading(Interpreter):
     uses: list[Tensor] = field(default_factory=list)
     reads: dict[Path, Any] = field(default_factory=dict)
     failures: int = 0
+    _sums: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _depth: int = 0
 
     def __post_init__(self) -> None:
-        self.use(self._inline(Node((), self.owner), type(self.owner).forward, [], {}))
+        owner = Node((), self.owner)
+        if isinstance(self.owner, nn.Sequential):
+            self.use(self._module(owner, [UNKNOWN], {}))
+        else:
+            self.use(self._inline(owner, type(self.owner).forward, [], {}))
 
     def use(self, *values: Any) -> Any:
         """Note that something receives these features; what comes of them is not known."""
-        self.uses.extend(tensors(values))
+        for features in tensors(values):
+            received = [features]
+            for left, right in reversed(self._sums):
+                for one in tuple(received):
+                    at = torch.searchsorted(left, one).clamp(max=len(left) - 1)
+                    if torch.equal(left[at], one):
+                        received.append(right[at])
+            self.uses.extend(received)
         return UNKNOWN
 
     # Calls
@@ -129,6 +146,7 @@ class Reading(Interpreter):
 
     def _module(self, node: Node, args: list[Any], kwargs: Env) -> Any:
         module, given = node.value, list(tensors([args, kwargs]))
+        self.reads.setdefault(node.path, signature(module))
         for inner in ("base_layer", "original_module"):  # a layer that PEFT has wrapped
             if hasattr(module, inner):
                 return self._module(Node(node.path, getattr(module, inner)), args, kwargs)
@@ -149,10 +167,14 @@ class Reading(Interpreter):
             return args[0]
         if isinstance(module, nn.GLU):
             return self.use([x.chunk(2, module.dim) for x in given])
-        if len(given) == 1 and not any(p.ndim > 1 for p in module.parameters()):
-            return given[0]
+        if type(module).__name__ == "Rearrange" and given:
+            return rearranged(given[0], module.pattern, module.axes_lengths)
         function = type(module).forward
-        small = sum(matrix_fans(child) is not None for child in module.modules()) == 1
+        if len(given) == 1 and no_matrices(module):
+            if not divides(type(module)) or _KEEPS.search(type(module).__name__.lower()):
+                return given[0]
+            return self._inline(node, function, args, kwargs)
+        small = sum(matrix_fans(child) is not None for child in module.modules()) <= _SMALL
         if small and isinstance(function, types.FunctionType):
             return self._inline(node, function, args, kwargs)
         return self.use(given)
@@ -204,8 +226,10 @@ class Reading(Interpreter):
             return tuple(self.call(args[0], "", [value], {}) for value in args[1])
         if name in _PRODUCTS or any(isinstance(arg, Weight) for arg in args):
             return self._product(name, [*args, *kwargs.values()])
-        if name in ("cat", "concat", "concatenate") and args:
-            return self._cat(*args, **kwargs)
+        if name in ("cat", "concat", "concatenate", "stack") and args:
+            return self._cat(name, *args, **kwargs)
+        if name in ("rearrange", "repeat") and given and given[0] is args[0]:
+            return rearranged(given[0], args[1], kwargs)
         if name == "glu":
             dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
             return self.use([x.chunk(2, dim) for x in given])
@@ -229,7 +253,7 @@ class Reading(Interpreter):
             if _VIEWS.fullmatch(name):
                 return getattr(tensor, name)(*rest, **kwargs)
             if _ENTRYWISE.fullmatch(name):
-                return self.both(tensor, rest[0]) if rest else tensor
+                return self.both(tensor, rest[0], name[:3] in ("add", "sub")) if rest else tensor
         except (RuntimeError, TypeError, ValueError, IndexError):
             self.failures += 1
         return self.use(args, kwargs)
@@ -251,28 +275,41 @@ class Reading(Interpreter):
         if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
             sizes = list(sizes[0])
         known = [1 if size is UNKNOWN else int(size) for size in sizes]
-        rest, left = divmod(tensor.numel(), abs(functools.reduce(operator.mul, known, 1)))
+        if -1 in known and sizes[-1] is UNKNOWN and tensor.shape[-1] > 1:
+            known[known.index(-1)] = 1  # the length: features are last, and stay there
+        rest, left = divmod(tensor.numel(), abs(math.prod(known)))
         if rest > 1 and not left and -1 not in known and UNKNOWN in sizes:
             known[max(i for i, size in enumerate(sizes) if size is UNKNOWN)] = rest
+        elif left or not rest:  # a batch size that is known, as of windows
+            start = max(i for i in range(len(known)) if math.prod(known[i:]) == tensor.numel())
+            known[:start] = [1] * start
         return tensor.reshape(known)
 
-    def _cat(self, values: Any, dim: Any = 0, **kwargs: Any) -> Any:
+    def _cat(self, name: str, values: Any, dim: Any = 0, **kwargs: Any) -> Any:
         known, dim = list(tensors([values])), kwargs.get("axis", dim)
         whole = isinstance(values, (list, tuple)) and len(known) == len(values)
         try:
             if whole:
-                return torch.cat(known, dim)
-            if known and all(tensor.shape[dim] == 1 for tensor in known):  # along the sequence
+                return torch.stack(known, dim) if name == "stack" else torch.cat(known, dim)
+            if (
+                name != "stack" and known and all(tensor.shape[dim] == 1 for tensor in known)
+            ):  # along the sequence
                 return known[0]
         except (RuntimeError, TypeError, IndexError):
             self.failures += 1
         return self.use(known)
 
-    def both(self, left: Any, right: Any) -> Any:
-        """An elementwise operation between two values."""
-        if isinstance(left, Tensor) and isinstance(right, Tensor):
-            return left if torch.equal(left, right) else self.use(left, right)
-        return left if isinstance(left, Tensor) else right
+    def both(self, left: Any, right: Any, summed: bool = False) -> Any:
+        """An elementwise operation between two values; what becomes of a sum, becomes of both."""
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+            return left if isinstance(left, Tensor) else right
+        if torch.equal(left, right):
+            return left
+        if not summed or left.numel() != right.numel():
+            return self.use(left, right)
+        features, order = left.flatten().sort()
+        self._sums.append((features, right.flatten()[order]))
+        return left
 
     # Raw parameters
 
@@ -381,11 +418,52 @@ class Reading(Interpreter):
         """What a loop runs over."""
         if isinstance(values, Node) and isinstance(values.value, nn.ModuleList):
             return [self._child(values, i) for i in range(len(values.value))]
-        return values if isinstance(values, (tuple, list, range)) else [UNKNOWN]
+        return values if isinstance(values, (tuple, list, range, Tensor)) else [UNKNOWN]
+
+
+def rearranged(tensor: Tensor, pattern: str, sizes: dict[str, Any]) -> Tensor:
+    """What `einops.rearrange` and `repeat` do, for axes of size 1 whatever their names."""
+    left, right = (re.findall(r"\([^()]*\)|\.{3}|\w+", side) for side in pattern.split("->"))
+    if "..." in left:
+        between = [f"_{i}" for i in range(tensor.ndim - len(left) + 1)]
+        left, right = (
+            [name for word in side for name in (between if word == "..." else [word])]
+            for side in (left, right)
+        )
+    known: dict[str, int] = {}
+    for word, size in zip(left, tensor.shape, strict=True):
+        names = re.findall(r"\w+", word)
+        given = {name: 1 if size == 1 else sizes.get(name, UNKNOWN) for name in names}
+        rest = size // math.prod(n for n in given.values() if n is not UNKNOWN)
+        known |= {name: rest if n is UNKNOWN else n for name, n in given.items()}
+    names = [name for word in right for name in re.findall(r"\w+", word) if name in known]
+    axes = list(known)
+    moved = tensor.reshape(list(known.values())).permute([axes.index(name) for name in names])
+    return moved.reshape(
+        [math.prod(known.get(name, 1) for name in re.findall(r"\w+", word)) for word in right]
+    )
+
+
+@functools.cache
+def divides(cls: Hashable) -> bool:
+    """Whether a class's methods hold a word that divides or multiplies; most have none."""
+    for name, method in inspect.getmembers(cast(type, cls), inspect.isfunction):
+        if name == "forward" or name not in nn.Module.__dict__:
+            text = source(method)
+            if text is not None and _DIVIDES.search(text):
+                return True
+    return False
+
+
+def no_matrices(module: nn.Module) -> bool:
+    """Whether all that a module learns are gains and offsets."""
+    return not any(parameter.ndim > 1 for parameter in module.parameters())
 
 
 def signature(value: Any) -> Any:
     """What a reading can learn from a value."""
+    if isinstance(value, nn.Sequential):
+        return type(value), tuple(value._modules)
     if isinstance(value, nn.Module):
         return type(value), matrix_fans(value)
     if isinstance(value, Tensor):
