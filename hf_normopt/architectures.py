@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,24 @@ FUSED: tuple[Fused, ...] = (
         "halves for tanh and sigmoid, divided at a number that is passed as a tensor",
     ),
     Fused(
+        "VitsWaveNet",
+        "cond_layer",
+        lambda net: f"(part={2 * net.num_layers} out)",
+        "the same of each layer, added to them",
+    ),
+    Fused(
+        "UnivNetKernelPredictor",
+        "(kernel|bias)_conv",
+        lambda predictor: f"(layer={predictor.conv_layers} out)",
+        "kernels of each layer, which uses its own",
+    ),
+    Fused(
+        "EsmFoldInvariantPointAttention",
+        "linear_kv_points",
+        lambda m: f"(out0={3 * m.num_heads} out1={m.num_qk_points}+{m.num_v_points})",
+        "points of keys and of values, for each coordinate and head",
+    ),
+    Fused(
         "WavLMAttention",
         "gru_rel_pos_linear",
         lambda _: "(part=2 out)",
@@ -112,14 +130,26 @@ def fused_axis(owner: Any, path: str) -> Fused | None:
         The row of [`FUSED`], else one made from the source of the owner's `forward`; None if the
         matrix is one map, or of another module.
     """
-    for row in FUSED:
-        if re.fullmatch(row.path, path) and _is(owner, row.owner):
-            return row if row.axis(owner) != "out" else None
+    row = _fused_row(owner, path)
+    if row is not None:
+        return row if row.axis(owner) != "out" else None
     matrix = matrices(owner).get(path)
-    if matrix is None or matrix.axis == "out":
+    if matrix is None or matrix.axis == "out" or any(_rows_below(owner, path)):
         return None
     name = type(owner).__name__
     return Fused(name, path, lambda _: matrix.axis, f"several maps, as {name} divides them")
+
+
+def _fused_row(owner: Any, path: str) -> Fused | None:
+    rows = (row for row in FUSED if re.fullmatch(row.path, path) and _is(owner, row.owner))
+    return next(rows, None)
+
+
+def _rows_below(owner: Any, path: str) -> Iterator[Fused | None]:
+    """The rows of modules between an owner and its matrix."""
+    names = path.split(".")
+    for i in range(1, len(names)):
+        yield _fused_row(owner.get_submodule(".".join(names[:i])), ".".join(names[i:]))
 
 
 def _is(owner: Any, pattern: str) -> bool:
@@ -225,6 +255,7 @@ HEADS: tuple[Head, ...] = (
     Head("AMSoftmaxLoss", "weight", "class scores, which only the loss sees"),
     Head("SpeechT5SpeechDecoderPostnet", "prob_out", "probability to stop, for generate()"),
     Head("Nemotron3_5Transcribe.*", "word_timestamp_head", "word timestamps, for generate()"),
+    Head("LightGlueMatchAssignmentLayer", "matchability", "scores of points, for the matches"),
     Head("MobileBertLMPredictionHead", "dense", "token scores, beside those of the tied table"),
     Head("SplinterFor.*", r"splinter_qass\.(start|end)_classifier", "bilinear in the question"),
     Head(".*TTSFlowHead", r"final_layer\.proj", "velocity of the flow"),
@@ -241,6 +272,8 @@ HEADS: tuple[Head, ...] = (
     Head("Sam3.*MaskDecoder", "semantic_projection", "semantic segmentation"),
     Head("PPDocLayoutV4Decoder", r"class_embed\.\d+", "class scores, of every layer"),
     Head("VitsResidualCouplingLayer", "conv_post", "mean inside the flow", is_head=False),
+    Head("ConditionalDetrDecoder", r"ref_point_head\..*", "points to look at", is_head=False),
+    Head("DeformableDetrModel", "reference_points", "points to look at", is_head=False),
     Head("ZoeDepthAttractorLayer.*", "conv2", "moves the bins", is_head=False),
     Head("SuperPointConvBlock", "conv_b", "features before the score", is_head=False),
     Head("LightGlue.*", r".*projector|.*mlp\.fc2", "features before the match", is_head=False),

@@ -102,7 +102,7 @@ def of_tensors(reader: Reader, name: str, arguments: list[Later]) -> Value | Non
     if name in DESCRIBES:
         return UNKNOWN
     if name in _SELECT:
-        return made_of(arguments[:1])
+        return arguments[0].value if arguments else UNKNOWN
     return None
 
 

@@ -43,8 +43,9 @@ from .values import (
     now,
 )
 
-_UNROLLED = 256  # iterations of a loop that are followed one by one
+_UNROLLED = 64  # iterations of a loop that are followed one by one
 _DEPTH = 30  # calls inside calls
+_CALLS = 2_000  # calls in all, after which a model is taken as one that cannot be read
 
 
 @dataclass
@@ -64,7 +65,8 @@ class Reader:
     last: Callable[[nn.Module], Makers | None]
     unwrapped: Callable[[nn.Module], nn.Module]
     defaults: bool
-    depth: int = field(default=0)
+    depth: int = field(default=0, init=False)
+    calls: int = field(default=0, init=False)
 
     def call(
         self, module: nn.Module, arguments: list[Later], keywords: Mapping[str, Later]
@@ -88,6 +90,9 @@ class Reader:
     ) -> Value:
         """What comes out of a Python function."""
         tree = parsed(inspect.unwrap(function))
+        self.calls += 1
+        if self.calls > _CALLS:
+            raise RecursionError(f"more than {_CALLS} calls")
         if tree is None or self.depth > _DEPTH:
             return made_of([*arguments, *keywords.values()])
         frame = _Frame(self, inspect.unwrap(function), arguments[0].value if arguments else UNKNOWN)
@@ -171,13 +176,13 @@ class _Frame:
         called = statement.value
         if not (isinstance(called, ast.Call) and isinstance(called.func, ast.Attribute)):
             return
+        method = called.func.attr
         name = called.func.value.id if isinstance(called.func.value, ast.Name) else ""
         if called.args and name in self.variables and name != "self":
             held = [self.variables[name], *map(self.evaluate, called.args)]
-            append = called.func.attr == "append"
-            self.variables[name] = Later(
-                lambda: appended(held[0].value, held[1]) if append else made_of(held)
-            )
+            if method == "append":
+                _ = held[0].value  # found now: many appends would be as many calls inside calls
+            self.variables[name] = Later(lambda: _holding(method, held))
 
     def _if(self, statement: ast.If) -> None:
         if not statement.orelse and isinstance(statement.body[-1], ast.Raise):
@@ -250,8 +255,11 @@ class _Frame:
             return
 
         def find() -> Value:
-            if isinstance(before.value, Record) and isinstance(key, (str, int)):
-                return Record({**before.value.fields, key: value})
+            if isinstance(before.value, Record):
+                fields = before.value.fields
+                return Record(
+                    {**fields, key if isinstance(key, (str, int)) else len(fields): value}
+                )
             return made_of([before, value])
 
         self.variables[node.id] = Later(find)
@@ -386,7 +394,8 @@ class _Frame:
             element = node.value if isinstance(node, ast.DictComp) else node.elt
             results[len(results) if key is None else key] = self.evaluate(element)
         self.variables = kept
-        return Record(results) if items is not None else made_of(results.values())
+        known = items is not None or isinstance(node, ast.DictComp)
+        return Record(results) if known else made_of(results.values())
 
     _value_of_generatorexp = _value_of_dictcomp = _value_of_listcomp
 
@@ -401,7 +410,11 @@ class _Frame:
                 else [value]
             )
         ]
-        keywords = {k.arg: self.evaluate(k.value) for k in node.keywords if k.arg}
+        keywords: dict[str, Later] = {}
+        for keyword in node.keywords:
+            value = self.evaluate(keyword.value)
+            inner = None if keyword.arg else entries(value.value)  # **inner
+            keywords |= {keyword.arg: value} if keyword.arg else dict(inner.fields) if inner else {}
         callee = self._super(node.func)
         if isinstance(node.func, ast.Attribute) and callee is None:
             base = self.evaluate(node.func.value).value
@@ -454,6 +467,17 @@ class _Frame:
             return None
         result = Known(True) if isinstance(value.value, nn.Module) else attempt(bool, value.value)
         return result.value if isinstance(result, Known) else None
+
+
+def _holding(method: str, held: list[Later]) -> Value:
+    """What a list, dict or tensor holds after a method was called with something."""
+    before = held[0].value
+    if method == "append":
+        return appended(before, held[1])
+    if method in ("update", "extend") and isinstance(before, Record):
+        added = entries(held[1].value)
+        return before if added is None else joined(before, added)
+    return made_of(held)
 
 
 def _nth(value: Later, index: int) -> Later:

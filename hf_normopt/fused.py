@@ -109,10 +109,10 @@ def _matrix(matrix: Source, uses: list[Tensor]) -> Matrix:
     labels = torch.zeros(size, dtype=torch.int64, device="cpu")
     used = torch.zeros(size, dtype=torch.bool, device="cpu")
     for use in uses:
-        marks = torch.zeros_like(used)
-        marks[use.flatten()] = True
-        used |= marks
         if use.numel() < size:
+            marks = torch.zeros_like(used)
+            marks[use.flatten()] = True
+            used |= marks
             labels = torch.unique(labels * 2 + marks, return_inverse=True)[1]
     # a part without a use of its own is padding, or was cut off along another axis
     parts = _parts(labels) if size and used.all() else None
@@ -213,11 +213,18 @@ def _parts(labels: Tensor) -> _Parts | None:
         for p in range(1, len(runs) + 1)
         if len(runs) % p == 0 and runs == runs[:p] * (len(runs) // p)
     )
-    repeats, lengths = len(runs) // period, tuple(length for _, length in runs[:period])
-    single = max(lengths) * repeats == 1  # scores, such as a span's start and end
-    if single or len({label for label, _ in runs}) != period:
+    repeats, lengths = len(runs) // period, [length for _, length in runs[:period]]
+    if len({label for label, _ in runs}) != period:
         return None
-    return _Parts(repeats, lengths)
+    if repeats > 1:
+        return _Parts(repeats, tuple(lengths))
+    together: list[int] = []  # neighbours of size 1 are scores, such as a span's start and end
+    for length, before in zip(lengths, [0, *lengths], strict=False):
+        if length == before == 1:
+            together[-1] += 1
+        else:
+            together.append(length)
+    return _Parts(1, tuple(together))
 
 
 def _heads(use: Tensor | None) -> tuple[int, int] | None:

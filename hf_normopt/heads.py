@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,13 +20,13 @@ from .architectures import HEADS
 from .flow import Reader
 from .graph import is_matrix, place
 from .interpreter import parsed
-from .values import INPUT, Known, Makers, Record, Value, makers, now
+from .values import INPUT, Known, Makers, Record, makers, now
 
 # Fields of transformers' outputs that are a task's output; `router_logits` choose experts.
 OUTPUTS = re.compile(
     r"(?<!router_)logits|^params$|pred(?!ictor)|score|box|coord|corners|outputs_class|normals|_seg$"
     r"|heatmap|regression|reconstruction|spectrogram|waveform|^audio$|audio_values|log_probs"
-    r"|(duration|pitch|energy)_outputs"
+    r"|(duration|pitch|energy)_outputs|lddt"
 )
 # Models whose whole output is a task's.
 _TASK = re.compile(r"For[A-Z]|Head|GAN|Gan$|Code2Wav$")
@@ -66,9 +66,9 @@ def _own_heads(
 
     if is_matrix(root):
         return {place(next(n for n, m in modules.items() if m is root)): "the model's only matrix"}
-    found = _read(root, places)
-    if found is not None:
-        made = filter(own, makers(found) - INPUT)
+    fields = _made(root, places, lambda _: True)
+    if fields is not None:
+        made = filter(own, frozenset().union(*fields.values()))
         return {name: f"made last what {_name(root)} returns" for name in made}
     lists = [f"{name}." for name, m in modules.items() if isinstance(m, nn.ModuleList)]
     matrices = [
@@ -86,51 +86,51 @@ def _output_embeddings(model: PreTrainedModel, places: Mapping[int, str]) -> dic
 
 def _task_heads(model: PreTrainedModel, places: Mapping[int, str]) -> dict[str, str]:
     """What made the outputs of a model last."""
-    found = _read(model, places)
     custom = not type(model).__module__.startswith("transformers.")
     task = custom or _TASK.search(_name(model)) is not None
-    fields: dict[str, Makers] = {}
-    if isinstance(found, Record) and any(isinstance(key, str) for key in found.fields):
-        fields = {
-            str(key): makers(later.value)
-            for key, later in found.fields.items()
-            if OUTPUTS.search(str(key))
-        }
-        if (
-            task
-            and not model.get_output_embeddings()
-            and not any(made - INPUT for made in fields.values())
-        ):
-            whole = [k for k in found.fields if custom or k == "last_hidden_state"]
-            fields = {str(k): makers(found.fields[k].value) for k in whole}
-    elif found is not None and task:
-        fields = {"output": makers(found)}
+    fields = _made(model, places, lambda key: OUTPUTS.search(key) is not None) or {}
+    if not any(fields.values()) and task and not model.get_output_embeddings():
+        fields = _made(model, places, lambda key: custom or key == "last_hidden_state") or {}
     return {
         name: f"made the {key} of {_name(model)} last"
         for key, made in reversed(fields.items())
-        for name in made - INPUT
+        for name in made
+        if task or key != _WHOLE
     }
 
 
-def _read(model: nn.Module, places: Mapping[int, str]) -> Value | None:
-    """What comes out of a model, None where its source cannot be read."""
+_WHOLE = "output"
+
+
+def _made(
+    model: nn.Module, places: Mapping[int, str], wanted: Callable[[str], bool]
+) -> dict[str, Makers] | None:
+    """What made the wanted fields of a model's output last; one without fields is [`_WHOLE`].
+
+    None where the source of `forward` cannot be read.
+    """
     forward = type(model).forward
     if forward is nn.Module.forward or parsed(inspect.unwrap(forward)) is None:
         return None
 
     def last(module: nn.Module) -> Makers | None:
-        if is_matrix(module):
-            return frozenset({places[id(module)]})
         if isinstance(module, nn.MultiheadAttention):
-            return frozenset({places[id(module.out_proj)]})
+            module = module.out_proj
+        if is_matrix(module):
+            return frozenset({places.get(id(module), "")})
         # what is looked up, normalised or remembered is no output yet
         tables = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
         normalises = "norm" in _name(module).lower() and not list(module.children())
         return INPUT if isinstance(module, tables) or normalises else None
 
+    reader = Reader(places, last, _unwrapped, not isinstance(model, PreTrainedModel))
     try:
-        reader = Reader(places, last, _unwrapped, not isinstance(model, PreTrainedModel))
-        return reader.function(forward, [now(Known(model))], {})
+        output = reader.function(forward, [now(Known(model))], {})
+        named = isinstance(output, Record) and any(isinstance(k, str) for k in output.fields)
+        if not named or not isinstance(output, Record):
+            return {_WHOLE: makers(output) - INPUT}
+        wanted_fields = {str(k): f for k, f in output.fields.items() if wanted(str(k))}
+        return {key: makers(later.value) - INPUT for key, later in wanted_fields.items()}
     except RecursionError:
         return None
 

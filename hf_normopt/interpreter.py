@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Env = dict[str, Any]
@@ -141,10 +142,11 @@ class Interpreter:
         bounds = [self.eval(b, env) for b in (expression.lower, expression.upper, expression.step)]
         return UNKNOWN if UNKNOWN in bounds else slice(*bounds)
 
-    def _tuple(self, expression: ast.Tuple | ast.List, env: Env) -> tuple[Any, ...]:
+    def _tuple(self, expression: ast.Tuple, env: Env) -> tuple[Any, ...]:
         return tuple(self._items(expression.elts, env))
 
-    _list = _tuple
+    def _list(self, expression: ast.List, env: Env) -> list[Any]:
+        return self._items(expression.elts, env)
 
     def _items(self, expressions: list[ast.expr], env: Env) -> list[Any]:
         """Values of a list, with `*shape` written out; an unknown shape is that of the batch."""
@@ -280,8 +282,12 @@ class Interpreter:
                 values = [UNKNOWN] * len(target.elts)
             for part, item in zip(target.elts, values, strict=True):
                 self._bind(part, item, env)
-        else:
+        elif not _same(self.eval(target, env), value):  # as of a rotation in place
             self.use(value)
+
+
+def _same(left: Any, right: Any) -> bool:
+    return isinstance(left, Tensor) and isinstance(right, Tensor) and torch.equal(left, right)
 
 
 def tensors(values: Any) -> Iterator[Tensor]:

@@ -267,9 +267,11 @@ def _vector(view: View) -> Finding | None:
 
 def _uses(view: View, above: int = 0) -> dict[str, Layout | None]:
     """How the owner (or a module above it) uses a parameter, with the layout that this gives."""
-    path, owner = view.owners[min(above, len(view.owners) - 1)]
+    listed = isinstance(view.owner, (nn.ParameterList, nn.ParameterDict))
+    path, owner = view.owners[min(above + listed, len(view.owners) - 1)]
+    path = path.rpartition(".")[0] if listed else path
     found: dict[str, Layout | None] = {}
-    for use in uses(cast(Hashable, type(owner)), path, len(view.shape)):
+    for use in uses(cast(Hashable, type(owner)), path, len(view.shape), listed):
         found[use.how] = Layout(use.layout) if use.layout else found.get(use.how)
     return {
         how: layout

@@ -128,8 +128,9 @@ class Reading(Interpreter):
             for left, right in reversed(self._sums):
                 for one in tuple(received):
                     at = torch.searchsorted(left, one).clamp(max=len(left) - 1)
-                    if torch.equal(left[at], one):
-                        received.append(right[at])
+                    other = right[at]
+                    if torch.equal(left[at], one) and not _holds(received, other):
+                        received.append(other)
             self.uses.extend(received)
         return UNKNOWN
 
@@ -176,7 +177,10 @@ class Reading(Interpreter):
             return self._inline(node, function, args, kwargs)
         small = sum(matrix_fans(child) is not None for child in module.modules()) <= _SMALL
         if small and isinstance(function, types.FunctionType):
-            return self._inline(node, function, args, kwargs)
+            failures = self.failures
+            result = self._inline(node, function, args, kwargs)
+            self.failures = failures  # its activations may have another number of axes
+            return result
         return self.use(given)
 
     def _inline(self, node: Node | None, function: Any, args: list[Any], kwargs: Env) -> Any:
@@ -206,6 +210,8 @@ class Reading(Interpreter):
             return self._product(name, [base, *args, *kwargs.values()])
         if isinstance(base, Tensor):
             return self._tensor_call(name, [base, *args], kwargs)
+        if isinstance(base, list):
+            return getattr(base, name)(*args)
         return self.call(self.attribute(base, name), name, args, kwargs)
 
     def call(self, function: Any, name: str, args: list[Any], kwargs: Env) -> Any:
@@ -289,7 +295,7 @@ class Reading(Interpreter):
         known, dim = list(tensors([values])), kwargs.get("axis", dim)
         whole = isinstance(values, (list, tuple)) and len(known) == len(values)
         try:
-            if whole:
+            if whole and len({self._source(tensor) for tensor in known}) == 1:
                 return torch.stack(known, dim) if name == "stack" else torch.cat(known, dim)
             if (
                 name != "stack" and known and all(tensor.shape[dim] == 1 for tensor in known)
@@ -298,6 +304,10 @@ class Reading(Interpreter):
         except (RuntimeError, TypeError, IndexError):
             self.failures += 1
         return self.use(known)
+
+    def _source(self, features: Tensor) -> int:
+        """The number where the matrix of the first of some features starts."""
+        return max(s.start for s in self.sources.values() if s.start <= int(features.min()))
 
     def both(self, left: Any, right: Any, summed: bool = False) -> Any:
         """An elementwise operation between two values; what becomes of a sum, becomes of both."""
@@ -419,6 +429,10 @@ class Reading(Interpreter):
         if isinstance(values, Node) and isinstance(values.value, nn.ModuleList):
             return [self._child(values, i) for i in range(len(values.value))]
         return values if isinstance(values, (tuple, list, range, Tensor)) else [UNKNOWN]
+
+
+def _holds(received: list[Tensor], features: Tensor) -> bool:
+    return any(torch.equal(features, known) for known in received)
 
 
 def rearranged(tensor: Tensor, pattern: str, sizes: dict[str, Any]) -> Tensor:

@@ -60,11 +60,13 @@ class Shown:
         count: number of stored axes.
         axes: the stored axis that each axis shows; None where that is lost.
         picked: the stored axis that an index went along, -1 where that is lost.
+        listed: it is a list or dict of parameters yet, of which the parameter is one.
     """
 
     count: int
     axes: tuple[int, ...] | None
     picked: int | None = None
+    listed: bool = False
 
     def use(self, how: How) -> Use:
         """A use that is no product: what an index picked is looked up, whatever follows."""
@@ -96,18 +98,19 @@ class Shown:
 
 
 @cache
-def uses(cls: Hashable, leaf: str, axes: int) -> frozenset[Use]:
+def uses(cls: Hashable, leaf: str, axes: int, listed: bool = False) -> frozenset[Use]:
     """What the methods of a module do with its parameter.
 
     Args:
         cls: the module's class.
         leaf: the parameter's name in the module, or in a module of its own (`child.weight`).
         axes: its number of axes.
+        listed: whether `leaf` is a list or dict of parameters, and the question is of one of them.
     """
     return frozenset(
         use
         for reading, node in _occurrences(cast(type, cls)).get(leaf, ())
-        for use in reading.fresh().follow(node, Shown(axes, tuple(range(axes))))
+        for use in reading.fresh().follow(node, Shown(axes, tuple(range(axes)), listed=listed))
     )
 
 
@@ -159,7 +162,7 @@ class _Reading:
             for name in ast.walk(loop.target)
             if isinstance(name, ast.Name)
         }
-        self.followed: set[tuple[str, Shown]] = set()
+        self.followed: set[tuple[str, Shown, int]] = set()
 
     def fresh(self) -> _Reading:
         """The same, having followed nothing yet."""
@@ -174,7 +177,9 @@ class _Reading:
         else:
             keyword = None
 
-        if isinstance(parent, ast.Attribute):
+        if shown.listed:
+            yield from self._listed(node, parent, replace(shown, listed=False))
+        elif isinstance(parent, ast.Attribute):
             yield from self._attribute(parent, shown)
         elif isinstance(parent, ast.Call) and node is not parent.func:
             yield from self._argument(parent, node, keyword, shown)
@@ -191,7 +196,7 @@ class _Reading:
             targets = parent.targets if isinstance(parent, ast.Assign) else [parent.target]
             for target in targets:
                 if isinstance(target, ast.Name):
-                    yield from self._variable(target.id, shown)
+                    yield from self._variable(target.id, shown, parent.lineno)
                 elif isinstance(target, ast.Tuple):
                     for part in target.elts:
                         if isinstance(part, ast.Name):
@@ -203,12 +208,42 @@ class _Reading:
         elif isinstance(parent, ast.Return):
             yield shown.use("return")
 
-    def _variable(self, name: str, shown: Shown) -> Iterator[Use]:
-        if (name, shown) in self.followed:
+    def _listed(self, node: ast.expr, parent: ast.AST | None, shown: Shown) -> Iterator[Use]:
+        """`self.weights[i]`, `for weight in self.weights`, `zip(self.weights, ...)`."""
+        if isinstance(parent, ast.Subscript) and node is parent.value:
+            yield from self.follow(parent, shown)
+        elif isinstance(parent, ast.Attribute):  # self.weights.values()
+            call = self.parents.get(parent)
+            if isinstance(call, ast.Call):
+                yield from self._listed(call, self.parents.get(call), shown)
+        elif isinstance(parent, ast.Call) and node in parent.args:  # enumerate, zip
+            yield from self._listed(parent, self.parents.get(parent), shown)
+        elif isinstance(parent, (ast.For, ast.comprehension)) and node is parent.iter:
+            for name in ast.walk(parent.target):
+                if isinstance(name, ast.Name) and name.id not in self.counters:
+                    yield from self._variable(name.id, shown)
+
+    def _variable(self, name: str, shown: Shown, since: int = 0) -> Iterator[Use]:
+        """The uses of a variable, from a line on until it is made anew from itself."""
+        if (name, shown, since) in self.followed:
             return
-        self.followed.add((name, shown))
-        for node in self.nodes:
-            if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):
+        self.followed.add((name, shown, since))
+        loads = [
+            node
+            for node in self.nodes
+            if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
+        ]
+        renewed = (
+            assign.end_lineno or 0
+            for assign in self.nodes
+            if isinstance(assign, ast.Assign)
+            and assign.lineno > since
+            and any(isinstance(t, ast.Name) and t.id == name for t in assign.targets)
+            and any(load in loads for load in ast.walk(assign.value))
+        )
+        until = min(renewed, default=None)
+        for node in loads:
+            if until is None or node.lineno <= until:
                 yield from self.follow(node, shown)
 
     def _attribute(self, node: ast.Attribute, shown: Shown) -> Iterator[Use]:
