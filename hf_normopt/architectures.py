@@ -80,6 +80,12 @@ FUSED: tuple[Fused, ...] = (
         "the same of each layer, added to them",
     ),
     Fused(
+        ".*MaskDecoder",
+        r"iou_prediction_head\..*",
+        lambda _: "out",
+        "one map: scores of several masks",
+    ),
+    Fused(
         "UnivNetKernelPredictor",
         "(kernel|bias)_conv",
         lambda predictor: f"(layer={predictor.conv_layers} out)",

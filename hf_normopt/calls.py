@@ -13,6 +13,7 @@ from .values import (
     UNKNOWN,
     Known,
     Later,
+    Local,
     Made,
     Record,
     Some,
@@ -26,11 +27,15 @@ from .values import (
     now,
 )
 
+_CALLED = (nn.Module, MethodType)
+
 
 class Reader(Protocol):
     """What `flow.Reader` is to this file."""
 
     names: Mapping[int, str]
+    inputs: dict[str, list[Later]]
+    defaults: bool
 
     def call(
         self, module: nn.Module, arguments: list[Later], keywords: Mapping[str, Later]
@@ -41,6 +46,9 @@ class Reader(Protocol):
         self, function: Any, arguments: list[Later], keywords: Mapping[str, Later]
     ) -> Value:
         """What comes out of a Python function."""
+
+    def local(self, local: Local, arguments: list[Later], keywords: Mapping[str, Later]) -> Value:
+        """What comes out of a function defined in another one."""
 
 
 # What these return says something about a tensor and holds nothing of it.
@@ -86,6 +94,13 @@ def call(
         and any(_is(argument, (nn.Module, Tensor, MethodType)) for argument in everything)
     ):
         return reader.function(callee, arguments, keywords)
+    if isinstance(callee, Local):
+        return reader.local(callee, arguments, keywords)
+    if isinstance(getattr(callee, "__self__", None), str):  # "fc{}".format(i)
+        known = [a.value.value for a in everything if isinstance(a.value, Known)]
+        return attempt(callee, *known) if len(known) == len(everything) else UNKNOWN
+    if arguments and isinstance(callee, FunctionType) and _is(arguments[0], _CALLED):
+        return call(reader, _known(arguments[0]), arguments[1:], {})  # checkpoint(module, x)
     found = of_tensors(reader, getattr(callee, "__name__", ""), everything)
     if found is not None:
         return found
@@ -113,8 +128,12 @@ def product(reader: Reader, factors: list[Later]) -> Value:
     known += [choice for x in known if isinstance(x, Some) for choice in x.choices]
     matrices = frozenset(reader.names[id(x)] for x in known if id(x) in reader.names)
     if matrices:
+        for name in matrices:
+            reader.inputs.setdefault(name, []).extend(factors)
         return Made(matrices)
     made = [found for value in values if (found := makers(value))]
+    if len(made) > 1 and reader.defaults:  # by an input that no matrix made, as of a graph
+        made = [found for found in made if found != INPUT]
     return Made(made[0] if len(made) == 1 else INPUT)
 
 
@@ -166,6 +185,10 @@ def _whole(argument: Later) -> Later:
 
 def _row(*cells: Later) -> Later:
     return now(Record(dict(enumerate(cells))))
+
+
+def _known(later: Later) -> Any:
+    return later.value.value if isinstance(later.value, Known) else None
 
 
 def _is(later: Later, types: type | tuple[type, ...]) -> bool:

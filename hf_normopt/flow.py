@@ -11,7 +11,10 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
+import sys
+from collections import ChainMap
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
@@ -25,6 +28,7 @@ from .values import (
     UNKNOWN,
     Known,
     Later,
+    Local,
     Made,
     Makers,
     Record,
@@ -39,11 +43,11 @@ from .values import (
     item_of,
     joined,
     made_of,
+    makers,
     merged,
     now,
 )
 
-_UNROLLED = 64  # iterations of a loop that are followed one by one
 _DEPTH = 30  # calls inside calls
 _CALLS = 2_000  # calls in all, after which a model is taken as one that cannot be read
 
@@ -66,6 +70,9 @@ class Reader:
     unwrapped: Callable[[nn.Module], nn.Module]
     defaults: bool
     depth: int = field(default=0, init=False)
+    # what matrices were given, and what modules keep in attributes of their own
+    inputs: dict[str, list[Later]] = field(default_factory=dict, init=False)
+    kept: dict[tuple[int, str], Later] = field(default_factory=dict, init=False)
     calls: int = field(default=0, init=False)
 
     def call(
@@ -75,6 +82,8 @@ class Reader:
         module = self.unwrapped(module)
         own = self.last(module)
         if own is not None:
+            for name in own:
+                self.inputs.setdefault(name, []).extend([*arguments, *keywords.values()])
             return Made(own)
         if isinstance(module, nn.Sequential):
             for child in module:
@@ -84,6 +93,23 @@ class Reader:
         if forward is None or type(module).__module__.startswith("torch.nn"):
             return made_of([*arguments, *keywords.values()])
         return self.function(forward, [now(Known(module)), *arguments], keywords)
+
+    def local(self, local: Local, arguments: list[Later], keywords: Mapping[str, Later]) -> Value:
+        """What comes out of a function defined in another one."""
+        self.calls += 1
+        if self.depth > _DEPTH or self.calls > _CALLS:
+            return made_of([*arguments, *keywords.values()])
+        frame = _Frame(self, local.frame.function, local.frame.first)
+        frame.variables = dict(local.frame.variables)
+        self.depth += 1
+        try:
+            frame.bind(local.node.args, arguments, keywords)
+            if isinstance(local.node, ast.Lambda):
+                return frame.evaluate(local.node.body).value
+            frame.run(local.node.body)
+            return either(frame.returned).value if frame.returned else UNKNOWN
+        finally:
+            self.depth -= 1
 
     def function(
         self, function: Any, arguments: list[Later], keywords: Mapping[str, Later]
@@ -105,6 +131,9 @@ class Reader:
             self.depth -= 1
 
 
+_OF_DICTS = frozenset(("items", "keys", "values", "get", "pop"))
+
+
 class _Frame:
     """One call of a function: its variables, and what it returns."""
 
@@ -112,7 +141,7 @@ class _Frame:
         self.reader = reader
         self.function = function
         self.first = first
-        self.globals = function.__globals__
+        self.globals = ChainMap(_closure(function), function.__globals__)
         self.variables: dict[str, Later] = {}
         self.returned: list[Later] = []
         self.ended = False
@@ -130,7 +159,9 @@ class _Frame:
             default = defaults.get(name)
             # an argument that was not passed may be anything a user passes
             self.variables[name] = now(Known(True) if name == "return_dict" else Made(INPUT))
-            if default is not None and (self.reader.depth or self.reader.defaults):
+            if default is None or (not self.reader.depth and ast.unparse(default) == "None"):
+                continue
+            if self.reader.depth or self.reader.defaults:
                 self.variables[name] = self.evaluate(default)
         for name, argument in zip(names, arguments, strict=False):
             self.variables[name] = argument
@@ -201,6 +232,18 @@ class _Frame:
         elif not ended:
             self.variables = merged(after, self.variables)
 
+    def _match(self, statement: ast.Match) -> None:
+        before, after = dict(self.variables), [self.variables]
+        for case in statement.cases:
+            self.variables, self.ended = dict(before), False
+            self.run(case.body)
+            if not self.ended:
+                after.append(self.variables)
+        self.ended = False
+        self.variables = after[0]
+        for variables in after[1:]:
+            self.variables = merged(self.variables, variables)
+
     def _for(self, statement: ast.For) -> None:
         items = self.items(statement.iter)
         if items is None:
@@ -209,7 +252,7 @@ class _Frame:
             self.run(statement.body)
             self.variables, self.ended = merged(before, self.variables), False
             return
-        for item in items[:_UNROLLED]:
+        for item in items:
             self.assign(statement.target, item)
             self.run(statement.body)
             if self.ended and self.returned:
@@ -226,6 +269,20 @@ class _Frame:
 
     def _try(self, statement: ast.Try) -> None:
         self.run([*statement.body, *statement.orelse, *statement.finalbody])
+
+    def _functiondef(self, statement: ast.FunctionDef) -> None:
+        self.variables[statement.name] = now(Known(Local(statement, self)))
+
+    def _import(self, statement: ast.Import | ast.ImportFrom) -> None:
+        """What is imported in a function was imported before, or is not known."""
+        for alias in statement.names:
+            name = alias.asname or alias.name.partition(".")[0]
+            source = getattr(statement, "module", None)
+            module = sys.modules.get(source or (alias.name if alias.asname else name))
+            found = getattr(module, alias.name, None) if source else module
+            self.variables[name] = now(UNKNOWN if found is None else Known(found))
+
+    _importfrom = _import
 
     def assign(self, target: ast.expr, value: Later) -> None:
         """Bind a name, or take a value apart."""
@@ -250,8 +307,12 @@ class _Frame:
 
     def _put(self, node: ast.expr, key: Any, value: Later) -> None:
         """`x.key = value` or `x[key] = value`: x holds the value too."""
-        before = self.variables.get(node.id) if isinstance(node, ast.Name) else None
-        if before is None or not isinstance(node, ast.Name) or node.id == "self":
+        if not isinstance(node, ast.Name):
+            return
+        if node.id == "self" and isinstance(self.first, Known) and isinstance(key, str):
+            self.reader.kept[id(self.first.value), key] = value
+        before = self.variables.get(node.id)
+        if before is None or node.id == "self":
             return
 
         def find() -> Value:
@@ -304,6 +365,10 @@ class _Frame:
             return UNKNOWN if name in DESCRIBES else base
         if isinstance(base.value, Tensor) and name not in DESCRIBES:
             return base  # a parameter, seen from another side
+        if name == "training":
+            return Made(INPUT)  # the table is one for training and evaluation
+        if (id(base.value), name) in self.reader.kept:
+            return self.reader.kept[id(base.value), name].value
         if isinstance(base.value, Some):
             choices = (getattr(choice, name, None) for choice in base.value.choices)
             return Known(Some(tuple(choices)))
@@ -351,6 +416,9 @@ class _Frame:
         left, right = self.evaluate(node.left).value, self.evaluate(node.right).value
         if isinstance(node.op, ast.MatMult):
             return product(self.reader, [now(left), now(right)])
+        parameter = next((x for x in (left, right) if _is_tensor(x)), None)
+        if parameter is not None and not (makers(left) | makers(right)):
+            return parameter  # scaled, say
         if isinstance(left, Known) and isinstance(right, Known):
             return _computed(node.op, left.value, right.value)
         return joined(left, right)
@@ -376,16 +444,28 @@ class _Frame:
             return _computed(node.ops[0], left.value, right.value)
         return UNKNOWN
 
-    def _value_of_starred(self, node: ast.Starred | ast.NamedExpr) -> Value:
+    def _value_of_lambda(self, node: ast.Lambda) -> Value:
+        return Known(Local(node, self))
+
+    def _value_of_joinedstr(self, node: ast.JoinedStr) -> Value:
+        parts = [
+            self.known(part.value if isinstance(part, ast.FormattedValue) else part)
+            for part in node.values
+        ]
+        return UNKNOWN if None in parts else Known("".join(map(str, parts)))
+
+    def _value_of_starred(self, node: ast.Starred) -> Value:
         return self.evaluate(node.value).value
 
-    _value_of_namedexpr = _value_of_starred
+    def _value_of_namedexpr(self, node: ast.NamedExpr) -> Value:
+        self.assign(node.target, self.evaluate(node.value))
+        return self.evaluate(node.value).value
 
     def _value_of_listcomp(self, node: ast.ListComp | ast.GeneratorExp | ast.DictComp) -> Value:
         generator, kept = node.generators[0], self.variables
         results: dict[Any, Later] = {}
         items = self.items(generator.iter) if len(node.generators) == 1 else None
-        for item in items[:_UNROLLED] if items is not None else [None]:
+        for item in items if items is not None else [None]:
             self.variables = dict(kept)
             for each in node.generators:
                 value = self.evaluate(each.iter)
@@ -419,7 +499,7 @@ class _Frame:
         if isinstance(node.func, ast.Attribute) and callee is None:
             base = self.evaluate(node.func.value).value
             record = entries(base)
-            if record is not None and not hasattr(nn.Module, node.func.attr):
+            if record is not None and (base is record or node.func.attr in _OF_DICTS):
                 return of_record(record, node.func.attr, arguments)
             if not isinstance(base, Known) or isinstance(base.value, Tensor):
                 found = of_tensors(self.reader, node.func.attr, [now(base), *arguments])
@@ -469,6 +549,16 @@ class _Frame:
         return result.value if isinstance(result, Known) else None
 
 
+def _closure(function: FunctionType) -> dict[str, Any]:
+    """The variables of enclosing functions."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    found = {}
+    for name, cell in cells:
+        with suppress(ValueError):  # it is empty yet
+            found[name] = cell.cell_contents
+    return found
+
+
 def _holding(method: str, held: list[Later]) -> Value:
     """What a list, dict or tensor holds after a method was called with something."""
     before = held[0].value
@@ -478,6 +568,10 @@ def _holding(method: str, held: list[Later]) -> Value:
         added = entries(held[1].value)
         return before if added is None else joined(before, added)
     return made_of(held)
+
+
+def _is_tensor(value: Value) -> bool:
+    return isinstance(value, Known) and isinstance(value.value, Tensor)
 
 
 def _nth(value: Later, index: int) -> Later:

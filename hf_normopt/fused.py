@@ -6,6 +6,7 @@ Features that go to the same uses (see `reading.py`) are one map; where they are
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .interpreter import UNKNOWN
-from .reading import Path, Reading, Source, divides, no_matrices, signature
+from .reading import Path, Reading, Source, TooLongError, divides, no_matrices, signature
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,26 @@ def _read(owner: nn.Module) -> dict[str, Matrix]:
     for reads, found in _OF_CLASS.setdefault(cls, []):
         if all(signature(_reach(owner, path)) == value for path, value in reads.items()):
             return found
-    # The source seldom says how many axes the activations have; it fails at a wrong number.
-    reading = Reading(owner, 3)
-    found = _divided(reading)
-    if reading.failures and all(matrix.axis == "out" for matrix in found.values()):
-        readings = (reading, Reading(owner, 4), Reading(owner, 2))
-        reading = min(readings, key=lambda reading: reading.failures)
-        found = _divided(reading)
+    try:
+        readings = _readings(owner)
+    except TooLongError:  # a model, say, whose blocks are asked by themselves
+        _OF_CLASS[cls].append(({}, {}))
+        return {}
+    reading, found = readings[0], _divided(readings[0])
+    if reading.failures:
+        best = _divided(min(readings, key=lambda reading: reading.failures))
+        whole = {path for path, matrix in found.items() if matrix.axis == "out"}
+        found |= {path: matrix for path, matrix in best.items() if path in whole}
     _OF_CLASS[cls].append((reading.reads, found))
     return found
+
+
+def _readings(owner: nn.Module) -> tuple[Reading, ...]:
+    """The source seldom says how many axes the activations have; it fails at a wrong number."""
+    reading = Reading(owner, 3)
+    if not reading.failures:
+        return (reading,)
+    return (reading, Reading(owner, 4), Reading(owner, 2))
 
 
 def _worth_reading(module: nn.Module) -> bool:
@@ -117,6 +129,9 @@ def _matrix(matrix: Source, uses: list[Tensor]) -> Matrix:
     # a part without a use of its own is padding, or was cut off along another axis
     parts = _parts(labels) if size and used.all() else None
     parts = parts or _Parts(1, (size,))
+    if len(matrix.outs) > 1:
+        pattern = matrix.pattern.replace(f"out{parts.along(matrix.outs)}", "part")
+        return Matrix("out", None, (), pattern, matrix.inputs)
     sizes = tuple(_heads(use) for use in parts.uses(uses))
     known = tuple(size for size in sizes if size is not None)
     if known and len(known) < len(sizes):
@@ -147,6 +162,11 @@ class _Parts:
         out = "out" if self.repeats == 1 else "out1"
         split = f"part={count} {out}" if self._equal else f"{out}={_sum(self.runs)}"
         return f"({split})" if self.repeats == 1 else f"(out0={self.repeats} {split})"
+
+    def along(self, sizes: tuple[int, ...]) -> int | None:
+        """Which of several axes numbers the maps, None if none does."""
+        axes = (i for i, size in enumerate(sizes) if size == len(self.runs) > 1 and self._equal)
+        return next((i for i in axes if math.prod(sizes[:i]) == self.repeats), None)
 
     def uses(self, uses: list[Tensor]) -> list[Tensor | None]:
         """For each map a use of all of it, in the shape with the most axes."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,7 +21,7 @@ from .architectures import HEADS
 from .flow import Reader
 from .graph import is_matrix, place
 from .interpreter import parsed
-from .values import INPUT, Known, Makers, Record, makers, now
+from .values import INPUT, Known, Later, Made, Makers, Record, Value, makers, now
 
 # Fields of transformers' outputs that are a task's output; `router_logits` choose experts.
 OUTPUTS = re.compile(
@@ -28,6 +29,8 @@ OUTPUTS = re.compile(
     r"|heatmap|regression|reconstruction|spectrogram|waveform|^audio$|audio_values|log_probs"
     r"|(duration|pitch|energy)_outputs|lddt"
 )
+# Fields of other models' outputs that are none.
+_INSIDE = re.compile(r"hidden|attention|attn|past_key|cache|loss|feature|(^|_)state")
 # Models whose whole output is a task's.
 _TASK = re.compile(r"For[A-Z]|Head|GAN|Gan$|Code2Wav$")
 
@@ -66,10 +69,11 @@ def _own_heads(
 
     if is_matrix(root):
         return {place(next(n for n, m in modules.items() if m is root)): "the model's only matrix"}
-    fields = _made(root, places, lambda _: True)
-    if fields is not None:
-        made = filter(own, frozenset().union(*fields.values()))
-        return {name: f"made last what {_name(root)} returns" for name in made}
+    parts = list(root.children()) if isinstance(root, (nn.ModuleList, nn.ModuleDict)) else [root]
+    fields = [_made(part, places, lambda key: not _INSIDE.search(key)) for part in parts]
+    if any(made is not None for made in fields):
+        names = (name for made in fields if made for each in made.values() for name in each)
+        return {name: f"made last what {_name(root)} returns" for name in filter(own, names)}
     lists = [f"{name}." for name, m in modules.items() if isinstance(m, nn.ModuleList)]
     matrices = [
         place(name)
@@ -88,9 +92,13 @@ def _task_heads(model: PreTrainedModel, places: Mapping[int, str]) -> dict[str, 
     """What made the outputs of a model last."""
     custom = not type(model).__module__.startswith("transformers.")
     task = custom or _TASK.search(_name(model)) is not None
-    fields = _made(model, places, lambda key: OUTPUTS.search(key) is not None) or {}
+
+    def wanted(key: str) -> bool:
+        return not _INSIDE.search(key) if custom else OUTPUTS.search(key) is not None
+
+    fields = _made(model, places, wanted) or {}
     if not any(fields.values()) and task and not model.get_output_embeddings():
-        fields = _made(model, places, lambda key: custom or key == "last_hidden_state") or {}
+        fields = _made(model, places, lambda key: key == "last_hidden_state") or {}
     return {
         name: f"made the {key} of {_name(model)} last"
         for key, made in reversed(fields.items())
@@ -109,9 +117,6 @@ def _made(
 
     None where the source of `forward` cannot be read.
     """
-    forward = type(model).forward
-    if forward is nn.Module.forward or parsed(inspect.unwrap(forward)) is None:
-        return None
 
     def last(module: nn.Module) -> Makers | None:
         if isinstance(module, nn.MultiheadAttention):
@@ -123,16 +128,64 @@ def _made(
         normalises = "norm" in _name(module).lower() and not list(module.children())
         return INPUT if isinstance(module, tables) or normalises else None
 
-    reader = Reader(places, last, _unwrapped, not isinstance(model, PreTrainedModel))
+    plain = not isinstance(model, PreTrainedModel)
+    reader = Reader(places, last, _unwrapped, plain)
     try:
-        output = reader.function(forward, [now(Known(model))], {})
-        named = isinstance(output, Record) and any(isinstance(k, str) for k in output.fields)
-        if not named or not isinstance(output, Record):
-            return {_WHOLE: makers(output) - INPUT}
-        wanted_fields = {str(k): f for k, f in output.fields.items() if wanted(str(k))}
-        return {key: makers(later.value) - INPUT for key, later in wanted_fields.items()}
+        outputs = _outputs(model, reader)
+        fields = {
+            str(key): makers(later.value) - INPUT
+            for output in outputs
+            for key, later in _fields(output).items()
+            if wanted(str(key)) or key == _WHOLE
+        }
+        if plain:  # what else is returned on the way to an output is none itself
+            upstream = _upstream(reader, frozenset().union(*fields.values()))
+            fields = {key: made - upstream for key, made in fields.items()}
+        return fields if outputs else None
     except RecursionError:
         return None
+
+
+def _outputs(model: nn.Module, reader: Reader) -> list[Value]:
+    """What `forward` returns; without one, what the class's own public methods do."""
+    forward, given = type(model).forward, [now(Known(model))]
+    if isinstance(model, nn.Sequential):
+        return [reader.call(model, [now(Made(INPUT))], {})]
+    if not isinstance(forward, FunctionType):  # of a scripted module
+        return []
+    if forward is not nn.Module.forward:
+        read = parsed(inspect.unwrap(forward)) is not None
+        return [reader.function(forward, given, {})] if read else []
+    known = {*dir(nn.Module), *dir(PreTrainedModel)}
+    methods = [
+        method
+        for name, method in inspect.getmembers(type(model), inspect.isfunction)
+        if name not in known and not name.startswith(("_", "configure", "init"))
+    ]
+    outputs = [reader.function(method, given, {}) for method in methods]
+    return [output for output in outputs if makers(output) - INPUT]
+
+
+def _fields(output: Value) -> Mapping[str | int, Later]:
+    if isinstance(output, Record) and any(isinstance(key, str) for key in output.fields):
+        return output.fields
+    return {_WHOLE: now(output)}
+
+
+def _upstream(reader: Reader, names: Makers) -> Makers:
+    """Those of some matrices whose output reaches another of them."""
+    if len(names) < 2:
+        return frozenset()
+    found: set[str] = set()
+    for name in names:
+        seen, todo = {name}, [name]
+        while todo:
+            given = reader.inputs.get(todo.pop(), ())
+            above = {maker for later in given for maker in makers(later.value)} - {""} - seen
+            seen |= above
+            todo += above
+        found |= seen & names - {name}
+    return frozenset(found)
 
 
 def _places(modules: Mapping[str, nn.Module]) -> dict[int, str]:
@@ -183,8 +236,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     base = getattr(module, "get_base_model", None)  # of a PeftModel
     if callable(base):
         return _unwrapped(base())
-    inner = (module._modules.get(name) for name in (*_WRAPPED, "token_adapter"))
-    found = next((m for m in inner if m is not None), None)
+    children = dict(module.named_children())
+    found = next((children[n] for n in (*_WRAPPED, "token_adapter") if n in children), None)
     return module if found is None else _unwrapped(found)
 
 

@@ -23,9 +23,11 @@ from .uses import uses
 
 def _normalisation(view: View) -> Finding | None:
     """Gain and bias of LayerNorm, RMSNorm, BatchNorm, GroupNorm and their likes."""
-    if "norm" not in view.owner_class.lower() or sum(size > 1 for size in view.shape) > 1:
+    several = sum(size > 1 for size in view.shape) > 1
+    if "norm" not in view.owner_class.lower() or several or isinstance(view.owner, MATRIX):
         return None
-    if "bias" in view.leaf or view.leaf == "beta":
+    added = not type(view.owner).__module__.startswith("torch.") and _uses(view).keys() == {"sum"}
+    if "bias" in view.leaf or view.leaf == "beta" or added:
         return Finding("bias", f"bias of {view.owner_class}")
     used = ", used as 1 + weight" if _adds_one(cast(Hashable, type(view.owner))) else ""
     return Finding("norm", f"gain of {view.owner_class}{used}")
@@ -220,7 +222,7 @@ def _raw_kernel(view: View) -> Finding | None:
 def _token(view: View) -> Finding | None:
     """Raw parameters looked up or placed into the sequence: tokens, positions, latents."""
     uses = _uses(view)
-    if math.prod(view.shape) == 1:
+    if math.prod(view.shape) == 1 or re.fullmatch(r"b(_?\d+|_[a-z]+)?", view.leaf):
         return None
     kind = _position(view.leaf)
     if "lookup" in uses and len(view.shape) > 1:
@@ -249,12 +251,19 @@ def _single(view: View) -> Finding | None:
 _DECAY = re.compile(r"^A$|A_log|(^|_)decay|log_delta")
 
 
+def _decay(view: View) -> Finding | None:
+    """Rates of state-space models and other recurrences."""
+    if not _DECAY.search(view.leaf) or isinstance(view.owner, MATRIX):
+        return None
+    if view.leaf == "A" and "product" in _uses(view):
+        return None  # a matrix of that name
+    return Finding("other", f"{view.leaf} of {view.owner_class}: rates of a recurrence")
+
+
 def _vector(view: View) -> Finding | None:
     """Raw vectors that multiply, or are added."""
     uses = _uses(view)
     leaf = view.leaf.rpartition(".")[2]
-    if _DECAY.search(leaf):
-        return Finding("other", f"{leaf} of {view.owner_class}: rates of a recurrence")
     if "gain" in uses:
         return Finding("norm", f"{view.owner_class} multiplies by it, entry by entry")
     if "sum" in uses:
@@ -333,6 +342,7 @@ MATCHERS: tuple[Matcher, ...] = (
     _attention,
     _recurrent,
     _single,
+    _decay,
     _raw_matrix,
     _raw_kernel,
     _token,

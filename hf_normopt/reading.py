@@ -56,6 +56,13 @@ _DEPTH = 4  # calls within calls that are followed
 _SMALL = 4  # matrices of a module whose call is followed, as of one with adapters
 
 
+_WORK = 600
+
+
+class TooLongError(Exception):
+    """A reading that costs more than it can tell."""
+
+
 @dataclass(frozen=True)
 class Node:
     """A value reached from the owner by attributes."""
@@ -81,12 +88,14 @@ class Source:
         start, stop: the numbers of its features.
         inputs: number of its input features.
         pattern: how a raw parameter is stored, with `out` for the followed axis; "" for a module.
+        outs: sizes of the axes `out0`, `out1`, ... where a raw parameter has several.
     """
 
     start: int
     stop: int
     inputs: int
     pattern: str = ""
+    outs: tuple[int, ...] = ()
 
 
 @dataclass
@@ -103,6 +112,10 @@ class Reading(Interpreter):
         reads: signatures of all that was asked of the owner; a module with the same has the same
             reading.
         failures: how often the code did not fit what was assumed of unknown shapes.
+        work: how many uses were compared with sums.
+
+    Raises:
+        TooLongError: where that is more than a module with a division of its own needs.
     """
 
     owner: nn.Module
@@ -111,6 +124,7 @@ class Reading(Interpreter):
     uses: list[Tensor] = field(default_factory=list)
     reads: dict[Path, Any] = field(default_factory=dict)
     failures: int = 0
+    work: int = 0
     _sums: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _depth: int = 0
 
@@ -124,13 +138,16 @@ class Reading(Interpreter):
     def use(self, *values: Any) -> Any:
         """Note that something receives these features; what comes of them is not known."""
         for features in tensors(values):
+            self.work += 1 + len(self._sums)
+            if self.work > _WORK:
+                raise TooLongError(type(self.owner).__name__)
             received = [features]
             for left, right in reversed(self._sums):
-                for one in tuple(received):
-                    at = torch.searchsorted(left, one).clamp(max=len(left) - 1)
-                    other = right[at]
-                    if torch.equal(left[at], one) and not _holds(received, other):
-                        received.append(other)
+                received += [
+                    other
+                    for other in (_beside(one, left, right) for one in received)
+                    if other is not None and not _holds(received, other)
+                ]
             self.uses.extend(received)
         return UNKNOWN
 
@@ -172,7 +189,8 @@ class Reading(Interpreter):
             return rearranged(given[0], module.pattern, module.axes_lengths)
         function = type(module).forward
         if len(given) == 1 and no_matrices(module):
-            if not divides(type(module)) or _KEEPS.search(type(module).__name__.lower()):
+            keeps = _KEEPS.search(type(module).__name__.lower())
+            if keeps or not divides(cast(Hashable, type(module))):
                 return given[0]
             return self._inline(node, function, args, kwargs)
         small = sum(matrix_fans(child) is not None for child in module.modules()) <= _SMALL
@@ -293,14 +311,14 @@ class Reading(Interpreter):
 
     def _cat(self, name: str, values: Any, dim: Any = 0, **kwargs: Any) -> Any:
         known, dim = list(tensors([values])), kwargs.get("axis", dim)
-        whole = isinstance(values, (list, tuple)) and len(known) == len(values)
         try:
-            if whole and len({self._source(tensor) for tensor in known}) == 1:
-                return torch.stack(known, dim) if name == "stack" else torch.cat(known, dim)
-            if (
-                name != "stack" and known and all(tensor.shape[dim] == 1 for tensor in known)
-            ):  # along the sequence
+            if name != "stack" and known and all(one.shape[dim] == 1 for one in known):
+                for other in known[1:]:  # along the sequence
+                    self.both(known[0], other, summed=True)
                 return known[0]
+            whole = isinstance(values, (list, tuple)) and len(known) == len(values)
+            if whole and len({self._source(one) for one in known}) == 1:
+                return torch.stack(known, dim) if name == "stack" else torch.cat(known, dim)
         except (RuntimeError, TypeError, IndexError):
             self.failures += 1
         return self.use(known)
@@ -354,9 +372,15 @@ class Reading(Interpreter):
         letters = operands.split(",")
         others = set("".join(letters[:at] + letters[at + 1 :]))
         axes = dict(zip(letters[at], weight.axes, strict=True))
-        out = [axis for letter, axis in axes.items() if letter in result and letter not in others]
+        out = {letter: axes[letter] for letter in axes if letter in result and letter not in others}
         into = [axis for letter, axis in axes.items() if letter in others and letter not in result]
-        return self._stored(weight, out, into)
+        followed = self._stored(weight, list(out.values()), into)
+        if len(out) < 2 or followed is UNKNOWN:
+            return followed
+        order = [list(out).index(letter) for letter in result if letter in out]
+        shape = [weight.shape[out[letter]] if letter in out else 1 for letter in result]
+        stored = followed.reshape([weight.shape[axis] for axis in out.values()])
+        return stored.permute(order).reshape(shape)
 
     def _stored(self, weight: Weight, out: list[int], into: list[int]) -> Any:
         if not out or not into:
@@ -367,10 +391,9 @@ class Reading(Interpreter):
         rest = [axis for axis in range(len(weight.shape)) if axis not in names]
         names |= {axis: f"stack{i}" if len(rest) > 1 else "stack" for i, axis in enumerate(rest)}
         pattern = " ".join(names[axis] for axis in range(len(weight.shape)))
-        features = weight.shape[out[0]]
-        source = Source(0, features, weight.shape[into[0]], pattern)
-        followed = self._matrix(weight.path, source, self._vector(features))
-        return followed if len(out) == 1 else UNKNOWN
+        outs = tuple(weight.shape[axis] for axis in out)
+        source = Source(0, math.prod(outs), weight.shape[into[0]], pattern, outs)
+        return self._matrix(weight.path, source, self._vector(math.prod(outs)))
 
     # What the module reaches by attributes
 
@@ -429,6 +452,14 @@ class Reading(Interpreter):
         if isinstance(values, Node) and isinstance(values.value, nn.ModuleList):
             return [self._child(values, i) for i in range(len(values.value))]
         return values if isinstance(values, (tuple, list, range, Tensor)) else [UNKNOWN]
+
+
+def _beside(features: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+    """What is added to some features, None if they are not all in the sum; `left` is sorted."""
+    if not features.numel() or not left[0] <= features.min() <= features.max() <= left[-1]:
+        return None
+    at = torch.searchsorted(left, features)
+    return right[at] if torch.equal(left[at], features) else None
 
 
 def _holds(received: list[Tensor], features: Tensor) -> bool:

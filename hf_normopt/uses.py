@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -61,12 +60,14 @@ class Shown:
         axes: the stored axis that each axis shows; None where that is lost.
         picked: the stored axis that an index went along, -1 where that is lost.
         listed: it is a list or dict of parameters yet, of which the parameter is one.
+        scaled: it was multiplied by something: a use only where a layer's weight is expected.
     """
 
     count: int
     axes: tuple[int, ...] | None
     picked: int | None = None
     listed: bool = False
+    scaled: bool = False
 
     def use(self, how: How) -> Use:
         """A use that is no product: what an index picked is looked up, whatever follows."""
@@ -80,7 +81,7 @@ class Shown:
     def product(self, left: bool) -> Use:
         """A matrix to the left (`w @ x`, `F.linear(x, w)`) or to the right (`x @ w`)."""
         if self.axes is None or len(self.axes) < 2:
-            return Use("product")
+            return Use("product" if self.picked is None else "lookup")
         out, into = self.axes[-2:] if left else reversed(self.axes[-2:])
         words = {out: "out", into: "in"}
         stored = [words.get(i, "stack") for i in range(self.count)]
@@ -150,6 +151,7 @@ class _Reading:
     ) -> None:
         self.cls = cls
         self.tree = parsed(function)
+        self.globals = function.__globals__
         self.seen = seen | {function.__qualname__}
         self.nodes = list(ast.walk(self.tree)) if self.tree else []
         self.parents = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
@@ -266,7 +268,7 @@ class _Reading:
             yield from self.follow(call, shown.lost())
         elif name in ("t", "transpose", "swapaxes", "permute"):
             yield from self.follow(call, _permuted(name, call.args, shown))
-        elif name in _PRODUCTS:
+        elif name in _PRODUCTS and not shown.scaled:
             yield shown.product(left=True)
         elif name in _GAINS:
             yield shown.use("gain")
@@ -289,12 +291,12 @@ class _Reading:
                 yield shown.product(left=True)
             else:
                 yield Use("sum") if position == 2 or keyword == "bias" else rest
-        elif name in _PRODUCTS:
+        elif name in _PRODUCTS and not shown.scaled:
             other_is_parameter = position == 0
             yield shown.product(left=other_is_parameter)
         elif name in ("addmm", "baddbmm"):
             yield Use("sum") if position == 0 else shown.product(left=position == 1)
-        elif name == "einsum":
+        elif name == "einsum" and not shown.scaled:
             yield _einsum(call, position, shown)
         elif name.startswith("conv") and name[4:5] in ("1", "2", "3", "_"):
             kernel = position == 1 or keyword == "weight"
@@ -303,7 +305,10 @@ class _Reading:
         elif name == "embedding":
             yield Use("lookup")
         elif name in _NORMALISE:
-            yield Use("sum" if keyword == "bias" or position == 3 else "gain")
+            bias = 4 if name in ("batch_norm", "instance_norm") else 3
+            yield Use("sum" if keyword == "bias" or position == bias else "gain")
+        elif name in ("addcmul", "addcdiv"):
+            yield shown.use("sum" if position == 0 else "gain")
         elif name in _GAINS:
             yield shown.use("gain")
         elif name in _SUMS:
@@ -323,7 +328,7 @@ class _Reading:
             elif method.__qualname__ not in self.seen:
                 yield from self._inside(method, position + 1, keyword, shown)
         elif isinstance(call.func, ast.Name):
-            function = vars(sys.modules[self.cls.__module__]).get(name)
+            function = self.globals.get(name)
             if isinstance(function, FunctionType) and function.__qualname__ not in self.seen:
                 yield from self._inside(function, position, keyword, shown)
 
@@ -339,12 +344,20 @@ class _Reading:
 
     def _operator(self, node: ast.BinOp, operand: ast.expr, shown: Shown) -> Iterator[Use]:
         other = node.right if operand is node.left else node.left
+        if isinstance(node.op, ast.MatMult) and shown.scaled:
+            return
         if isinstance(node.op, ast.MatMult):
             yield shown.product(left=operand is node.left)
         elif isinstance(other, ast.Constant):
             yield from self.follow(node, shown)  # 1 + weight, -weight
         elif isinstance(node.op, (ast.Mult, ast.Div)):
-            yield shown.use("gain")
+            scaled = replace(shown, scaled=True)
+            weights = [
+                use
+                for use in (self.follow(node, scaled) if shown.count > 1 else ())
+                if use.how in ("product", "kernel")
+            ]
+            yield from weights or [shown.use("gain")]
         elif isinstance(node.op, (ast.Add, ast.Sub)):
             yield shown.use("sum")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 Makers = frozenset[str]
 CONSTANT: Makers = frozenset()  # it does not depend on the input
 INPUT: Makers = frozenset({""})  # it does, and no matrix is in between
+
+_DEEP = 90  # values that wait for each other; Python's own limit is not far
+UNROLLED = 64  # elements of a list, iterations of a loop, that are followed one by one
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,14 @@ class Some:
     choices: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class Local:
+    """A function or lambda that is defined in another one: its syntax tree, and that one's call."""
+
+    node: Any
+    frame: Any
+
+
 Value = Known | Made | Record
 UNKNOWN = Made()
 
@@ -57,14 +69,22 @@ UNKNOWN = Made()
 class Later:
     """A value that is found when it is asked for, once."""
 
+    _depth = 0  # values that are being found now
+
     def __init__(self, find: Callable[[], Value]) -> None:
         self._find = find
 
     @cached_property
     def value(self) -> Value:
-        """The value; a value that depends on itself adds nothing to itself."""
+        """The value; one that depends on itself, or on too long a chain, adds nothing."""
         self.__dict__["value"] = UNKNOWN
-        return self._find()
+        if Later._depth > _DEEP:
+            return Made(INPUT)
+        Later._depth += 1
+        try:
+            return self._find()
+        finally:
+            Later._depth -= 1
 
 
 def now(value: Value) -> Later:
@@ -131,7 +151,7 @@ def elements(value: Value) -> list[Later] | None:
     if isinstance(value, Known):
         known = (nn.ModuleList, nn.ModuleDict, nn.Sequential, list, tuple, range, dict)
         if isinstance(value.value, known):
-            return [now(Known(x)) for x in value.value]
+            return [now(Known(x)) for x in islice(value.value, UNROLLED)]
     return None
 
 
@@ -158,6 +178,8 @@ def item_of(value: Value, index: Any) -> Value:
     if isinstance(value, Known) and not isinstance(value.value, Tensor):
         if index is not None:
             return attempt(lambda: value.value[index])
+        if isinstance(value.value, (nn.ModuleDict, nn.ParameterDict)):
+            return Known(Some(tuple(value.value.values())))
         if isinstance(value.value, (nn.ModuleList, nn.ParameterList, nn.Sequential)):
             return Known(Some(tuple(value.value)))
         return UNKNOWN

@@ -19,9 +19,11 @@ def build(folder, owner, config, args=(), **changes):
     """A module of transformers, without memory."""
     models = f"transformers.models.{folder}"
     modeling = importlib.import_module(f"{models}.modeling_{folder}")
-    configuration = importlib.import_module(f"{models}.configuration_{folder}")
+    if config is not None:
+        configuration = importlib.import_module(f"{models}.configuration_{folder}")
+        args = (getattr(configuration, config)(**changes), *args)
     with torch.device("meta"):
-        return getattr(modeling, owner)(getattr(configuration, config)(**changes), *args)
+        return getattr(modeling, owner)(*args)
 
 
 def axes(owner):
@@ -259,6 +261,36 @@ OWNERS = [
     ),
     ("vitdet", "VitDetAttention", "VitDetConfig", (), {"qkv": "(part=3 out)"}),
     ("vits", "VitsPosteriorEncoder", "VitsConfig", (), {"conv_proj": "(part=2 out)"}),
+    ("hiera", "HieraMaskUnitAttention", None, (96, 192, 2, 4, 64, True), {"qkv": "(part=3 out)"}),
+    (
+        "levit",
+        "LevitAttention",
+        None,
+        (128, 16, 4, 2, 14),
+        {"queries_keys_values.linear": "(out0=4 out1=16+16+32)"},
+    ),
+    (
+        "levit",
+        "LevitAttentionSubsample",
+        None,
+        (128, 256, 16, 8, 4, 2, 14, 7),
+        {"keys_values.linear": "(out0=8 out1=16+64)"},
+    ),
+    ("rf_detr", "RfDetrC2FLayer", "RfDetrConfig", (128,), {"conv1.conv": "(part=2 out)"}),
+    (
+        "seamless_m4t",
+        "SeamlessM4TConformerAdapterLayer",
+        "SeamlessM4TConfig",
+        (),
+        {"residual_conv": "(part=2 out)", "self_attn_conv": "(part=2 out)"},
+    ),
+    (
+        "univnet",
+        "UnivNetKernelPredictor",
+        "UnivNetConfig",
+        (3, 4),
+        {"kernel_conv": "(layer=4 out)", "bias_conv": "(layer=4 out)"},
+    ),
     ("zamba", "ZambaMambaMixer", "ZambaConfig", (0,), {"in_proj": "(out part=2)"}),
     (
         "zamba2",
@@ -354,6 +386,7 @@ class Unreleased(nn.Module):
         self.glu = nn.Sequential(nn.Conv1d(width, 2 * width, 1), nn.GLU(1))
         self.gate_up = nn.Parameter(torch.ones(2, width, 2 * width))
         self.einsum = nn.Parameter(torch.ones(width, heads, dim))
+        self.fused = nn.Parameter(torch.ones(3, heads, width, dim))
         self.plain = nn.Linear(width, 2 * width)
         self.scores = nn.Linear(width, 2)
         self.padded = nn.Linear(width, width)
@@ -378,8 +411,15 @@ class Unreleased(nn.Module):
         gate_up = torch.bmm(x, self.gate_up)
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]
         heads = torch.einsum("bld,dhe->blhe", x, self.einsum)
+        q4, k4, v4 = torch.einsum("bld,shde->sbhle", x, self.fused)
         start, end = self.scores(x).split(1, dim=-1)
-        x = attend(q, k, v) + attend(q2, k2, v2) + attend(a, k3, v3) + attend(a, b, b)
+        x = (
+            attend(q, k, v)
+            + attend(q2, k2, v2)
+            + attend(a, k3, v3)
+            + attend(a, b, b)
+            + attend(q4, k4, v4)
+        )
         return x * gate * up, self.plain(x), heads, start, end, self.padded(x)[..., :20]
 
 
@@ -397,8 +437,168 @@ def test_idioms_of_no_release():
     }
     assert stored_layout(owner, "gate_up") == "stack in (out part=2)"
     assert stored_layout(owner, "einsum") == "in out0 out1"
+    assert stored_layout(owner, "fused") == "part out1 in out2"
     assert stored_layout(owner, "absent") is None
     assert head_axes(owner, "qkv") == ("(head=4 part=3 out)", "in")
+
+
+def rearrange(tensor, pattern, **sizes):
+    """Stands for the function of einops: what it does is read off the pattern."""
+    raise NotImplementedError
+
+
+class Einops(nn.Module):
+    """Attention as in many ViTs, over images with a map of one channel more."""
+
+    def __init__(self, heads=4, width=24):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.by_head = nn.Linear(width, 3 * width)
+        self.on_images = nn.Conv2d(width, 3 * width, 1)
+
+    def forward(self, x, image):
+        q, k, v = rearrange(self.to_qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+        k2, q2, v2 = rearrange(self.by_head(x), "... (h s d) -> s ... h d", s=3, h=self.heads)
+        parts = self.on_images(image).chunk(3, dim=1)
+        q3, k3, v3 = (rearrange(y, "b (h c) x y -> b h c (x y)", h=self.heads) for y in parts)
+        return attend(q, k, v), attend(q2, k2, v2), attend(q3, k3, v3)
+
+
+class GEGLU(nn.Module):
+    def forward(self, x):
+        x, gate = x.chunk(2, dim=-1)
+        return x * nn.functional.gelu(gate)
+
+
+class Transformer(nn.Module):
+    """Its feed-forwards have no class of their own."""
+
+    def __init__(self, width=24):
+        super().__init__()
+        layers = (nn.LayerNorm(width), nn.Linear(width, 4 * width), GEGLU(), nn.Linear(48, width))
+        self.layers = nn.ModuleList([nn.Sequential(*layers)])
+
+    def forward(self, x):
+        for feed_forward in self.layers:
+            x = feed_forward(x) + x
+        return x
+
+
+class Cell(nn.Module):
+    """Two products are added, then divided."""
+
+    def __init__(self, width=24):
+        super().__init__()
+        self.of_input = nn.Linear(width, 4 * width)
+        self.of_state = nn.Linear(width, 4 * width)
+
+    def forward(self, x, h, c):
+        i, f, g, o = (self.of_input(x) + self.of_state(h)).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+
+class Adapted(nn.Module):
+    """LoRA by hand."""
+
+    def __init__(self, width, outputs):
+        super().__init__()
+        self.base = nn.Linear(width, outputs)
+        self.down, self.up = nn.Linear(width, 2), nn.Linear(2, outputs)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x)) * 0.5
+
+
+class Modulated(nn.Module):
+    """A block of a diffusion transformer; its modulation has one axis less than its tokens."""
+
+    def __init__(self, heads=4, width=24):
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.q, self.kv = nn.Linear(width, width), Adapted(width, 2 * width)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def attention(self, x):
+        batch, length, channels = x.shape
+        q = self.q(x).reshape(batch, length, self.heads, channels // self.heads)
+        kv = self.kv(x).reshape(batch, -1, 2, self.heads, channels // self.heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        return attend(q, k, v)
+
+    def forward(self, x, condition):
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=1)
+        y = self.attention(x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1))
+        return x + gate.unsqueeze(1) * y
+
+
+class Stages(nn.Module):
+    """Collects maps in a list; slices without a space; unpacks the rest."""
+
+    def __init__(self, width=24):
+        super().__init__()
+        self.width = width
+        self.stem, self.stages = nn.Conv2d(3, 2 * width, 1), nn.ModuleList([nn.Conv2d(24, 24, 3)])
+        self.sliced, self.in_proj = nn.Linear(width, 2 * width), nn.Linear(width, 3 * width)
+
+    def forward(self, image, x):
+        maps = list(self.stem(image).chunk(2, 1))
+        maps.extend(stage(maps[-1]) for stage in self.stages)
+        y, d = self.sliced(x), self.width
+        a, b = y[:,:,:d], y[:,:,d:]  # fmt: skip
+        *gates, v = self.in_proj(x).split(d, dim=-1)
+        for gate in gates:
+            v = v * gate
+        return torch.cat(maps, 1), a * b, v
+
+
+@pytest.mark.parametrize(
+    ("owner", "expected"),
+    [
+        (
+            Einops,
+            {
+                "to_qkv": "(part=3 out)",
+                "by_head": "(out0=4 part=3 out1)",
+                "on_images": "(part=3 out)",
+            },
+        ),
+        (Cell, {"of_input": "(part=4 out)", "of_state": "(part=4 out)"}),
+        (
+            Modulated,
+            {"kv.base": "(part=2 out)", "kv.up": "(part=2 out)", "modulation.1": "(part=3 out)"},
+        ),
+        (
+            Stages,
+            {"stem": "(part=2 out)", "sliced": "(part=2 out)", "in_proj": "(part=3 out)"},
+        ),
+    ],
+)
+def test_styles_of_no_release(owner, expected):
+    assert axes(owner()) == expected
+
+
+def test_feed_forward_without_a_class():
+    found = {spec.name: str(spec.layout) for spec in classify(Transformer())}
+    assert found["layers.0.1.weight"] == "(part=2 out) in"
+    assert found["layers.0.3.weight"] == "out in"
+
+
+def test_same_class_of_other_sizes():
+    """What is in a Sequential is asked too."""
+
+    class Head(nn.Module):
+        def __init__(self, *sizes):
+            super().__init__()
+            self.net, self.sizes = nn.Sequential(nn.Linear(8, sum(sizes)), nn.ReLU()), sizes
+
+        def forward(self, x):
+            a, b = self.net(x).split(list(self.sizes), -1)
+            return a.exp(), b
+
+    assert axes(Head(4, 6)) == {"net.0": "(out=4+6)"}
+    assert axes(Head(2, 8)) == {"net.0": "(out=2+8)"}
 
 
 def test_layer_under_peft_and_in_a_refined_class():
