@@ -56,7 +56,7 @@ _DEPTH = 4  # calls within calls that are followed
 _SMALL = 4  # matrices of a module whose call is followed, as of one with adapters
 
 
-_WORK = 600
+_WORK = 4_000  # uses times sums; a module with a division of its own needs far less
 
 
 class TooLongError(Exception):
