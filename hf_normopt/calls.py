@@ -36,6 +36,8 @@ class Reader(Protocol):
     names: Mapping[int, str]
     inputs: dict[str, list[Later]]
     defaults: bool
+    depth: int
+    kept: dict[tuple[int, str], Later]
 
     def call(
         self, module: nn.Module, arguments: list[Later], keywords: Mapping[str, Later]

@@ -66,22 +66,7 @@ def test_every_method_has_a_case_and_every_row_is_used():
         assert any(re.search(rf"(^|\.)({part.name})(\.|$)", name) for name in names), part.name
 
 
-PENDING = {"lora conv1d": "the fused map of a wrapped module"} | {
-    case: "the last matrix of a plain model that PEFT wraps"
-    for case, (base, _) in CASES.items()
-    if base == "plain"
-}
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.xfail(reason=PENDING[case]))
-        if case in PENDING
-        else case
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_the_base_keeps_its_roles(case):
     base, config = CASES[case]
     plain = {spec.name: spec for spec in classify(BASES[base]())}

@@ -11,7 +11,8 @@ PACKAGE = Path(hf_normopt.__file__).parent
 ROWS = [
     {"orthogonalize", "layouts", "interpreter", "values", "sharding", "tables", "version"},
     {"norms", "graph", "calls", "reading", "uses"},
-    {"adapters", "fused", "flow"},
+    {"adapters", "fused", "frames"},
+    {"flow"},
     {"architectures"},
     {"heads", "matchers"},
     {"roles"},
