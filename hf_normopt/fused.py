@@ -99,7 +99,7 @@ def _worth_reading(module: nn.Module) -> bool:
 
 def _reach(owner: Any, path: Path) -> Any:
     for name in path:
-        if name.isdigit():
+        if name.isdigit() and isinstance(owner, (list, tuple)):
             owner = owner[int(name)] if int(name) < len(owner) else UNKNOWN
         else:
             owner = getattr(owner, name, UNKNOWN)

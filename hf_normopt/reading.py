@@ -411,7 +411,9 @@ class Reading(Interpreter):
             flipped = replace(base, axes=(*base.axes[:-2], base.axes[-1], base.axes[-2]))
             return flipped if name in ("T", "mT") else UNKNOWN
         if isinstance(base, Tensor):
-            return getattr(base, name) if name in ("shape", "T", "mT", "ndim") else UNKNOWN
+            if name == "T":
+                return base.permute(*reversed(range(base.ndim)))
+            return getattr(base, name) if name in ("shape", "mT", "ndim") else UNKNOWN
         return getattr(base, name) if isinstance(base, types.ModuleType) else UNKNOWN
 
     def subscript(self, base: Any, index: Any) -> Any:
