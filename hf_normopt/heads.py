@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType
 
@@ -130,6 +131,10 @@ def _made(
 
     plain = not isinstance(model, PreTrainedModel)
     reader = Reader(places, last, _unwrapped, plain)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(
+        max(limit, 4_000)
+    )  # values wait for each other, within `values.py`'s bound
     try:
         outputs = _outputs(model, reader)
         fields = {
@@ -142,8 +147,10 @@ def _made(
             upstream = _upstream(reader, frozenset().union(*fields.values()))
             fields = {key: made - upstream for key, made in fields.items()}
         return fields if outputs else None
-    except RecursionError:
+    except Exception:  # code that means something else than was read into it
         return None
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def _outputs(model: nn.Module, reader: Reader) -> list[Value]:

@@ -78,6 +78,14 @@ class Layout:
         axes = (axis for axes in _parse(self.pattern) for axis in axes)
         return math.prod(axis.sizes[0] for axis in axes if axis.name == "tap")
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape can be read so."""
+        try:
+            _plan(self.pattern, tuple(shape))
+        except ValueError:
+            return False
+        return True
+
     def to_operators(self, stored: Tensor) -> tuple[Tensor, ...]:
         """Read a stored tensor as operators, without a copy where the strides allow it.
 

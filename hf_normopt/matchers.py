@@ -323,8 +323,11 @@ def _divided(view: View, found: Finding, heads: bool) -> Finding:
             continue
         out, into = axes or (row.axis(owner) if row else "out", "in")
         words = [{"out": out, "in": into}.get(word, word) for word in words]
+        divided = Layout(" ".join(words))
+        if not divided.fits(view.shape):  # the source was misread
+            return found
         reason = row.reason if row else f"heads of {type(owner).__name__}"
-        return replace(found, layout=Layout(" ".join(words)), reason=f"{found.reason}: {reason}")
+        return replace(found, layout=divided, reason=f"{found.reason}: {reason}")
     return found
 
 

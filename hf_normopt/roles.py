@@ -1,15 +1,15 @@
 """What every parameter does: `classify(model)` gives it a role, a layout and a reason.
 
-The matchers at the end of this file are tried in order and the first that answers decides. They
-look at the module that owns a parameter, at what transformers' accessors say about the model, and
-last at names; never at the number of axes alone. What no matcher knows is `other`, with a reason
-that says so.
+The matchers of `matchers.py` are tried in order and the first that answers decides. They look at
+the module that owns a parameter, at what `forward` does with it, and last at names; never at the
+number of axes alone. What no matcher knows is `other`, with a reason that says so.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -86,16 +86,12 @@ def classify(
         ValueError: for an unknown role, or an override that matches no trainable parameter.
     """
     overrides = _checked(overrides or {})
-    graph = _Graph(model)
-    specs = []
-    for tensor, names in graph.trainable():
-        shape, tied_to = tuple(tensor.shape), ", ".join(names[1:]) or None
-        findings = (find(view, heads) for view in graph.views(tensor, names))
-        found = _overridden(_settled(findings), names, overrides)
-        layout = found.layout or usual_layout(found.role, shape)
-        specs.append(
-            ParamSpec(names[0], shape, found.role, found.kind, layout, found.reason, tied_to)
-        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the model's properties, which are looked at
+        graph = _Graph(model)
+        specs = [
+            _spec(graph, tensor, names, overrides, heads) for tensor, names in graph.trainable()
+        ]
     names = [name for _, aliases in graph.trainable() for name in aliases]
     for pattern in overrides:
         if not any(re.search(pattern, name) for name in names):
@@ -106,6 +102,20 @@ def classify(
                 f"{', '.join(near or names[:3])}."
             )
     return specs
+
+
+def _spec(
+    graph: _Graph,
+    tensor: nn.Parameter,
+    names: list[str],
+    overrides: Mapping[str, str],
+    heads: bool,
+) -> ParamSpec:
+    shape, tied_to = tuple(tensor.shape), ", ".join(names[1:]) or None
+    findings = (find(view, heads) for view in graph.views(tensor, names))
+    found = _overridden(_settled(findings), names, overrides)
+    layout = found.layout or usual_layout(found.role, shape)
+    return ParamSpec(names[0], shape, found.role, found.kind, layout, found.reason, tied_to)
 
 
 def _checked(overrides: Mapping[str, str]) -> dict[str, str]:
