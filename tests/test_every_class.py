@@ -99,7 +99,8 @@ def complaints(name, model, specs):
             operators = spec.layout.to_operators(torch.empty(spec.shape, device="meta"))
             fans = [(o.shape[:-2].numel() * o.shape[-2], o.shape[-1]) for o in operators]
             outs, ins = sum(out for out, _ in fans), {into for _, into in fans}
-            if outs != owner.out_features or ins != {owner.in_features}:
+            # Inkling's sizes are tensors
+            if outs != int(owner.out_features) or ins != {int(owner.in_features)}:
                 yield f"{name}: {owner} is read as {fans}: {spec}"
     heads = {s.name for s in specs if s.role == "head" or "the head" in s.reason}
     if re.search(r"For[A-Z]|LMHead", name) and not heads and name not in WITHOUT_HEAD:
