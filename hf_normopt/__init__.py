@@ -14,14 +14,17 @@ Importing the package makes `TrainingArguments(optim="normopt")` known to transf
 
 from .arguments import NormOptArguments
 from .layouts import Layout
+from .model_card import update_model_card
 from .norms import Frobenius, MaxColumn, MaxEntry, MaxRow, Norm, Spectral, operator_norm
 from .optimizer import NormOpt
 from .orthogonalize import orthogonalize
 from .presets import PRESETS, Preset, create_normopt_optimizer
 from .roles import ParamSpec, classify
 from .rules import EMA, Accumulate, Policy, Rule
+from .schedules import create_normopt_scheduler
 from .step_sizes import DualNorm, EscapeVelocity, Fixed, StepSize
-from .trainer import NormOptMixin, NormOptTrainer, register
+from .telemetry import NormTelemetry
+from .trainer import NormOptFactory, NormOptMixin, NormOptTrainer, register
 from .version import __version__
 
 __all__ = [
@@ -39,8 +42,10 @@ __all__ = [
     "Norm",
     "NormOpt",
     "NormOptArguments",
+    "NormOptFactory",
     "NormOptMixin",
     "NormOptTrainer",
+    "NormTelemetry",
     "ParamSpec",
     "Policy",
     "Preset",
@@ -50,9 +55,11 @@ __all__ = [
     "__version__",
     "classify",
     "create_normopt_optimizer",
+    "create_normopt_scheduler",
     "operator_norm",
     "orthogonalize",
     "register",
+    "update_model_card",
 ]
 
 register()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -16,9 +16,18 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .optimizer import NormOpt
-from .presets import PRESETS, create_normopt_optimizer, has_statistic, optimizer_names
+from .presets import (
+    PRESETS,
+    create_normopt_optimizer,
+    has_statistic,
+    optimizer_names,
+    read_option,
+)
+from .schedules import Schedule, parse_schedule
 
 logger = logging.getLogger(__name__)
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
 
 
 @dataclass
@@ -32,6 +41,7 @@ class NormOptArguments(TrainingArguments):
         *TrainingArguments._VALID_DICT_FIELDS,
         "lr_multipliers",
         "role_overrides",
+        "role_schedules",
     ]
 
     optim: OptimizerNames | str = field(
@@ -60,6 +70,36 @@ class NormOptArguments(TrainingArguments):
     heads: bool | None = field(
         default=None, metadata={"help": "Make each attention head an operator of its own."}
     )
+    step_size: str | None = field(
+        default=None, metadata={"help": "The step size, such as escape_velocity/beta:0.99."}
+    )
+    schedule: str | None = field(
+        default=None,
+        metadata={"help": "The schedule of all roles, such as wsd/decay:0.2/shape:1-sqrt."},
+    )
+    role_schedules: dict | str | None = field(
+        default=None, metadata={"help": 'Schedules by role, as JSON: {"head": "constant"}.'}
+    )
+    decay_ratio: float | None = field(
+        default=None,
+        metadata={"help": "The decay of warmup-stable-decay, as a fraction of the run."},
+    )
+    on_mismatch: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to do with an optimizer checkpoint that does not fit: error, reset."
+        },
+    )
+    telemetry: bool | None = field(
+        default=None, metadata={"help": "Log norms by role; on unless false."}
+    )
+
+
+# The fields that are options under the same name.
+_PLAIN_FIELDS = (
+    *("preset", "momentum", "nesterov", "scale", "heads", "step_size", "schedule"),
+    *("on_mismatch", "telemetry"),
+)
 
 
 def parse_optim_args(text: str | None) -> dict[str, str]:
@@ -110,7 +150,9 @@ _SAID_ELSEWHERE = {
 
 
 def normopt_options(args: TrainingArguments) -> dict[str, Any]:
-    """The keyword arguments of [`create_normopt_optimizer`] that training arguments ask for.
+    """The options that training arguments ask for, under the names of `optim_args`.
+
+    They are keyword arguments of [`create_normopt_optimizer`], but for `telemetry`.
 
     Raises:
         ValueError: if an option cannot be read, or is given twice with different values.
@@ -126,11 +168,13 @@ def normopt_options(args: TrainingArguments) -> dict[str, Any]:
         (f"optim={name!r}", {} if name == "normopt" else {"preset": optimizer_names().get(name)})
     ]
     if isinstance(args, NormOptArguments):
-        fields = ("preset", "momentum", "nesterov", "scale", "heads")
-        typed = {key: getattr(args, key) for key in fields}
+        typed = {key: getattr(args, key) for key in _PLAIN_FIELDS}
         typed["overrides"] = _dict_field(args, "role_overrides") or None
-        multipliers = _dict_field(args, "lr_multipliers")
-        typed |= {f"lr_{role}": value for role, value in multipliers.items()}
+        for option, name in (("lr", "lr_multipliers"), ("schedule", "role_schedules")):
+            by_role = _dict_field(args, name)
+            typed |= {f"{option}_{role}": value for role, value in by_role.items()}
+        if args.decay_ratio is not None and scheduler_name(args) == _DEFAULTS["lr_scheduler_type"]:
+            typed["schedule"] = typed["schedule"] or f"wsd/decay:{args.decay_ratio}"
         sources.append(("the fields of NormOptArguments", typed))
     for source, given in sources:
         for key, value in given.items():
@@ -141,9 +185,42 @@ def normopt_options(args: TrainingArguments) -> dict[str, Any]:
     return options
 
 
+def wants_telemetry(args: TrainingArguments) -> bool:
+    """Whether norms are to be logged: unless an option says no."""
+    return read_option("telemetry", normopt_options(args).get("telemetry", True), bool)
+
+
+def run_schedule(args: TrainingArguments, optimizer: NormOpt) -> Schedule:
+    """The schedule of a run: `lr_scheduler_type`, or the preset's where that is left at its default.
+
+    Raises:
+        ValueError: for an option that the schedule does not have.
+    """
+    name, default = scheduler_name(args), _DEFAULTS["lr_scheduler_type"]
+    given: Any = args.lr_scheduler_kwargs
+    options = dict(given or {})
+    if isinstance(args, NormOptArguments) and args.decay_ratio is not None and name != default:
+        options["decay_ratio"] = args.decay_ratio
+    if "decay_ratio" in options:
+        if name != "warmup_stable_decay":
+            raise ValueError(
+                f"decay_ratio belongs to lr_scheduler_type='warmup_stable_decay', found {name!r}."
+            )
+        options["decay"] = float(options.pop("decay_ratio"))
+    preset = PRESETS.get(optimizer.origin.get("preset", ""))
+    if preset and preset.schedule and name == default and not options:
+        return replace(parse_schedule(preset.schedule), warmup=args.warmup_steps)
+    return Schedule(name, args.warmup_steps, 0.0, options)
+
+
 def optimizer_name(args: TrainingArguments) -> str:
     """The text of `args.optim`, which is a member of an enum or a string."""
     return str(getattr(args.optim, "value", args.optim))
+
+
+def scheduler_name(args: TrainingArguments) -> str:
+    """The text of `args.lr_scheduler_type`, which is a member of an enum or a string."""
+    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -174,6 +251,10 @@ def optimizer_from_arguments(model: nn.Module, args: TrainingArguments) -> NormO
         args: any `TrainingArguments`.
     """
     options = normopt_options(args)
+    options.pop("telemetry", None)
+    for name, value in options.items():
+        if name.partition("_")[0] == "schedule":
+            parse_schedule(value)  # complain now, not when training begins
     preset = options.get("preset", "normopt")
     adam = _changed_adam_arguments(args)
     if adam and preset in PRESETS and not has_statistic(PRESETS[preset].policy):
@@ -204,10 +285,9 @@ def optimizer_from_arguments(model: nn.Module, args: TrainingArguments) -> NormO
 
 def _changed_adam_arguments(args: TrainingArguments) -> dict[str, float]:
     """The Adam arguments that differ from the defaults, under our names."""
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     names = {"adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "eps"}
     return {
         ours: getattr(args, theirs)
         for theirs, ours in names.items()
-        if getattr(args, theirs) != defaults[theirs]
+        if getattr(args, theirs) != _DEFAULTS[theirs]
     }

@@ -1,4 +1,4 @@
-"""The command line: `hf-normopt inspect MODEL` and `hf-normopt presets`."""
+"""The command line: `hf-normopt inspect`, `presets`, `run` and `card`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from .arguments import parse_roles
+from .launch import run
+from .model_card import update_model_card
 from .picture import Total, check_file, count_roles, save_picture, tied_names
 from .presets import PRESETS
 from .roles import ROLES, ParamSpec, classify
@@ -65,6 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     presets.add_argument("--format", choices=_FORMATS, default="table")
     presets.set_defaults(run=_presets)
 
+    commands.add_parser("run", help="run a script that nobody edited, with --optim normopt")
+
+    card = commands.add_parser(
+        "card", help="write into the card of a trained model how it was trained"
+    )
+    card.add_argument("folder", help="the output_dir of the training, or one of its checkpoints")
+    card.set_defaults(run=_card)
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["run"]:
+        return run(argv[1:])  # all that follows is the script's
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -196,6 +209,11 @@ def _presets(args: argparse.Namespace) -> int:
     ]
     header = ("preset", "what it is", "learning rate", "source")
     print(format_table(header, rows, args.format == "markdown"))
+    return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    update_model_card(args.folder)
     return 0
 
 

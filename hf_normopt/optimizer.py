@@ -9,10 +9,11 @@ group's `weight_decay` is the optimizer's times the rule's `decay`.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,11 @@ from .sharding import gathered, sharded_like
 from .step_sizes import Fixed, StepSize
 from .tables import fold_names, format_table
 
+logger = logging.getLogger(__name__)
+
 # What a group is, as opposed to its options (lr, weight_decay, ...), which checkpoints may change.
 _IDENTITY = ("param_names", "param_shapes", "role", "kind", "rule", "layouts")
+_ON_MISMATCH = ("error", "reset")
 
 
 class NormOpt(torch.optim.Optimizer):
@@ -41,6 +45,12 @@ class NormOpt(torch.optim.Optimizer):
         lr: the learning rate, which a schedule may change; rules have multipliers of it.
         weight_decay: decoupled: W shrinks by lr · η · weight_decay · rule.decay in each step.
         step_size: η: [`Fixed`], or a number that depends on all gradients.
+        on_mismatch: what to do with a checkpoint that does not fit: "error", or "reset": parameters
+            that it does not know under the same name, shape and rule start without state.
+
+    Attributes:
+        origin: the arguments of `create_normopt_optimizer` that made it, for records.
+        observer: called with each [`Move`] and η before the move is made; for telemetry.
 
     Each parameter's state is one momentum buffer, in float32 at least; none where the rule's
     momentum is 0; and the norm's statistic where the rule has one. Groups hold plain data only.
@@ -48,8 +58,11 @@ class NormOpt(torch.optim.Optimizer):
 
     Raises:
         ValueError: for a negative learning rate, a role without a rule, complex parameters, two
-            parameters of one name, or layouts that do not fit.
+            parameters of one name, layouts that do not fit, or an unknown `on_mismatch`.
     """
+
+    origin: Mapping[str, Any] = {}
+    observer: Callable[[Move, Tensor | float], None] | None = None
 
     def __init__(
         self,
@@ -59,10 +72,15 @@ class NormOpt(torch.optim.Optimizer):
         lr: float | Tensor,
         weight_decay: float = 0.0,
         step_size: StepSize = Fixed(),  # noqa: B008 (immutable)
+        on_mismatch: str = "error",
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not isinstance(value, (int, float, Tensor)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, found {value!r}.")
+        if on_mismatch not in _ON_MISMATCH:
+            raise ValueError(
+                f"on_mismatch must be {' or '.join(_ON_MISMATCH)}, found {on_mismatch!r}."
+            )
         groups = list(groups)
         if not all(isinstance(group, Mapping) and "role" in group for group in groups):
             raise ValueError(
@@ -72,6 +90,8 @@ class NormOpt(torch.optim.Optimizer):
         check_total(policy, [(group["role"], group.get("kind", "")) for group in groups])
         self.policy = dict(policy)
         self.step_size = step_size
+        self.on_mismatch = on_mismatch
+        self.has_moved = False  # since it was made: no part of the state
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -114,7 +134,9 @@ class NormOpt(torch.optim.Optimizer):
             "layouts": [str(layout) for layout in layouts],
             "rule": str(rule) if self.step_size == Fixed() else f"{rule}; {self.step_size}",
             "multiplier": rule.multiplier,
+            "schedule": rule.schedule,
             "memory": {},
+            "steps": 0,
         }
         group.setdefault("weight_decay", self.defaults["weight_decay"] * rule.decay)
         super().add_param_group(group)
@@ -139,6 +161,7 @@ class NormOpt(torch.optim.Optimizer):
                 loss = closure()
 
         self._check_shapes()
+        self._count_inplace()
         groups = self.param_groups
         for scope in [[group] for group in groups] if self.step_size.per_role else [groups]:
             self._step_inplace(scope)
@@ -158,16 +181,37 @@ class NormOpt(torch.optim.Optimizer):
         for move in moves:
             if not size.needs_dual:
                 move.advance_inplace(weight, size.weight(memory))
+            if self.observer is not None:
+                self.observer(move, eta)
             move.apply_inplace(eta)
 
-    def _moves(self, groups: list[dict[str, Any]]) -> list[_Move]:
+    def _count_inplace(self) -> None:
+        """Count the step, unless it is torch's rehearsal that only creates the state: lr 0, no g."""
+        if any(group["lr"] for group in self.param_groups) or any(
+            p.grad is not None and p.grad.any() for g in self.param_groups for p in g["params"]
+        ):
+            self.has_moved = True
+            for group in self.param_groups:
+                group["steps"] += 1
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that it has made, those before its checkpoint included."""
+        return max(group["steps"] for group in self.param_groups)
+
+    @steps.setter
+    def steps(self, number: int) -> None:
+        for group in self.param_groups:
+            group["steps"] = number
+
+    def _moves(self, groups: list[dict[str, Any]]) -> list[Move]:
         """A move for every parameter with a gradient."""
         moves = []
         for group in groups:
             rule = self.policy[policy_key(self.policy, group["role"], group["kind"])]
             for p, layout in zip(group["params"], group["layouts"], strict=True):
                 if p.grad is not None and p.numel() > 0:
-                    moves.append(_Move(p, group, rule, Layout(layout), self.state[p]))
+                    moves.append(Move(p, group, rule, Layout(layout), self.state[p]))
         return moves
 
     def _check_shapes(self) -> None:
@@ -186,7 +230,8 @@ class NormOpt(torch.optim.Optimizer):
 
         Raises:
             ValueError: if the checkpoint is another optimizer's, misses, adds or reshapes
-                parameters, or was made under other rules; nothing is changed then.
+                parameters, or was made under other rules; nothing is changed then. Under
+                `on_mismatch="reset"` these parameters start without state instead.
         """
         state_dict = self._by_name(state_dict)
         super().load_state_dict(state_dict)
@@ -199,53 +244,85 @@ class NormOpt(torch.optim.Optimizer):
 
     def _by_name(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict in this optimizer's order, with this optimizer's identity."""
-        saved: dict[str, tuple[int, dict[str, Any], tuple[int, ...]]] = {}
+        own = {
+            canonical_name(name): _Identity(tuple(shape), group["role"], group["rule"])
+            for group in self.param_groups
+            for name, shape in zip(group["param_names"], group["param_shapes"], strict=True)
+        }
+        saved: dict[str, tuple[_Identity, int, dict[str, Any]]] = {}
         for group in state_dict["param_groups"]:
             if not all(key in group for key in _IDENTITY):
-                raise ValueError(
-                    "This checkpoint was not written by NormOpt: its groups have "
-                    f"{', '.join(sorted(group))}; expected {', '.join(_IDENTITY)} among them. "
-                    "Resume with the optimizer that wrote it, or start from the model's weights "
-                    "alone."
+                self._complain(
+                    "it was not written by NormOpt. Its groups have "
+                    f"{', '.join(sorted(group))}; expected {', '.join(_IDENTITY)} among them"
                 )
+                break
             rows = zip(group["param_names"], group["params"], group["param_shapes"], strict=True)
-            saved |= {canonical_name(name): (i, group, tuple(shape)) for name, i, shape in rows}
+            for name, i, shape in rows:
+                identity = _Identity(tuple(shape), group["role"], group["rule"])
+                saved[canonical_name(name)] = identity, i, group
+        else:
+            self._compare({name: identity for name, (identity, _, _) in saved.items()}, own)
 
-        own = {canonical_name(name) for group in self.param_groups for name in group["param_names"]}
-        if saved.keys() != own:
-            raise ValueError(
-                "The checkpoint's parameters are not this model's. Only in the checkpoint: "
-                f"{_some(saved.keys() - own)}. Only in the model: {_some(own - saved.keys())}."
-            )
         groups: list[dict[str, Any]] = []
-        state, index = {}, 0
+        state: dict[int, Any] = {}
         for group in self.param_groups:
-            options, first = group, index
-            for full_name, shape in zip(group["param_names"], group["param_shapes"], strict=True):
-                name = canonical_name(full_name)
-                number, before, saved_shape = saved[name]
-                if saved_shape != tuple(shape):
-                    raise ValueError(
-                        f"{name} has the shape {saved_shape} in the checkpoint and {tuple(shape)} "
-                        "in the model."
-                    )
-                if before["rule"] != group["rule"]:
-                    raise ValueError(
-                        f"{name} was trained under the rule [{before['rule']}] ({before['role']}) "
-                        f"and would go on under [{group['rule']}] ({group['role']}). Resume with "
-                        "the same preset, options and overrides, or start from the model's "
-                        "weights alone."
-                    )
-                if number in state_dict["state"]:
-                    state[index] = state_dict["state"][number]
-                options = before
-                index += 1
-            identity = {key: group[key] for key in _IDENTITY}
-            groups.append({**options, **identity, "params": list(range(first, index))})
+            options, first = group, sum(len(made["params"]) for made in groups)
+            for index, name in enumerate(map(canonical_name, group["param_names"]), first):
+                identity, number, before = saved.get(name) or (None, -1, group)
+                if identity == own[name]:
+                    options = before
+                    if number in state_dict["state"]:
+                        state[index] = state_dict["state"][number]
+            kept = {key: group[key] for key in (*_IDENTITY, "schedule")}
+            numbers = list(range(first, first + len(group["params"])))
+            groups.append({**group, **options, **kept, "params": numbers})
         return {**state_dict, "state": state, "param_groups": groups}
 
+    def _compare(self, saved: Mapping[str, _Identity], own: Mapping[str, _Identity]) -> None:
+        """Complain about every parameter whose state would not be its own."""
+        if saved.keys() != own.keys():
+            self._complain(
+                "its parameters are not this model's. Only in the checkpoint: "
+                f"{_some(saved.keys() - own.keys())}. Only in the model: "
+                f"{_some(own.keys() - saved.keys())}"
+            )
+        both = [name for name in own if name in saved]
+        reshaped = [name for name in both if saved[name].shape != own[name].shape]
+        if reshaped:
+            name = reshaped[0]
+            self._complain(
+                f"{_some(set(reshaped))} changed shape. {name} has the shape {saved[name].shape} "
+                f"in the checkpoint and {own[name].shape} in the model"
+            )
+        ruled = [name for name in both if saved[name][1:] != own[name][1:]]
+        if ruled:
+            name = ruled[0]
+            self._complain(
+                f"the rules of {_some(set(ruled))} are others. {name} was trained under the rule "
+                f"[{saved[name].rule}] ({saved[name].role}) and would go on under "
+                f"[{own[name].rule}] ({own[name].role})"
+            )
+
+    def _complain(self, what: str) -> None:
+        """Refuse a checkpoint, or say what starts without state."""
+        if self.on_mismatch == "reset":
+            logger.warning(
+                "The optimizer's checkpoint does not fit: %s. What does not fit starts without "
+                'state (on_mismatch="reset").',
+                what,
+            )
+            return
+        raise ValueError(
+            f"The optimizer's checkpoint does not fit: {what}. Resume with the model, preset, "
+            'options and overrides that wrote it; or continue with on_mismatch="reset" '
+            "(optim_args, NormOptArguments, create_normopt_optimizer), which starts what does not "
+            "fit without state; or start anew from the model's weights."
+        )
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "policy": self.policy, "step_size": self.step_size}
+        own = ("policy", "step_size", "on_mismatch", "has_moved", "origin")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __repr__(self) -> str:
         rows = [
@@ -270,6 +347,14 @@ class NormOpt(torch.optim.Optimizer):
         )
 
 
+class _Identity(NamedTuple):
+    """What a parameter's state belongs to, beside its name."""
+
+    shape: tuple[int, ...]
+    role: str
+    rule: str
+
+
 NEEDS_WHOLE_MATRICES = (
     "FSDP1 and DeepSpeed ZeRO flatten parameters, and a norm needs the whole matrix: use DDP, or "
     'FSDP2 (fsdp_config={"version": 2}).'
@@ -277,7 +362,7 @@ NEEDS_WHOLE_MATRICES = (
 
 
 @dataclass
-class _Move:
+class Move:
     """One parameter's update, not yet made."""
 
     param: Tensor

@@ -35,6 +35,8 @@ class Preset:
         learning_rate: the recommended range.
         policy: a rule for every role.
         step_size: η.
+        schedule: of the learning rate where nobody asks for another, see
+            `hf_normopt/schedules.py`; "": the trainer's.
     """
 
     description: str
@@ -42,6 +44,7 @@ class Preset:
     learning_rate: tuple[float, float]
     policy: Policy
     step_size: StepSize = Fixed()  # noqa: RUF009 (immutable)
+    schedule: str = ""
 
 
 # Building blocks: a rule for matrices and one for what has no shape to speak of.
@@ -95,6 +98,7 @@ PRESETS: dict[str, Preset] = {
         source="Pethick et al. 2025, Scion, unconstrained, arXiv 2502.07529",
         learning_rate=(1e-5, 2e-3),
         policy=_by_role(partial(Rule, momentum=0.9, multiplier=50.0), embedding=50.0, head=3000.0),
+        schedule="wsd/decay:0.284/shape:linear",  # its nanoGPT: 1450 of 5100 steps
     ),
     "muon": Preset(
         description="Orthogonalized momentum for linear layers, AdamW for the rest.",
@@ -120,6 +124,7 @@ PRESETS: dict[str, Preset] = {
         learning_rate=(0.1, 2.0),
         policy=_uniform(_PRODIGY),
         step_size=EscapeVelocity(beta=math.sqrt(0.999)),
+        schedule="cosine",  # prodigyopt's README: a cosine or none
     ),
     "sign": Preset(
         description="The first story, moving averages off: sign descent, without state.",
@@ -179,6 +184,7 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "norm": ("norm", Norm),
     "scale": ("scale", str),
     "decay": ("decay", float),
+    "schedule": ("schedule", str),
 }
 _STATISTIC_FIELDS = ("beta1", "beta2", "eps")
 
@@ -192,6 +198,7 @@ def create_normopt_optimizer(
     overrides: Mapping[str, str] | None = None,
     step_size: StepSize | str | None = None,
     heads: bool | str = False,
+    on_mismatch: str = "error",
     **changes: Any,
 ) -> NormOpt:
     """Make the optimizer for a model: find the roles, give each its rule.
@@ -205,10 +212,11 @@ def create_normopt_optimizer(
         step_size: in place of the preset's, such as `EscapeVelocity()`, or its text, such as
             `"escape_velocity/per_role:true"`.
         heads: whether each attention head is an operator of its own.
+        on_mismatch: what to do with a checkpoint that does not fit, see [`NormOpt`].
         changes: of the preset's rules. `FIELD=value` changes all roles, `FIELD_ROLE=value` one role
-            or kind, where FIELD is `lr` (a multiplier), `momentum`, `nesterov`, `norm`, `scale` or
-            `decay`; `beta1`, `beta2` and `eps` change the rules that have a statistic. Values may
-            be text.
+            or kind, where FIELD is `lr` (a multiplier), `momentum`, `nesterov`, `norm`, `scale`,
+            `decay` or `schedule` (`"wsd/decay:0.2"`); `beta1`, `beta2` and `eps` change the rules
+            that have a statistic. Values may be text.
 
     Returns:
         The optimizer; `print` shows its groups.
@@ -228,16 +236,27 @@ def create_normopt_optimizer(
     chosen = PRESETS[preset]
     size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
     policy = changed(chosen.policy, **changes)
-    specs = classify(model, overrides, heads=_read("heads", heads, bool))
+    specs = classify(model, overrides, heads=read_option("heads", heads, bool))
     groups = parameter_groups(model, specs, policy)
     present = {group["role"] for group in groups} | {group["kind"] for group in groups}
     for change in changes:
         role = change.partition("_")[2]
         if role and role not in present:
             logger.warning("%s has no effect: no trainable parameter is %r.", change, role)
-    return NormOpt(
-        groups, policy, lr=lr, weight_decay=weight_decay, step_size=size or chosen.step_size
+    optimizer = NormOpt(
+        groups,
+        policy,
+        lr=lr,
+        weight_decay=weight_decay,
+        step_size=size or chosen.step_size,
+        on_mismatch=on_mismatch,
     )
+    optimizer.origin = {"preset": preset, "lr": lr, "weight_decay": weight_decay, **changes} | {
+        name: value
+        for name, value in (("overrides", overrides), ("step_size", size), ("heads", heads))
+        if value
+    }
+    return optimizer
 
 
 def changed(policy: Policy, **changes: Any) -> Policy:
@@ -249,7 +268,7 @@ def changed(policy: Policy, **changes: Any) -> Policy:
     policy = dict(policy)
     for name, value in sorted(changes.items(), key=_generality):
         if name in _STATISTIC_FIELDS:
-            _change_statistics_inplace(policy, name, _read(name, value, float))
+            _change_statistics_inplace(policy, name, read_option(name, value, float))
             continue
         field, _, role = name.partition("_")
         if field not in _FIELDS or (role and role not in policy and role not in KINDS):
@@ -263,7 +282,7 @@ def changed(policy: Policy, **changes: Any) -> Policy:
         attribute, kind = _FIELDS[field]
         for target in [role] if role else list(policy):
             rule = policy.get(target) or policy[KINDS[target]]
-            policy[target] = replace(rule, **{attribute: _read(name, value, kind)})
+            policy[target] = replace(rule, **{attribute: read_option(name, value, kind)})
     return policy
 
 
@@ -295,7 +314,7 @@ def _change_statistics_inplace(policy: dict[str, Rule], name: str, value: float)
             policy[role] = replace(rule, statistic=replace(rule.statistic, beta=value))
 
 
-def _read(name: str, value: Any, kind: type) -> Any:
+def read_option(name: str, value: Any, kind: type) -> Any:
     """A value, or the text of one, as the type that an option has."""
     if kind is Norm and isinstance(value, str):
         return parse_norm(value)

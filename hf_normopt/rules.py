@@ -90,6 +90,9 @@ class Rule:
         nesterov: look one step ahead along the momentum.
         statistic: how the norm's statistic is smoothed over time; None: the direction is the LMO.
         decay: multiplies the weight decay: 1 for matrices, 0 for gains and biases.
+        schedule: of this role's learning rate, see `hf_normopt/schedules.py`; "": the one of the
+            run. No part of the rule's text: like the learning rate it may change from one run to
+            the next.
 
     Raises:
         ValueError: for a value outside of its range, or a norm without the statistic asked for.
@@ -102,6 +105,7 @@ class Rule:
     nesterov: bool = False
     statistic: EMA | Accumulate | None = None
     decay: float = 1.0
+    schedule: str = ""
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:

@@ -161,7 +161,7 @@ class EscapeVelocity(StepSize):
         return memory.get("eta", self.start)
 
     def observe(self, move: Move, weight: Tensor | float) -> Tensor:
-        """⟨g, w_0 - w⟩, ‖s‖†, and for the cosine the squared lengths of g and w_0 - w."""
+        """The part of r, ‖s‖†, and for the cosine ⟨g, w_0 - w⟩ and the squares of g and w_0 - w."""
         whole = move.grad  # made anew by each access
         now = _every(move.param, self.stride).to(whole.dtype)
         if "anchor" not in move.state:
@@ -178,19 +178,21 @@ class EscapeVelocity(StepSize):
             share = move.group["lr"] * weight * weight / self.start
             tensor = move.state.setdefault("gradient_sum", torch.zeros_like(whole))
             tensor.mul_(self.beta).add_(whole * share)
-        return torch.stack([inner * share, move.dual(tensor), grad_square, way_square])
+        weighted = inner * share
+        return torch.stack([weighted, move.dual(tensor), inner, grad_square, way_square])
 
     def advance_inplace(self, memory: dict[str, Any], sums: Tensor) -> Tensor:
         """Find η_{t+1}; return it, or η_t for the delayed variant."""
-        inner, dual, grad_square, way_square = sums
+        numerator, dual, inner, grad_square, way_square = sums
         eta = torch.as_tensor(self.weight(memory), dtype=sums.dtype, device=sums.device)
         if self.beta:
-            inner = memory["numerator"] = inner + self.beta * memory.get("numerator", 0.0)
+            numerator = memory["numerator"] = numerator + self.beta * memory.get("numerator", 0.0)
+        lengths = (grad_square * way_square).sqrt()
+        cosine = memory["cosine"] = torch.where(lengths > 0, inner / lengths, 0)
         if self.rule == "cosine":
-            lengths = (grad_square * way_square).sqrt()
-            new = eta * (1 + torch.where(lengths > 0, inner / lengths, 0))
+            new = eta * (1 + cosine)
         else:
-            new = torch.where(dual > 0, inner / dual, 0)
+            new = torch.where(dual > 0, numerator / dual, 0)
         memory["eta"] = new.clamp_min(self.start) if self.decrease else torch.maximum(eta, new)
         return eta if self.variant == "delayed" else memory["eta"]
 
@@ -204,6 +206,17 @@ STEP_SIZES: dict[str, type[StepSize]] = {
     "dual_norm": DualNorm,
     "escape_velocity": EscapeVelocity,
 }
+
+
+def format_step_size(size: StepSize) -> str:
+    """The text that `parse_step_size` reads."""
+    name = next(name for name, cls in STEP_SIZES.items() if cls is type(size))
+    words = [
+        f"{f.name}:{getattr(size, f.name)}".lower()
+        for f in fields(size)  # type: ignore[arg-type]
+        if getattr(size, f.name) != f.default
+    ]
+    return "/".join([name, *words])
 
 
 def parse_step_size(text: str) -> StepSize:

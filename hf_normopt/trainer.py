@@ -7,13 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .arguments import optimizer_from_arguments, optimizer_name
+from .arguments import optimizer_from_arguments, optimizer_name, scheduler_name
+from .callback import NormOptCallback, attach_run_schedule, unwrapped, warn_of_deepspeed
+from .model_card import update_model_card
 from .optimizer import NormOpt
-from .presets import optimizer_names
+from .presets import create_normopt_optimizer, optimizer_names
+from .schedules import BY_METRIC
+from .telemetry import NormTelemetry
 
 
 class NormOptMixin:
@@ -27,6 +33,11 @@ class NormOptMixin:
     model: Any
     optimizer: Any
     lr_scheduler: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if _asks_for_normopt(self.args) and optimizer_name(self.args) not in optimizer_names():
+            warn_of_deepspeed(self.args)  # else the callback has done it
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer unless there is one, see `Trainer.create_optimizer`."""
@@ -42,47 +53,46 @@ class NormOptMixin:
     ) -> Any:
         """Make the scheduler unless there is one, see `Trainer.create_scheduler`.
 
-        Every `lr_scheduler_type` keeps its meaning. `lr_scheduler_kwargs={"decay_ratio": 0.2}`
-        gives the decay of `warmup_stable_decay` as a fraction of the run, where transformers asks
-        for `num_decay_steps`.
+        Every `lr_scheduler_type` keeps its meaning; roles and presets may have schedules of their
+        own, see `hf_normopt/schedules.py`.
         """
-        kwargs = dict(self.args.lr_scheduler_kwargs or {})
-        if self.lr_scheduler is None and "decay_ratio" in kwargs:
-            ratio = float(kwargs.pop("decay_ratio"))
-            warmup = self.args.get_warmup_steps(num_training_steps)
-            if self.args.lr_scheduler_type != "warmup_stable_decay":
-                raise ValueError(
-                    "decay_ratio belongs to lr_scheduler_type='warmup_stable_decay', found "
-                    f"{str(self.args.lr_scheduler_type.value)!r}."
-                )
-            if not 0 <= ratio <= 1 - warmup / max(1, num_training_steps):
-                raise ValueError(
-                    "decay_ratio is a fraction of the run, in [0, 1] together with the warm-up; "
-                    f"found {ratio} and {warmup} of {num_training_steps} steps."
-                )
-            self.lr_scheduler = get_scheduler(
-                self.args.lr_scheduler_type,
-                optimizer=self.optimizer if optimizer is None else optimizer,
-                num_warmup_steps=warmup,
-                num_training_steps=num_training_steps,
-                scheduler_specific_kwargs={
-                    "num_decay_steps": round(ratio * num_training_steps),
-                    **kwargs,
-                },
-            )
+        optimizer = optimizer or self.optimizer
+        by_step = scheduler_name(self.args) not in BY_METRIC
+        if self.lr_scheduler is None and by_step and unwrapped(optimizer) is not None:
+            self.lr_scheduler = LambdaLR(optimizer, lambda step: 1.0)
+            attach_run_schedule(self.lr_scheduler, optimizer, self.args, num_training_steps)
             self._created_lr_scheduler = True  # or a second train() keeps the exhausted schedule
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the trainer's card, and in it what NormOpt did."""
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        if self.is_world_process_zero() and unwrapped(self.optimizer) is not None:
+            update_model_card(self.args.output_dir)
 
 
 class NormOptTrainer(NormOptMixin, Trainer):
     """`transformers.Trainer` with NormOpt."""
 
 
+class NormOptFactory:
+    """For `Trainer(optimizer_cls_and_kwargs=(NormOptFactory, {"lr": 1e-3, "preset": "muon"}))`.
+
+    The keyword arguments are those of [`create_normopt_optimizer`], which the trainer's arguments
+    do not change.
+    """
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> NormOpt:
+        """Make the optimizer for a model."""
+        return create_normopt_optimizer(model, **kwargs)
+
+
 def register() -> None:
     """Make `TrainingArguments(optim="normopt")` known to transformers; runs on `import hf_normopt`.
 
     It adds names and takes none away, and does nothing the second time. Each preset is a name of
-    its own, such as `normopt_muon`.
+    its own, such as `normopt_muon`. Every trainer gets [`NormOptCallback`] and [`NormTelemetry`],
+    which do nothing for other optimizers.
 
     Raises:
         ImportError: if transformers has no registry of optimizers.
@@ -98,6 +108,9 @@ def register() -> None:
         if name not in OptimizerNames._value2member_map_:
             _add_member(OptimizerNames, name)
         _OPTIMIZER_HANDLERS.setdefault(OptimizerNames(name), _handler)
+    for callback in (NormOptCallback, NormTelemetry):
+        if callback not in transformers.trainer.DEFAULT_CALLBACKS:
+            transformers.trainer.DEFAULT_CALLBACKS.append(callback)
 
 
 def _handler(context: Any) -> tuple[Callable[[], Callable[..., NormOpt]], dict[str, Any]]:

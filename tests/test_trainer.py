@@ -222,7 +222,7 @@ def test_decay_as_a_fraction_of_the_run(tmp_path):
         NormOptTrainer(
             bert(), dataclasses.replace(args, lr_scheduler_type="cosine"), train_dataset=rows()
         ).train()
-    with pytest.raises(ValueError, match="decay_ratio is a fraction"):
+    with pytest.raises(ValueError, match="decay is a fraction"):
         NormOptTrainer(
             bert(),
             dataclasses.replace(args, lr_scheduler_kwargs={"decay_ratio": 2}),

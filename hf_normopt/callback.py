@@ -1,0 +1,208 @@
+"""What a plain `Trainer` leaves undone for NormOpt: schedules per role, checks, records.
+
+`register()` makes it a callback of every trainer; it does nothing where the optimizer is another.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .arguments import optimizer_name, run_schedule
+from .optimizer import NormOpt
+from .presets import optimizer_names
+from .report import report, write_report
+from .schedules import attach_inplace
+from .step_sizes import DualNorm
+
+logger = logging.getLogger(__name__)
+
+
+def unwrapped(optimizer: Any) -> NormOpt | None:
+    """The NormOpt inside of accelerate's wrapper, if it is one."""
+    while optimizer is not None and not isinstance(optimizer, NormOpt):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+class NormOptCallback(TrainerCallback):
+    """Attaches schedules, checks what was resumed, warns of surprises, writes `normopt.json`."""
+
+    def __init__(self) -> None:
+        self._optimizer: NormOpt | None = None
+        self._schedule = ""
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn where DeepSpeed will make an optimizer of its own."""
+        if optimizer_name(args) in optimizer_names():
+            warn_of_deepspeed(args)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check what was resumed, and attach the schedules."""
+        self._optimizer = inner = unwrapped(optimizer)
+        if inner is None:
+            name = optimizer_name(args)
+            if name in optimizer_names():
+                _warn(
+                    args,
+                    "optim=%r was asked for, but the trainer trains with %s.",
+                    name,
+                    type(getattr(optimizer, "optimizer", optimizer)).__name__,
+                )
+            return
+        check_progress(inner, state.global_step, args)
+        self._schedule = attach_run_schedule(lr_scheduler, optimizer, args, state.max_steps)
+        _warn_of_surprises(inner, state, args)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the report beside the checkpoint."""
+        self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the report beside the model; name the package among the model's tags."""
+        model = kwargs.get("model")
+        if self._optimizer is not None and hasattr(model, "add_model_tags"):
+            model.add_model_tags("hf-normopt")
+        self._write(Path(args.output_dir), state)
+
+    def _write(self, folder: Path, state: TrainerState) -> None:
+        if self._optimizer is not None and state.is_world_process_zero and folder.is_dir():
+            write_report(folder, report(self._optimizer, self._schedule, state.log_history))
+
+
+def check_progress(optimizer: NormOpt, global_step: int, args: TrainingArguments) -> None:
+    """Complain if the optimizer's state is not of the step at which training goes on.
+
+    The Trainer resumes in silence from a checkpoint whose `optimizer.pt` or `trainer_state.json` is
+    missing.
+
+    Raises:
+        ValueError: unless `on_mismatch="reset"`.
+    """
+    steps = optimizer.steps
+    skipped = args.fp16 and 0 < steps < global_step  # the gradient scaler skips steps
+    again = global_step == 0 and optimizer.has_moved  # a second train() goes on with the state
+    if steps == global_step or skipped or again:
+        return
+    if steps == 0:
+        what = (
+            f"Training goes on at step {global_step}, but the optimizer has no state: optimizer.pt "
+            "or scheduler.pt is missing (save_only_model=True writes none)."
+        )
+    elif global_step == 0:
+        what = (
+            f"The optimizer has made {steps} steps, but training starts at step 0: "
+            "trainer_state.json is missing, so the checkpoint is not complete."
+        )
+    else:
+        what = (
+            f"The optimizer has made {steps} steps, but training goes on at step {global_step}: "
+            "optimizer.pt and trainer_state.json are not of one checkpoint."
+        )
+    if optimizer.on_mismatch != "reset":
+        raise ValueError(
+            f"{what} Resume from a complete checkpoint, or continue with "
+            'on_mismatch="reset" (optim_args, NormOptArguments, create_normopt_optimizer).'
+        )
+    _warn(args, '%s It goes on as it is (on_mismatch="reset").', what)
+    optimizer.steps = global_step
+
+
+def attach_run_schedule(
+    scheduler: Any, optimizer: Any, args: TrainingArguments, num_training_steps: int
+) -> str:
+    """Give the trainer's own scheduler the factors of the roles.
+
+    Args:
+        scheduler: of the trainer. One that the user made is left alone.
+        optimizer: as the trainer holds it, for which its own scheduler was made.
+        args: the training arguments.
+        num_training_steps: the length of the run.
+
+    Returns:
+        The text of the run's schedule.
+    """
+    inner = unwrapped(optimizer)
+    assert inner is not None
+    if isinstance(scheduler, LambdaLR) and scheduler.optimizer is optimizer:
+        schedule = run_schedule(args, inner)
+        attach_inplace(scheduler, inner, schedule, num_training_steps)
+        return str(schedule)
+    wishes = {group["schedule"] for group in inner.param_groups} - {""}
+    if wishes:
+        _warn(
+            args,
+            "The schedule %s has no effect: the trainer's scheduler is a %s of its own.",
+            ", ".join(sorted(wishes)),
+            type(scheduler).__name__,
+        )
+    return type(scheduler).__name__
+
+
+def warn_of_deepspeed(args: TrainingArguments) -> None:
+    """Warn if a DeepSpeed config has an optimizer: the Trainer takes it and asks for no other."""
+    config: Any = args.deepspeed
+    if isinstance(config, (str, os.PathLike)) and Path(config).is_file():
+        config = json.loads(Path(config).read_text())
+    if isinstance(config, dict) and "optimizer" in config:
+        _warn(
+            args,
+            "The DeepSpeed config has the section optimizer (%s): DeepSpeed makes that one, and "
+            "NormOpt is not used. Remove the section to train with NormOpt.",
+            config["optimizer"].get("type"),
+        )
+
+
+def _warn_of_surprises(optimizer: NormOpt, state: TrainerState, args: TrainingArguments) -> None:
+    rate, resumed = optimizer.defaults["lr"], optimizer.param_groups[0].get("initial_lr")
+    if state.global_step > 0 and resumed is not None and float(resumed) != float(rate):
+        _warn(
+            args,
+            "learning_rate=%g has no effect: the checkpoint's %g goes on, as with every optimizer "
+            "of Trainer. A new rate needs a new run from the model's weights.",
+            float(rate),
+            float(resumed),
+        )
+    if isinstance(optimizer.step_size, DualNorm) and args.max_grad_norm:
+        _warn(
+            args,
+            "max_grad_norm=%g changes the step size: under DualNorm a step is in proportion to the "
+            "gradient, which is clipped before. max_grad_norm=0 leaves it alone.",
+            args.max_grad_norm,
+        )
+    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else None
+    if args.fsdp and kind is not DistributedType.FSDP:
+        _warn(
+            args,
+            "fsdp=%s was asked for, but accelerate trains with %s: on CPUs it has no FSDP, and "
+            "nothing is sharded.",
+            args.fsdp,
+            getattr(kind, "value", kind),
+        )
+
+
+def _warn(args: TrainingArguments, message: str, *values: Any) -> None:
+    if args.process_index == 0:
+        logger.warning(message, *values)

@@ -1,0 +1,140 @@
+"""How a model is trained, as plain data: `normopt.json`, beside every checkpoint and model.
+
+The model card is written from it, see `hf_normopt/model_card.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .optimizer import NormOpt
+from .presets import PRESETS
+from .rules import policy_key
+from .step_sizes import StepSize, format_step_size
+from .version import __version__
+
+FILE_NAME = "normopt.json"
+
+
+def group_label(group: Mapping[str, Any]) -> str:
+    """A group's role, and its kind where that has a rule of its own: `linear`, `linear/router`."""
+    return f"{group['role']}/{group['kind']}" if group["kind"] else str(group["role"])
+
+
+def report(
+    optimizer: NormOpt, schedule: str = "", log_history: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """What the optimizer is, and what became of it.
+
+    Args:
+        optimizer: as it trains or has trained.
+        schedule: the text of the run's schedule, for roles without one of their own.
+        log_history: of `TrainerState`; the last norms are taken from it.
+    """
+    origin = {key: _plain(value) for key, value in optimizer.origin.items()}
+    name = origin.pop("preset", "")
+    preset = PRESETS.get(name)
+    return {
+        "format_version": 1,
+        "versions": {
+            "hf_normopt": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "preset": {
+            "name": name,
+            "description": preset.description if preset else "",
+            "source": preset.source if preset else "",
+        },
+        "options": {key: v for key, v in origin.items() if key not in ("lr", "weight_decay")},
+        "learning_rate": float(optimizer.defaults["lr"]),
+        "weight_decay": float(optimizer.defaults["weight_decay"]),
+        "step_size": format_step_size(optimizer.step_size),
+        "schedule": schedule,
+        "steps": optimizer.steps,
+        "roles": [
+            _role(optimizer, group, schedule, log_history) for group in optimizer.param_groups
+        ],
+        "parameters": [
+            {
+                "name": name,
+                "shape": list(shape),
+                "role": group["role"],
+                "kind": group["kind"],
+                "layout": layout,
+            }
+            for group in optimizer.param_groups
+            for name, shape, layout in zip(
+                group["param_names"], group["param_shapes"], group["layouts"], strict=True
+            )
+        ],
+    }
+
+
+def _role(
+    optimizer: NormOpt,
+    group: Mapping[str, Any],
+    schedule: str,
+    log_history: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    rule = optimizer.policy[policy_key(optimizer.policy, group["role"], group["kind"])]
+    label = group_label(group)
+    norms: dict[str, float] = {}
+    for row in log_history:
+        for key, value in row.items():
+            quantity, _, of = key.partition("/")
+            if of == label and quantity != "lr":
+                norms[quantity] = value
+    return {
+        "role": group["role"],
+        "kind": group["kind"],
+        "norm": str(rule.norm),
+        "rule": group["rule"],
+        "tensors": len(group["params"]),
+        "parameters": sum(math.prod(shape) for shape in group["param_shapes"]),
+        "learning_rate": float(optimizer.defaults["lr"]) * rule.multiplier,
+        "weight_decay": float(group["weight_decay"]),
+        "schedule": group["schedule"] or schedule,
+        "norms": norms,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold: step sizes and norms as the text that options take."""
+    if isinstance(value, StepSize):
+        return format_step_size(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def write_report(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write the report into a folder: the whole file or none of it."""
+    path = Path(folder) / FILE_NAME
+    draft = path.with_suffix(".json.tmp")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(draft, path)
+
+
+def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The report of a folder.
+
+    Raises:
+        FileNotFoundError: if it has none.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {FILE_NAME}: it was not trained with hf_normopt, or not by a Trainer "
+            "with its callback."
+        )
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
