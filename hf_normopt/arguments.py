@@ -191,7 +191,7 @@ def wants_telemetry(args: TrainingArguments) -> bool:
 
 
 def run_schedule(args: TrainingArguments, optimizer: NormOpt) -> Schedule:
-    """The schedule of a run: `lr_scheduler_type`, or the preset's where that is left at its default.
+    """The schedule of a run: `lr_scheduler_type`, or where that is the default, the preset's.
 
     Raises:
         ValueError: for an option that the schedule does not have.

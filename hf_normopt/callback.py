@@ -76,16 +76,16 @@ class NormOptCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the report beside the checkpoint."""
-        self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
+        self._write(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the report beside the model; name the package among the model's tags."""
-        model = kwargs.get("model")
+        model: Any = kwargs.get("model")
         if self._optimizer is not None and hasattr(model, "add_model_tags"):
             model.add_model_tags("hf-normopt")
-        self._write(Path(args.output_dir), state)
+        self._write(Path(str(args.output_dir)), state)
 
     def _write(self, folder: Path, state: TrainerState) -> None:
         if self._optimizer is not None and state.is_world_process_zero and folder.is_dir():

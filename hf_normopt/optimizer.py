@@ -186,7 +186,7 @@ class NormOpt(torch.optim.Optimizer):
             move.apply_inplace(eta)
 
     def _count_inplace(self) -> None:
-        """Count the step, unless it is torch's rehearsal that only creates the state: lr 0, no g."""
+        """Count the step, unless it is torch's rehearsal that creates the state: all is 0."""
         if any(group["lr"] for group in self.param_groups) or any(
             p.grad is not None and p.grad.any() for g in self.param_groups for p in g["params"]
         ):

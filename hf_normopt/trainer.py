@@ -33,6 +33,7 @@ class NormOptMixin:
     model: Any
     optimizer: Any
     lr_scheduler: Any
+    is_world_process_zero: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -108,9 +109,8 @@ def register() -> None:
         if name not in OptimizerNames._value2member_map_:
             _add_member(OptimizerNames, name)
         _OPTIMIZER_HANDLERS.setdefault(OptimizerNames(name), _handler)
-    for callback in (NormOptCallback, NormTelemetry):
-        if callback not in transformers.trainer.DEFAULT_CALLBACKS:
-            transformers.trainer.DEFAULT_CALLBACKS.append(callback)
+    callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
+    callbacks += [c for c in (NormOptCallback, NormTelemetry) if c not in callbacks]
 
 
 def _handler(context: Any) -> tuple[Callable[[], Callable[..., NormOpt]], dict[str, Any]]:
