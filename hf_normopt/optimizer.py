@@ -269,11 +269,11 @@ class NormOpt(torch.optim.Optimizer):
         for group in self.param_groups:
             options, first = group, sum(len(made["params"]) for made in groups)
             for index, name in enumerate(map(canonical_name, group["param_names"]), first):
-                identity, number, before = saved.get(name) or (None, -1, group)
-                if identity == own[name]:
-                    options = before
-                    if number in state_dict["state"]:
-                        state[index] = state_dict["state"][number]
+                if name not in saved or saved[name][0] != own[name]:
+                    continue
+                _, number, options = saved[name]
+                if number in state_dict["state"]:
+                    state[index] = state_dict["state"][number]
             kept = {key: group[key] for key in (*_IDENTITY, "schedule")}
             numbers = list(range(first, first + len(group["params"])))
             groups.append({**group, **options, **kept, "params": numbers})
@@ -392,7 +392,7 @@ class Move:
             ratios: Iterable[Tensor] = map(self.rule.norm.lmo, operators)
         else:
             ratios = self._over_statistic_inplace(operators, gathered(grad), unit)
-        directions = (ratio * self._scale(ratio) for ratio in ratios)
+        directions = (ratio * self.scale(ratio) for ratio in ratios)
         self.direction = self.layout.from_operators(tuple(directions), tuple(self.param.shape))
 
     def dual(self, tensor: Tensor | None = None) -> Tensor:
@@ -400,7 +400,7 @@ class Move:
         if tensor is None:  # what the direction was made of: ⟨M, lmo(M)⟩
             return (self.smooth * self.direction).sum() * self.group["multiplier"]
         duals = [
-            (self.rule.norm.dual_norm(operator) * self._scale(operator)).sum()
+            (self.rule.norm.dual_norm(operator) * self.scale(operator)).sum()
             for operator in self.layout.to_operators(gathered(tensor))
         ]
         return torch.stack(duals).sum() * self.group["multiplier"]
@@ -414,7 +414,8 @@ class Move:
         self.param.sub_(sharded_like(update, self.param))
         del self.smooth, self.direction
 
-    def _scale(self, operator: Tensor) -> float:
+    def scale(self, operator: Tensor) -> float:
+        """What multiplies the LMO of an operator."""
         fan_out, fan_in = operator.shape[-2:]
         taps = self.layout.taps
         return SCALES[self.rule.scale](self.rule.norm, fan_out, fan_in, taps) / taps

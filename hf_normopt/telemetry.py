@@ -1,7 +1,101 @@
-"""Norms by role, logged while training."""
+"""Norms by role through `Trainer.log`: to the console, TensorBoard, W&B, trackio, `log_history`.
 
-from transformers import TrainerCallback
+`register()` makes it a callback of every trainer; it does nothing where the optimizer is another,
+and `optim_args="telemetry=false"` or `trainer.remove_callback(NormTelemetry)` turns it off.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from .arguments import wants_telemetry
+from .callback import unwrapped
+from .gauge import Gauge
+from .optimizer import NormOpt
+from .plot import save_run
+
+logger = logging.getLogger(__name__)
+
+PICTURE = "norms.png"
 
 
 class NormTelemetry(TrainerCallback):
-    """Norms by role."""
+    """Logs, with the loss, what the step did to each role in the role's own norm.
+
+    The keys are `quantity/role`, see `hf_normopt/gauge.py`. At the end of training it draws the run
+    into `norms.png` of `output_dir`, if matplotlib is installed.
+    """
+
+    def __init__(self) -> None:
+        self._optimizer: NormOpt | None = None
+        self._gauge = Gauge()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Find the optimizer."""
+        inner = unwrapped(optimizer)
+        self._optimizer = inner if inner is not None and wants_telemetry(args) else None
+        self._gauge = Gauge()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch the step if it will be logged."""
+        if self._optimizer is not None:
+            logged = _is_logged(state.global_step + 1, args, state)
+            self._optimizer.observer = self._gauge.observe if logged else None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the norms to the logs, for the reporters after it and for `log_history`."""
+        optimizer = self._optimizer
+        if optimizer is None or logs is None or "loss" not in logs:
+            return
+        if optimizer.observer == self._gauge.observe:  # the last one, where there are two
+            norms = self._gauge.read(optimizer)
+            logs.update(norms)
+            state.log_history[-1].update(norms)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the run."""
+        if self._optimizer is None:
+            return
+        self._optimizer.observer = None
+        measured = any("step_size" in key for row in state.log_history for key in row)
+        if measured and state.is_world_process_zero:
+            try:
+                save_run(Path(str(args.output_dir)) / PICTURE, state.log_history)
+            except ImportError:
+                logger.info("matplotlib is not installed: no %s.", PICTURE)
+
+
+def _is_logged(step: int, args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether `DefaultFlowCallback` will log after a step."""
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return step % state.logging_steps == 0
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        epoch = math.ceil(state.max_steps / max(1, state.num_train_epochs))
+        return step % epoch == 0 or step == state.max_steps
+    return False

@@ -29,8 +29,9 @@ ROWS = [
     {"optimizer"},
     {"presets"},
     {"schedules"},
-    {"arguments", "report"},
-    {"callback", "telemetry", "model_card"},
+    {"arguments", "report", "plot"},
+    {"callback", "gauge", "model_card"},
+    {"telemetry"},
     {"trainer", "cli"},
     {"__init__", "__main__"},
 ]

@@ -1,0 +1,156 @@
+"""What a step does to each role, measured in the role's own norm.
+
+| quantity          | of one parameter                              | of a role, by Prop. 7        |
+| ----------------- | --------------------------------------------- | ---------------------------- |
+| `weight_norm`     | ‖W‖ before the step                           | max over its parameters      |
+| `relative_update` | ‖ΔW‖ / ‖W‖, without the weight decay          | max ‖ΔW‖ / max ‖W‖           |
+| `dual_norm`       | ‖G‖† of the gradient                          | sum over its parameters      |
+| `certificate`     | ⟨M, D⟩ / (‖D‖ ‖M‖†) of momentum and direction | of one parameter, in turn    |
+
+The certificate is at most 1, by Hölder's inequality, and 1 just if the direction is an LMO of the
+momentum. With a statistic (Adam's, Shampoo's) it is less.
+
+Closed forms take a pass over the tensor. Singular values cost more: of a large model they are
+found for one matrix in [`PERIOD`], in turn; of the others the Frobenius norm is measured, and the
+ratio of the two, which changes slowly, is the one last found. Nothing waits for the device before
+`read`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .norms import Spectral
+from .optimizer import Move, NormOpt
+from .orthogonalize import POLYNOMIALS
+from .report import group_label
+from .sharding import gathered
+
+PERIOD = 24
+LARGE = 1e8  # multiplications in the Gram matrices of a model: more is measured in turn
+
+
+class Gauge:
+    """Measures the moves of one step at a time; `observe` is for `NormOpt.observer`."""
+
+    def __init__(self) -> None:
+        self._ratios: dict[tuple[int, str], Tensor] = {}
+        self._sizes: dict[str, int] = {}  # parameters of each role, in the last step
+        self._work = 0.0
+        self._steps = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._values: dict[str, dict[str, list[Tensor]]] = {}
+        self._rates: dict[str, float | Tensor] = {}
+        self._step_sizes: dict[str, float | Tensor] = {}
+        self._matrices = 0
+
+    def observe(self, move: Move, eta: Tensor | float) -> None:
+        """Measure a move before it is made."""
+        label = group_label(move.group)
+        values = self._values.setdefault(label, {})
+        position = len(values.get("weight_norm", ()))
+        weight, grad = gathered(move.param).to(move.smooth.dtype), gathered(move.grad)
+        self._rates[label] = move.group["lr"] * move.group["multiplier"]
+        self._step_sizes[label] = move.group["lr"] * eta
+        direction = move.direction
+        claimed = _size_of_lmo(move)
+        size = self._measure(move, _size, direction, "direction") if claimed is None else claimed
+        measured = {
+            "weight_norm": self._measure(move, _size, weight, "weight"),
+            "dual_norm": self._measure(move, _dual, grad, "gradient"),
+            "update": size * self._rates[label] * eta,
+        }
+        if position == self._steps % self._sizes.get(label, 1):
+            bound = _size(move, direction) if claimed is None else claimed
+            bound = bound * _dual(move, move.smooth)
+            inner = torch.linalg.vecdot(move.smooth.flatten(), direction.flatten())
+            measured["certificate"] = torch.where(bound > 0, inner / bound, 1)
+        for quantity, value in measured.items():
+            values.setdefault(quantity, []).append(value)
+        if isinstance(move.rule.norm, Spectral):
+            self._matrices += 1
+            if self._steps == 0:
+                shapes = [tuple(operator.shape) for operator in move.layout.to_operators(weight)]
+                self._work += sum(math.prod(shape) * min(shape[-2:]) for shape in shapes)
+
+    def read(self, optimizer: NormOpt) -> dict[str, float]:
+        """What was measured, by `quantity/role`; the next step starts anew.
+
+        `lr/role` has the role's multiplier and schedule. `step_size`, the learning rate times η,
+        and `cos_theta` of escape velocity are of the network, or of each role where η is.
+        """
+        found: dict[str, float | Tensor] = {f"lr/{k}": rate for k, rate in self._rates.items()}
+        per_role = optimizer.step_size.per_role
+        for group in optimizer.param_groups if per_role else optimizer.param_groups[:1]:
+            label = group_label(group)
+            suffix = f"/{label}" if per_role else ""
+            if label in self._step_sizes:
+                found[f"step_size{suffix}"] = self._step_sizes[label]
+            if "cosine" in group["memory"]:
+                found[f"cos_theta{suffix}"] = group["memory"]["cosine"]
+        for label, values in self._values.items():
+            size, update = (torch.stack(values[key]).max() for key in ("weight_norm", "update"))
+            found[f"weight_norm/{label}"] = size
+            found[f"relative_update/{label}"] = update / size
+            found[f"dual_norm/{label}"] = torch.stack(values["dual_norm"]).sum()
+            found[f"certificate/{label}"] = values["certificate"][0]
+            self._sizes[label] = len(values["weight_norm"])
+        self._steps += 1
+        self._start()
+        numbers = [float(value) for value in found.values()]
+        return {key: n for key, n in zip(found, numbers, strict=True) if math.isfinite(n)}
+
+    def _measure(
+        self, move: Move, measure: Callable[[Move, Tensor], Tensor], tensor: Tensor, what: str
+    ) -> Tensor:
+        """A quantity of a tensor, or where it is not its turn, its Frobenius norm times a ratio."""
+        if not isinstance(move.rule.norm, Spectral) or self._work < LARGE:
+            return measure(move, tensor)
+        key, length = (id(move.param), what), torch.linalg.vector_norm(tensor)
+        if key not in self._ratios or (self._matrices + self._steps) % PERIOD == 0:
+            value = measure(move, tensor)
+            self._ratios[key] = torch.where(length > 0, value / length, 0)
+            return value
+        return length * self._ratios[key]
+
+
+def _size_of_lmo(move: Move) -> Tensor | None:
+    """‖direction‖ by theory, where it is an LMO that is computed exactly, or 0; else None."""
+    if move.rule.statistic is not None or getattr(move.rule.norm, "method", "") in POLYNOMIALS:
+        return None
+    scales = [move.scale(operator) for operator in move.layout.to_operators(move.direction)]
+    moves = torch.linalg.vector_norm(move.direction) > 0
+    return moves * (max(scales) * move.layout.taps)
+
+
+def _size(move: Move, tensor: Tensor) -> Tensor:
+    """‖tensor‖: the weighted max over its operators."""
+    norm, sizes = move.rule.norm, []
+    for op in move.layout.to_operators(tensor):
+        plain = singular(op).amax(-1) if isinstance(norm, Spectral) else norm._norm(op)
+        sizes.append(plain.max() * norm.unit(*op.shape[-2:]))
+    return torch.stack(sizes).max() * move.layout.taps
+
+
+def _dual(move: Move, tensor: Tensor) -> Tensor:
+    """‖tensor‖†: the sum over its operators."""
+    norm, duals = move.rule.norm, []
+    for op in move.layout.to_operators(tensor):
+        plain = singular(op).sum(-1) if isinstance(norm, Spectral) else norm._dual(op)
+        duals.append(plain.sum() / norm.unit(*op.shape[-2:]))
+    return torch.stack(duals).sum() / move.layout.taps
+
+
+def singular(x: Tensor) -> Tensor:
+    """Singular values by the smaller Gram matrix in float64, to half of its digits."""
+    x = x.double()
+    gram = x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT
+    finite = gram.isfinite().all((-2, -1))[..., None, None]
+    values = torch.linalg.eigvalsh(torch.where(finite, gram, 0)).clamp_min(0).sqrt()
+    return torch.where(finite[..., 0], values, torch.nan).float()

@@ -1,0 +1,66 @@
+"""A run at a glance: loss, learning rates and norms by role, from the log of a trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# A panel: title, quantities in the log, logarithmic axis.
+_PANELS = (
+    ("loss", ("loss", "eval_loss"), False),
+    ("learning rate", ("lr",), False),
+    ("step size: learning rate · η", ("step_size",), True),
+    ("cos θ of escape velocity", ("cos_theta",), False),
+    ("size of the weights", ("weight_norm",), True),
+    ("size of the update / size of the weights", ("relative_update",), True),
+    ("dual norm of the gradient", ("dual_norm",), True),
+    ("certificate of the LMO", ("certificate",), False),
+)
+
+Series = dict[str, tuple[list[float], list[float]]]
+
+
+def series(log_history: Sequence[Mapping[str, Any]], quantities: Sequence[str]) -> Series:
+    """Steps and values of every key that is a quantity, or a quantity of a role."""
+    found: Series = {}
+    for row in log_history:
+        for key, value in row.items():
+            quantity, _, role = key.partition("/")
+            if quantity in quantities and isinstance(value, (int, float)):
+                steps, values = found.setdefault(role or quantity, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return found
+
+
+def save_run(path: str | os.PathLike[str], log_history: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a run into a file.
+
+    Args:
+        path: the picture, in a format that matplotlib knows.
+        log_history: of `TrainerState`.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    panels = [
+        (title, lines, logarithmic)
+        for title, quantities, logarithmic in _PANELS
+        if (lines := series(log_history, quantities))
+    ]
+    columns = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(4.5 * columns, 7.5), layout="constrained")
+    for place, (title, lines, logarithmic) in enumerate(panels, 1):
+        axes = figure.add_subplot(2, columns, place)
+        for name, (steps, values) in lines.items():
+            axes.plot(steps, values, label=name, marker="." if len(steps) < 20 else None)
+        positive = any(value > 0 for _, values in lines.values() for value in values)
+        axes.set(title=title, xlabel="step", yscale="log" if logarithmic and positive else "linear")
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
