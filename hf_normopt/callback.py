@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .arguments import optimizer_name, run_schedule
 from .optimizer import NormOpt
 from .presets import optimizer_names
-from .report import report, write_report
+from .report import FILE_NAME, report, write_report
 from .schedules import attach_inplace
 from .step_sizes import DualNorm
 
@@ -76,7 +76,7 @@ class NormOptCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the report beside the checkpoint."""
-        self._write(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", state)
+        self.write(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,40 +85,37 @@ class NormOptCallback(TrainerCallback):
         model: Any = kwargs.get("model")
         if self._optimizer is not None and hasattr(model, "add_model_tags"):
             model.add_model_tags("hf-normopt")
-        self._write(Path(str(args.output_dir)), state)
+        if self._optimizer is None and state.is_world_process_zero:
+            (Path(str(args.output_dir)) / FILE_NAME).unlink(missing_ok=True)  # of another run
+        self.write(Path(str(args.output_dir)), state)
 
-    def _write(self, folder: Path, state: TrainerState) -> None:
+    def write(self, folder: Path, state: TrainerState) -> None:
+        """Write the report as it is now, if NormOpt trains."""
         if self._optimizer is not None and state.is_world_process_zero and folder.is_dir():
-            write_report(folder, report(self._optimizer, self._schedule, state.log_history))
+            now = report(self._optimizer, self._schedule, state.log_history, state.max_steps)
+            write_report(folder, now)
 
 
 def check_progress(optimizer: NormOpt, global_step: int, args: TrainingArguments) -> None:
-    """Complain if the optimizer's state is not of the step at which training goes on.
+    """Complain if the optimizer's state is not of the step at which training is resumed.
 
-    The Trainer resumes in silence from a checkpoint whose `optimizer.pt` or `trainer_state.json` is
-    missing.
+    The Trainer resumes in silence from a checkpoint without `optimizer.pt` or `scheduler.pt`.
 
     Raises:
         ValueError: unless `on_mismatch="reset"`.
     """
     steps = optimizer.steps
     skipped = args.fp16 and 0 < steps < global_step  # the gradient scaler skips steps
-    again = global_step == 0 and optimizer.has_moved  # a second train() goes on with the state
-    if steps == global_step or skipped or again:
+    if global_step == 0 or steps == global_step or skipped:
         return
     if steps == 0:
         what = (
             f"Training goes on at step {global_step}, but the optimizer has no state: optimizer.pt "
             "or scheduler.pt is missing (save_only_model=True writes none)."
         )
-    elif global_step == 0:
-        what = (
-            f"The optimizer has made {steps} steps, but training starts at step 0: "
-            "trainer_state.json is missing, so the checkpoint is not complete."
-        )
     else:
         what = (
-            f"The optimizer has made {steps} steps, but training goes on at step {global_step}: "
+            f"Training goes on at step {global_step}, but the optimizer has made {steps} steps: "
             "optimizer.pt and trainer_state.json are not of one checkpoint."
         )
     if optimizer.on_mismatch != "reset":

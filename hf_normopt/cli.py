@@ -213,7 +213,7 @@ def _presets(args: argparse.Namespace) -> int:
 
 
 def _card(args: argparse.Namespace) -> int:
-    update_model_card(args.folder)
+    print(update_model_card(args.folder))
     return 0
 
 

@@ -85,6 +85,8 @@ class Gauge:
         `lr/role` has the role's multiplier and schedule. `step_size`, the learning rate times η,
         and `cos_theta` of escape velocity are of the network, or of each role where η is.
         """
+        if not self._values:
+            return {}
         found: dict[str, float | Tensor] = {f"lr/{k}": rate for k, rate in self._rates.items()}
         per_role = optimizer.step_size.per_role
         for group in optimizer.param_groups if per_role else optimizer.param_groups[:1]:

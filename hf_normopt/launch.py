@@ -42,6 +42,6 @@ def run(argv: Sequence[str]) -> int:
         print(f"hf-normopt run: there is no {target}.", file=sys.stderr)
         return 2
     sys.argv = [target, *arguments]
-    sys.path[0] = os.path.dirname(os.path.abspath(target))
+    sys.path[0] = os.path.dirname(os.path.realpath(target))  # python follows links
     runpy.run_path(target, run_name="__main__")
     return 0

@@ -1,9 +1,323 @@
-"""The part of a model card that says how NormOpt trained the model."""
+"""The part of a model card that says how NormOpt trained the model.
+
+It is written from `normopt.json`, which every trainer leaves beside the model and its checkpoints
+(see `hf_normopt/report.py`), so that it says what ran, and not what the arguments look like.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from .presets import PRESETS
+from .report import FILE_NAME, group_label, read_report
+from .schedules import parse_schedule
+from .step_sizes import STEP_SIZES
+from .tables import format_table
+
+TAG = "hf-normopt"
+PICTURE = "norms.png"  # drawn by the telemetry
+
+_START, _END = "<!-- hf-normopt: start -->", "<!-- hf-normopt: end -->"
+_SECTION = re.compile(f"{_START}.*?{_END}", re.DOTALL)
+_LIST = "The following hyperparameters were used during training:\n"  # in the cards of transformers
+
+_CITATION = """\
+```bibtex
+@article{bernstein2024old,
+  title   = {Old Optimizer, New Norm: An Anthology},
+  author  = {Bernstein, Jeremy and Newhouse, Laker},
+  journal = {arXiv preprint arXiv:2409.20325},
+  year    = {2024}
+}
+```"""
 
 
-def update_model_card(path: str | os.PathLike[str]) -> None:
-    """Write what NormOpt did into the card of a model."""
+def update_model_card(path: str | os.PathLike[str]) -> Path:
+    """Write what NormOpt did into the card of a model, or make the card where there is none.
+
+    The lines of transformers' list of hyperparameters are made true, a section `## Optimizer` is
+    added, or replaced where there is one, and the metadata get the tag `hf-normopt`, `optimizer`
+    and `optimizer_preset`. All else stays as it is.
+
+    [`NormOptMixin`] does it in `create_model_card` and `push_to_hub`. Those of a plain `Trainer`
+    write a card of their own each time, so call this after them:
+
+        trainer.create_model_card()
+        update_model_card(args.output_dir)
+
+    and to publish: `trainer.push_to_hub()`, then this, then
+    `ModelCard.load(path).push_to_hub(trainer.hub_model_id)`.
+
+    Args:
+        path: the folder of the model, `output_dir` or a checkpoint; or the card in it.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        FileNotFoundError: if the folder has no `normopt.json`.
+        ValueError: if the card's metadata cannot be read.
+    """
+    file = _card_file(path)
+    content = read_report(file.parent)
+    new = f"---\ntags:\n- {TAG}\n---\n\n# {file.parent.resolve().name}\n"
+    card = ModelCard.load(file) if file.is_file() else ModelCard(new)
+
+    data: Any = card.data
+    data.tags = list(dict.fromkeys([*(data.tags or []), TAG]))
+    data["optimizer"] = "normopt"
+    data["optimizer_preset"] = content["preset"]["name"] or None
+
+    before, marked, after = _around_section(card.text)
+    for name, value in _hyperparameters(content).items():
+        before = _corrected(before, name, value)
+    listed = f"- optimizer: {_optimizer_line(content)}" in before
+    section = _section(content, (file.parent / PICTURE).is_file(), listed)
+    card.text = f"{before}{section}{after}" if marked else f"{before.rstrip()}\n\n{section}\n"
+    card.save(file)
+    return file
+
+
+def say_untrained(path: str | os.PathLike[str]) -> None:
+    """Say in the card of a model that its optimizer is NormOpt, but has not trained it.
+
+    Args:
+        path: as for [`update_model_card`].
+    """
+    file = _card_file(path)
+    card = ModelCard.load(file)
+    card.text = _corrected(card.text, "optimizer", "NormOpt, which has not trained this model yet")
+    card.save(file)
+
+
+def has_report(path: str | os.PathLike[str]) -> bool:
+    """Whether [`update_model_card`] has something to write from."""
+    return (_card_file(path).parent / FILE_NAME).is_file()
+
+
+def _card_file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".md" else path / "README.md"
+
+
+def _around_section(text: str) -> tuple[str, str, str]:
+    """The text before our section, the section, and the text after it."""
+    match = _SECTION.search(text)
+    return (text[: match.start()], match[0], text[match.end() :]) if match else (text, "", "")
+
+
+def _corrected(text: str, name: str, value: str) -> str:
+    """The text with one value of transformers' list of hyperparameters replaced."""
+    head, mark, rest = text.partition(_LIST)
+    items, blank, tail = rest.partition("\n\n")
+    # transformers puts the arguments of most optimizers on a second line
+    line = rf"^- {name}: (?:.*and the args are:\n)?.*"
+    items = re.sub(line, lambda _: f"- {name}: {value}", items, flags=re.MULTILINE)
+    return f"{head}{mark}{items}{blank}{tail}"
+
+
+def _hyperparameters(content: Mapping[str, Any]) -> dict[str, str]:
+    """What transformers reads from the training arguments, as it was."""
+    schedules = _schedules(content)
+    values = {
+        "optimizer": _optimizer_line(content),
+        "learning_rate": str(content["learning_rate"]),
+    }
+    if len(schedules) > 1:
+        values["lr_scheduler_type"] = _schedule_line(content)
+    elif text := next(iter(schedules)):
+        name, *options = text.split("/")
+        warmups = [word.partition(":")[2] for word in options if word.startswith("warmup:")]
+        own = "" if _is_readable(name) else f"not used, {name} is a scheduler of its own"
+        values["lr_scheduler_type"] = name
+        values["lr_scheduler_warmup_steps"] = own or "".join(warmups) or "0"
+    return values
+
+
+def _optimizer_line(content: Mapping[str, Any]) -> str:
+    name = content["preset"]["name"]
+    words = [
+        f"NormOpt (hf_normopt {content['versions']['hf_normopt']})",
+        f"preset {name}" if name else "a policy of its own",
+        f"step size {content['step_size']}",
+    ]
+    options = ",".join(f"{k}={v}" for k, v in _options(content).items() if k != "step_size")
+    return ", ".join(words) + (f", options `{options}`" if options else "")
+
+
+def _options(content: Mapping[str, Any]) -> dict[str, str]:
+    """The options in the grammar of `optim_args`."""
+    texts = {}
+    for key, value in content["options"].items():
+        if key == "overrides":
+            texts["roles"] = ";".join(f"{role}:{pattern}" for pattern, role in value.items())
+        else:  # transformers takes all spaces out of optim_args
+            texts[key] = str(value).lower() if isinstance(value, bool) else str(value)
+            texts[key] = texts[key].replace(" ", "")
+    return texts
+
+
+def _is_readable(schedule: str) -> bool:
+    try:
+        return bool(parse_schedule(schedule).name)
+    except ValueError:  # the class of a scheduler that the user made
+        return False
+
+
+def _schedules(content: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The schedules in full, each with its roles."""
+    run = content["schedule"]
+    found: dict[str, list[str]] = {}
+    for role in content["roles"]:
+        text = run
+        if _is_readable(run):
+            text = str(parse_schedule(role["schedule"]).over(parse_schedule(run)))
+        found.setdefault(text, []).append(group_label(role))
+    return found
+
+
+def _schedule_line(content: Mapping[str, Any]) -> str:
+    (first, _), *others = _schedules(content).items()
+    return "; ".join([first, *(f"{text} for {', '.join(roles)}" for text, roles in others)])
+
+
+def _section(content: Mapping[str, Any], picture: bool, listed: bool) -> str:
+    """The section.
+
+    Args:
+        content: the report.
+        picture: whether there is one to show.
+        listed: whether the card names the optimizer already.
+    """
+    preset, size, options = content["preset"], content["step_size"], _options(content)
+    kind = STEP_SIZES.get(size.partition("/")[0])
+    about = f" {(kind.__doc__ or '').splitlines()[0]}" if kind else ""
+    steps, max_steps, last = content["steps"], content["max_steps"], content["last_step_size"]
+    logged = " With the rate and the schedule, at the last step that was logged: {:.4g}."
+    logged = "" if last is None else logged.format(last)
+    facts = {
+        "optimizer": "" if listed else _optimizer_line(content),
+        "preset": f"`{preset['name']}`. {preset['description']}" if preset["name"] else "none",
+        "source": preset["source"],
+        "options": ", ".join(f"`{key}={value}`" for key, value in options.items()) or "none",
+        "learning rate": str(content["learning_rate"]),
+        "weight decay": str(content["weight_decay"]),
+        "step size": f"`{size}`.{about}" + logged,
+        "schedule": f"`{_schedule_line(content)}`" if content["schedule"] else "",
+        "steps": f"{steps:,}" + (f" of {max_steps:,}" if max_steps > steps else ""),
+        "versions": ", ".join(f"{name} {text}" for name, text in content["versions"].items()),
+    }
+    parts = [
+        f"{_START}\n## Optimizer",
+        "Trained with NormOpt of `hf_normopt`: steepest descent under an operator norm for each "
+        "tensor, by the role that it plays in the network.",
+        "\n".join(f"- {name}: {text}" for name, text in facts.items() if text),
+        _roles_table(content),
+        "### Final norms",
+        _norms(content),
+        *([f"![Norms by role during training]({PICTURE})"] if picture else []),
+        "### How to reproduce",
+        _reproduction(content),
+        "### Citation",
+        f"{_CITATION}\n{_END}",
+    ]
+    return "\n\n".join(parts)
+
+
+def _roles_table(content: Mapping[str, Any]) -> str:
+    header = ("role", "norm", "tensors", "parameters", "learning rate", "weight decay", "rule")
+    rows = [
+        (
+            group_label(role),
+            role["norm"],
+            f"{role['tensors']:,}",
+            f"{role['parameters']:,}",
+            f"{role['learning_rate']:.10g}",
+            f"{role['weight_decay']:.10g}",
+            role["rule"].removeprefix(f"{role['norm']}, ").partition("; ")[0],
+        )
+        for role in content["roles"]
+    ]
+    return format_table(header, rows, markdown=True)
+
+
+def _norms(content: Mapping[str, Any]) -> str:
+    quantities = list(dict.fromkeys(name for role in content["roles"] for name in role["norms"]))
+    if not quantities:
+        return "No norms were logged."
+    rows = [
+        [
+            group_label(role),
+            *(f"{role['norms'][q]:.4g}" if q in role["norms"] else "" for q in quantities),
+        ]
+        for role in content["roles"]
+    ]
+    names = [name.replace("_", " ") for name in quantities]
+    table = format_table(["role", *names], rows, markdown=True)
+    return f"Of each role in its own norm, at the last step that was logged:\n\n{table}"
+
+
+def _reproduction(content: Mapping[str, Any]) -> str:
+    """Code that makes the same optimizer and schedule."""
+    if not content["preset"]["name"]:
+        return (
+            "The optimizer was made by a script, with a policy of its own: the table has its rules."
+        )
+    options = {"preset": content["preset"]["name"], **_options(content)}
+    arguments: dict[str, Any] = {"output_dir": "output", "optim": "normopt"}
+    overrides = content["options"].get("overrides", {})
+    typed = any(re.search(r"[\s,=;]", pattern) for pattern in overrides)
+    if typed:  # optim_args cannot hold these characters
+        del options["roles"]
+        arguments["role_overrides"] = overrides
+    arguments["optim_args"] = ",".join(f"{key}={value}" for key, value in options.items())
+    arguments |= {key: content[key] for key in ("learning_rate", "weight_decay")}
+    arguments |= _schedule_arguments(content)
+    if content["max_steps"]:
+        arguments["max_steps"] = content["max_steps"]
+    name = "hf_normopt.NormOptArguments" if typed else "TrainingArguments"
+    lines = [
+        "```python",
+        "import hf_normopt",
+        *([] if typed else ["from transformers import TrainingArguments"]),
+        f"\nargs = {name}(",
+        *(f"    {key}={_code(value)}," for key, value in arguments.items()),
+        ")",
+        "# trainer = hf_normopt.NormOptTrainer(model, args, train_dataset=...)",
+        "```",
+    ]
+    others = "The data, the batch size, the seed and the clipping of gradients are the script's"
+    if content["schedule"] and not _is_readable(content["schedule"]):
+        others += f"; so is the schedule, a `{content['schedule']}`"
+    return "\n".join(lines) + f"\n\n{others}."
+
+
+def _schedule_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments that give the schedule of the run."""
+    if not _is_readable(content["schedule"]):
+        return {}
+    schedule, preset = parse_schedule(content["schedule"]), PRESETS.get(content["preset"]["name"])
+    usual = parse_schedule(preset.schedule if preset and preset.schedule else "linear")
+    arguments: dict[str, Any] = {}
+    if schedule != replace(usual, warmup=schedule.warmup):
+        options = dict(schedule.options)
+        if "decay" in options:
+            options["decay_ratio"] = options.pop("decay")
+        arguments["lr_scheduler_type"] = schedule.name
+        if options:
+            arguments["lr_scheduler_kwargs"] = options
+    if schedule.warmup:
+        arguments["warmup_steps"] = schedule.warmup
+    return arguments
+
+
+def _code(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -91,7 +91,6 @@ class NormOpt(torch.optim.Optimizer):
         self.policy = dict(policy)
         self.step_size = step_size
         self.on_mismatch = on_mismatch
-        self.has_moved = False  # since it was made: no part of the state
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -190,7 +189,6 @@ class NormOpt(torch.optim.Optimizer):
         if any(group["lr"] for group in self.param_groups) or any(
             p.grad is not None and p.grad.any() for g in self.param_groups for p in g["params"]
         ):
-            self.has_moved = True
             for group in self.param_groups:
                 group["steps"] += 1
 
@@ -321,7 +319,7 @@ class NormOpt(torch.optim.Optimizer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("policy", "step_size", "on_mismatch", "has_moved", "origin")
+        own = ("policy", "step_size", "on_mismatch", "origin")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __repr__(self) -> str:

@@ -30,7 +30,10 @@ def group_label(group: Mapping[str, Any]) -> str:
 
 
 def report(
-    optimizer: NormOpt, schedule: str = "", log_history: Sequence[Mapping[str, Any]] = ()
+    optimizer: NormOpt,
+    schedule: str = "",
+    log_history: Sequence[Mapping[str, Any]] = (),
+    max_steps: int = 0,
 ) -> dict[str, Any]:
     """What the optimizer is, and what became of it.
 
@@ -38,6 +41,7 @@ def report(
         optimizer: as it trains or has trained.
         schedule: the text of the run's schedule, for roles without one of their own.
         log_history: of `TrainerState`; the last norms are taken from it.
+        max_steps: the length of the run that the schedule is for; 0: unknown.
     """
     origin = {key: _plain(value) for key, value in optimizer.origin.items()}
     name = origin.pop("preset", "")
@@ -55,11 +59,15 @@ def report(
             "source": preset.source if preset else "",
         },
         "options": {key: v for key, v in origin.items() if key not in ("lr", "weight_decay")},
-        "learning_rate": float(optimizer.defaults["lr"]),
-        "weight_decay": float(optimizer.defaults["weight_decay"]),
+        "learning_rate": _rate(optimizer.param_groups[0]),
+        "weight_decay": _weight_decay(optimizer),
         "step_size": format_step_size(optimizer.step_size),
+        "last_step_size": next(
+            (row["step_size"] for row in reversed(log_history) if "step_size" in row), None
+        ),
         "schedule": schedule,
         "steps": optimizer.steps,
+        "max_steps": max_steps,
         "roles": [
             _role(optimizer, group, schedule, log_history) for group in optimizer.param_groups
         ],
@@ -100,11 +108,25 @@ def _role(
         "rule": group["rule"],
         "tensors": len(group["params"]),
         "parameters": sum(math.prod(shape) for shape in group["param_shapes"]),
-        "learning_rate": float(optimizer.defaults["lr"]) * rule.multiplier,
+        "learning_rate": _rate(group) * rule.multiplier,
         "weight_decay": float(group["weight_decay"]),
         "schedule": group["schedule"] or schedule,
         "norms": norms,
     }
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    """The rate that schedules multiply: a resumed run goes on with the one of its checkpoint."""
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _weight_decay(optimizer: NormOpt) -> float:
+    """The decay of rules whose factor is 1; of the checkpoint too, where a run was resumed."""
+    for group in optimizer.param_groups:
+        rule = optimizer.policy[policy_key(optimizer.policy, group["role"], group["kind"])]
+        if rule.decay:
+            return float(group["weight_decay"]) / rule.decay
+    return float(optimizer.defaults["weight_decay"])
 
 
 def _plain(value: Any) -> Any:

@@ -93,9 +93,7 @@ class Schedule:
             learning_rate: in whose unit transformers states some floors.
         """
         warmup = warmup_steps(self.warmup or 0, num_training_steps)
-        name, options = self.name, dict(self.options)
-        if name == "constant" and self.warmup:
-            name = "constant_with_warmup"
+        options = dict(self.options)
         if "decay" in options:
             decay = round(options.pop("decay") * num_training_steps)
             if warmup + decay > num_training_steps:
@@ -105,7 +103,7 @@ class Schedule:
                 )
             options["num_decay_steps"] = decay
         shape = get_scheduler(
-            name,
+            self.name,
             torch.optim.SGD([torch.zeros(1)], lr=learning_rate),
             num_warmup_steps=warmup,
             num_training_steps=num_training_steps,
@@ -153,6 +151,8 @@ def parse_schedule(text: str) -> Schedule:
         options["decay_type" if key == "shape" else key] = _number(value)
     if "num_decay_steps" in options:
         options.pop("decay", None)
+    if name == "constant" and "warmup" in options:
+        name = "constant_with_warmup"  # the other one ignores it, as in transformers
     try:
         warmup, floor = options.pop("warmup", None), options.pop("floor", 0.0)
         return Schedule(name, warmup, floor, options)

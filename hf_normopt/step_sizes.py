@@ -209,14 +209,16 @@ STEP_SIZES: dict[str, type[StepSize]] = {
 
 
 def format_step_size(size: StepSize) -> str:
-    """The text that `parse_step_size` reads."""
-    name = next(name for name, cls in STEP_SIZES.items() if cls is type(size))
+    """The text that `parse_step_size` reads; the representation of another class than ours."""
+    names = [name for name, cls in STEP_SIZES.items() if cls is type(size)]
+    if not names:
+        return repr(size)
     words = [
         f"{f.name}:{getattr(size, f.name)}".lower()
         for f in fields(size)  # type: ignore[arg-type]
         if getattr(size, f.name) != f.default
     ]
-    return "/".join([name, *words])
+    return "/".join([names[0], *words])
 
 
 def parse_step_size(text: str) -> StepSize:

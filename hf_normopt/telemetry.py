@@ -66,13 +66,11 @@ class NormTelemetry(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the norms to the logs, for the reporters after it and for `log_history`."""
-        optimizer = self._optimizer
-        if optimizer is None or logs is None or "loss" not in logs:
+        if self._optimizer is None or logs is None or not {"loss", "train_loss"} & logs.keys():
             return
-        if optimizer.observer == self._gauge.observe:  # the last one, where there are two
-            norms = self._gauge.read(optimizer)
-            logs.update(norms)
-            state.log_history[-1].update(norms)
+        norms = self._gauge.read(self._optimizer)
+        logs.update(norms)
+        state.log_history[-1].update(norms)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,8 +79,8 @@ class NormTelemetry(TrainerCallback):
         if self._optimizer is None:
             return
         self._optimizer.observer = None
-        measured = any("step_size" in key for row in state.log_history for key in row)
-        if measured and state.is_world_process_zero:
+        measured = [row for row in state.log_history if any("weight_norm" in key for key in row)]
+        if len(measured) > 1 and state.is_world_process_zero:
             try:
                 save_run(Path(str(args.output_dir)) / PICTURE, state.log_history)
             except ImportError:
@@ -90,12 +88,12 @@ class NormTelemetry(TrainerCallback):
 
 
 def _is_logged(step: int, args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether `DefaultFlowCallback` will log after a step."""
-    if step == 1 and args.logging_first_step:
+    """Whether a step is the last, or `DefaultFlowCallback` will log after it."""
+    if step == state.max_steps or (step == 1 and args.logging_first_step):
         return True
     if args.logging_strategy == IntervalStrategy.STEPS:
         return step % state.logging_steps == 0
     if args.logging_strategy == IntervalStrategy.EPOCH:
         epoch = math.ceil(state.max_steps / max(1, state.num_train_epochs))
-        return step % epoch == 0 or step == state.max_steps
+        return step % epoch == 0
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from .arguments import optimizer_from_arguments, optimizer_name, scheduler_name
 from .callback import NormOptCallback, attach_run_schedule, unwrapped, warn_of_deepspeed
-from .model_card import update_model_card
+from .model_card import has_report, say_untrained, update_model_card
 from .optimizer import NormOpt
 from .presets import create_normopt_optimizer, optimizer_names
 from .schedules import BY_METRIC
@@ -33,6 +34,8 @@ class NormOptMixin:
     model: Any
     optimizer: Any
     lr_scheduler: Any
+    state: Any
+    callback_handler: Any
     is_world_process_zero: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,10 +69,21 @@ class NormOptMixin:
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the trainer's card, and in it what NormOpt did."""
+        """Write the trainer's card, and in it what NormOpt did, see [`update_model_card`]."""
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        if self.is_world_process_zero() and unwrapped(self.optimizer) is not None:
-            update_model_card(self.args.output_dir)
+        is_ours = unwrapped(self.optimizer) is not None or (
+            self.optimizer is None and _asks_for_normopt(self.args)
+        )
+        if not is_ours or not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, NormOptCallback):
+                callback.write(folder, self.state)  # TRL makes a card with each checkpoint
+        if has_report(folder):
+            update_model_card(folder)
+        else:
+            say_untrained(folder)
 
 
 class NormOptTrainer(NormOptMixin, Trainer):
@@ -130,6 +144,12 @@ def _add_member(enum: Any, value: str) -> None:
     if hasattr(enum, "_hashable_values_"):  # Python 3.12 and later
         enum._hashable_values_.append(value)
     type.__setattr__(enum, name, member)
+    # A pickle names this module, so that a spawned process, which imported nothing, knows the name.
+    member.__reduce_ex__ = lambda protocol: (_known_name, (value,))
+
+
+def _known_name(value: str) -> OptimizerNames:
+    return OptimizerNames(value)
 
 
 def _asks_for_normopt(args: TrainingArguments) -> bool:

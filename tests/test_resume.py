@@ -1,0 +1,296 @@
+"""Interrupted training goes on as if it had not been interrupted, or says why it cannot."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer
+
+from hf_normopt import create_normopt_optimizer
+
+from .test_trainer import arguments, bert, equal, inner, rows, weights
+
+SAVING = {"optim": "normopt", "save_strategy": "steps", "save_steps": 3, "seed": 1}
+
+
+def trained(folder, model=None, resume=None, **changes):
+    args = arguments(folder, **{**SAVING, **changes})
+    trainer = Trainer(model or bert(), args, train_dataset=rows())
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of step 3 of 6, with the model that the whole run gave."""
+    model = trained(tmp_path).model
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    return tmp_path / "checkpoint-3", model
+
+
+def tampered(folder, change):
+    """Change a checkpoint's optimizer state."""
+    path = folder / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(change(state) or state, path)
+
+
+def state_dtypes(trainer):
+    states = inner(trainer).state.values()
+    return {value.dtype for state in states for value in state.values()}
+
+
+@pytest.mark.parametrize("optim", ["normopt", "normopt_muon", "normopt_shampoo", "normopt_prodigy"])
+def test_bf16_weights_resume_bit_for_bit(optim, tmp_path):
+    straight = trained(tmp_path, bert().bfloat16(), optim=optim)
+    resumed = trained(tmp_path, bert().bfloat16(), tmp_path / "checkpoint-3", optim=optim)
+    assert equal(weights(straight.model), weights(resumed.model))
+    assert state_dtypes(resumed) == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "preset=modular,step_size=escape_velocity/beta:0.9",
+        "preset=modular,step_size=escape_velocity/per_role:true/variant:undelayed",
+        "step_size=dual_norm,momentum=0.5",
+        "schedule_head=wsd/decay:0.5,lr_head=2.0",
+    ],
+)
+def test_step_sizes_and_schedules_resume_bit_for_bit(options, tmp_path):
+    options = {"optim_args": options, "learning_rate": 0.1, "max_grad_norm": 0.0}
+    straight = trained(tmp_path, **options)
+    resumed = trained(tmp_path, resume=tmp_path / "checkpoint-3", **options)
+    assert equal(weights(straight.model), weights(resumed.model))
+
+
+def test_groups_and_names_of_another_order_are_remapped(checkpoint, tmp_path):
+    """Regrouped, reordered, and renamed as `module.` and `_orig_mod.` rename, on disk."""
+    folder, whole = checkpoint
+
+    def change(state):
+        groups = state["param_groups"][::-1]
+        prefixes = ["module.", "_orig_mod.", "", "", ""]
+        for group, prefix in zip(groups, prefixes, strict=True):
+            for key in ("params", "param_names", "param_shapes", "layouts"):
+                group[key] = group[key][::-1]
+            group["param_names"] = [prefix + name for name in group["param_names"]]
+        state["param_groups"] = groups
+
+    tampered(folder, change)
+    assert equal(weights(trained(tmp_path, resume=folder).model), weights(whole))
+
+
+def test_a_second_train_goes_on_with_the_state(tmp_path):
+    trainer = trained(tmp_path, save_strategy="no", max_steps=2)
+    trainer.train()
+    assert inner(trainer).steps == 4
+
+
+MISMATCHES = {
+    "another preset": ({"optim": "normopt_muon"}, r"trained under the rule \[.*go on under \["),
+    "another norm": ({"optim_args": "norm_head=l1->linf"}, r"rms->linf.*go on under \[l1->linf"),
+    "another momentum": ({"optim_args": "momentum=0.5"}, "momentum 0.95 nesterov"),
+    "another role": ({"optim_args": "roles=head:pooler"}, r"\(linear\) and would go on.*\(head\)"),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_other_rules_are_refused_or_reset(case, checkpoint, tmp_path, caplog):
+    folder, _ = checkpoint
+    changes, message = MISMATCHES[case]
+    with pytest.raises(ValueError, match=message) as error:
+        trained(tmp_path, resume=folder, **changes)
+    assert 'on_mismatch="reset"' in str(error.value)
+    options = ",".join(filter(None, [changes.get("optim_args"), "on_mismatch=reset"]))
+    resumed = trained(tmp_path, resume=folder, **{**changes, "optim_args": options})
+    assert resumed.state.global_step == inner(resumed).steps == 6
+    assert any("starts without state" in r.getMessage() for r in caplog.records)
+
+
+def test_reset_keeps_what_fits(checkpoint, tmp_path):
+    folder, _ = checkpoint
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    optimizer = create_normopt_optimizer(
+        bert(), lr=1e-3, momentum_head=0.5, on_mismatch="reset", weight_decay=0.0
+    )
+    optimizer.load_state_dict(saved)
+    numbers = {n: i for g in saved["param_groups"] for n, i in named(g)}
+    for group in optimizer.param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            kept = optimizer.state[p].get("momentum_buffer")
+            if group["role"] == "head":
+                assert kept is None
+            else:
+                assert torch.equal(kept, saved["state"][numbers[name]]["momentum_buffer"])
+
+
+def named(group):
+    return zip(group["param_names"], group["params"], strict=True)
+
+
+def test_missing_extra_and_reshaped_parameters_are_listed(checkpoint, tmp_path):
+    folder, _ = checkpoint
+    model = bert()
+    model.bert.encoder.layer[1].requires_grad_(False)
+    missing = "Only in the checkpoint: bert.encoder.layer.1.* and 11 more. Only in the model: none"
+    with pytest.raises(ValueError, match=missing):
+        trained(tmp_path, model, folder)
+
+    def change(state):
+        state["param_groups"][0]["param_names"][0] = "other"
+        state["param_groups"][0]["param_shapes"][1] = (7, 7)
+
+    tampered(folder, change)
+    both = "Only in the checkpoint: other. Only in the model: bert.encoder.layer.0.attention"
+    with pytest.raises(ValueError, match=both):
+        trained(tmp_path, resume=folder)
+    tampered(folder, lambda state: rename(state, "other", name_of(bert(), 0)))
+    with pytest.raises(
+        ValueError, match=r"has the shape \(7, 7\) in the checkpoint and \(32, 32\)"
+    ):
+        trained(tmp_path, resume=folder)
+
+
+def name_of(model, i):
+    return create_normopt_optimizer(model, lr=0.1).param_groups[0]["param_names"][i]
+
+
+def rename(state, old, new):
+    for group in state["param_groups"]:
+        group["param_names"] = [new if name == old else name for name in group["param_names"]]
+
+
+@pytest.mark.parametrize("unfrozen_first", [True, False])
+def test_freezing_and_unfreezing_between_runs(unfrozen_first, tmp_path):
+    """The number of groups changes, and with it the scheduler's."""
+
+    def model(frozen):
+        made = bert()
+        made.bert.requires_grad_(not frozen)
+        return made
+
+    trained(tmp_path, model(frozen=not unfrozen_first))
+    other = {"model": model(frozen=unfrozen_first), "resume": tmp_path / "checkpoint-3"}
+    with pytest.raises(ValueError, match="its parameters are not this model's"):
+        trained(tmp_path, **other)
+    resumed = trained(tmp_path, **other, optim_args="on_mismatch=reset")
+    head = next(g for g in inner(resumed).param_groups if g["role"] == "head")
+    assert (resumed.state.global_step, inner(resumed).steps, head["lr"]) == (6, 6, 0)
+
+
+def test_an_adamw_checkpoint_is_refused_or_reset(tmp_path, caplog):
+    trained(tmp_path, optim="adamw_torch")
+    folder = tmp_path / "checkpoint-3"
+    with pytest.raises(ValueError, match=r"it was not written by NormOpt. Its groups have .*betas"):
+        trained(tmp_path, resume=folder)
+    resumed = trained(tmp_path, resume=folder, optim_args="on_mismatch=reset")
+    assert inner(resumed).steps == 6
+    # steps 3, 4, 5 of 6 under "linear"
+    assert [g["initial_lr"] for g in inner(resumed).param_groups] == [1e-3] * 5
+    messages = [r.getMessage() for r in caplog.records]
+    assert any("was not written by NormOpt" in m for m in messages)
+    assert any("goes on as it is" in m for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("optimizer.pt", "goes on at step 3, but the optimizer has no state: optimizer.pt or"),
+        ("scheduler.pt", "goes on at step 3, but the optimizer has no state: optimizer.pt or"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_refused_or_reset(lost, message, checkpoint, tmp_path):
+    folder, _ = checkpoint
+    (folder / lost).unlink()
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path, resume=folder)
+    resumed = trained(tmp_path, resume=folder, optim_args="on_mismatch=reset")
+    assert resumed.state.global_step == inner(resumed).steps == 6
+
+
+def test_files_of_two_checkpoints_are_refused(tmp_path):
+    trained(tmp_path)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        shutil.copy(tmp_path / "checkpoint-6" / name, tmp_path / "checkpoint-3" / name)
+    with pytest.raises(
+        ValueError, match=r"goes on at step 3, but the optimizer has made 6 steps: optimizer.pt"
+    ):
+        trained(tmp_path, resume=tmp_path / "checkpoint-3")
+
+
+def test_save_only_model_gives_no_checkpoint_to_resume_from(tmp_path):
+    trained(tmp_path, save_only_model=True)
+    with pytest.raises(ValueError, match=r"save_only_model=True writes none"):
+        trained(tmp_path, resume=tmp_path / "checkpoint-3")
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    args = arguments(tmp_path, **{**SAVING, **best})
+    trainer = Trainer(bert(), args, train_dataset=rows(), eval_dataset=rows(8))
+    trainer.train()
+    folder = Path(trainer.state.best_model_checkpoint)
+    loaded = type(trainer.model).from_pretrained(folder)
+    assert equal(weights(trainer.model), weights(loaded))
+    again = Trainer(bert(), args, train_dataset=rows(), eval_dataset=rows(8))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert equal(weights(trainer.model), weights(again.model))
+
+
+def test_lora_resumes_bit_for_bit(tmp_path):
+    def model():
+        config = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=4)
+        base = bert()
+        torch.manual_seed(2)
+        return get_peft_model(base, config)
+
+    straight = trained(tmp_path, model())
+    resumed = trained(tmp_path, model(), tmp_path / "checkpoint-3")
+    assert equal(weights(straight.model), weights(resumed.model))
+
+
+def test_the_role_table_lies_beside_the_checkpoint(checkpoint):
+    folder, _ = checkpoint
+    content = json.loads((folder / "normopt.json").read_text())
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)["param_groups"]
+    names = {n: g["role"] for g in saved for n in g["param_names"]}
+    assert {row["name"]: row["role"] for row in content["parameters"]} == names
+    assert [row["rule"] for row in content["roles"]] == [group["rule"] for group in saved]
+    assert (content["steps"], content["preset"]["name"], content["schedule"]) == (
+        3,
+        "normopt",
+        "linear",
+    )
+
+
+def test_a_process_that_imported_nothing_reads_saved_arguments(tmp_path):
+    trained(tmp_path, max_steps=1, save_steps=1)
+    path = tmp_path / "checkpoint-1" / "training_args.bin"
+    code = f"import torch; print(torch.load({str(path)!r}, weights_only=False).optim.value)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "normopt\n"
+
+
+@pytest.mark.slow
+def test_a_killed_process_never_resumes_to_another_run(tmp_path):
+    """SIGKILL at random moments, half of them while a checkpoint is written."""
+    worker = Path(__file__).with_name("kill_worker.py")
+    seed = str(random.randrange(10**6))
+    done = subprocess.run(
+        [sys.executable, str(worker), str(tmp_path), seed],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"seed {seed}\n{done.stdout}\n{done.stderr}"
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["killed"] >= 10
+    assert counts["equal"], f"seed {seed}"
