@@ -104,9 +104,14 @@ def check_progress(optimizer: NormOpt, global_step: int, args: TrainingArguments
     Raises:
         ValueError: unless `on_mismatch="reset"`.
     """
+    if global_step == 0:
+        # A second train(), or the next try of auto_find_batch_size, goes on with the state; the
+        # trainer counts anew, and so must the checkpoints that it will resume from.
+        optimizer.steps = 0
+        return
     steps = optimizer.steps
     skipped = args.fp16 and 0 < steps < global_step  # the gradient scaler skips steps
-    if global_step == 0 or steps == global_step or skipped:
+    if steps == global_step or skipped:
         return
     if steps == 0:
         what = (
@@ -160,7 +165,8 @@ def attach_run_schedule(
 
 def warn_of_deepspeed(args: TrainingArguments) -> None:
     """Warn if a DeepSpeed config has an optimizer: the Trainer takes it and asks for no other."""
-    config: Any = args.deepspeed
+    plugin = getattr(_accelerator_state(), "deepspeed_plugin", None)  # of accelerate launch
+    config: Any = args.deepspeed or getattr(plugin, "deepspeed_config", None)
     if isinstance(config, (str, os.PathLike)) and Path(config).is_file():
         config = json.loads(Path(config).read_text())
     if isinstance(config, dict) and "optimizer" in config:
@@ -189,7 +195,7 @@ def _warn_of_surprises(optimizer: NormOpt, state: TrainerState, args: TrainingAr
             "gradient, which is clipped before. max_grad_norm=0 leaves it alone.",
             args.max_grad_norm,
         )
-    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else None
+    kind = getattr(_accelerator_state(), "distributed_type", None)
     if args.fsdp and kind is not DistributedType.FSDP:
         _warn(
             args,
@@ -198,6 +204,10 @@ def _warn_of_surprises(optimizer: NormOpt, state: TrainerState, args: TrainingAr
             args.fsdp,
             getattr(kind, "value", kind),
         )
+
+
+def _accelerator_state() -> AcceleratorState | None:
+    return AcceleratorState() if AcceleratorState._shared_state else None
 
 
 def _warn(args: TrainingArguments, message: str, *values: Any) -> None:

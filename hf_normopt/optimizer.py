@@ -194,7 +194,7 @@ class NormOpt(torch.optim.Optimizer):
 
     @property
     def steps(self) -> int:
-        """The number of steps that it has made, those before its checkpoint included."""
+        """The number of steps of this run, those before its checkpoint included."""
         return max(group["steps"] for group in self.param_groups)
 
     @steps.setter

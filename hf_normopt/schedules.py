@@ -22,6 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+from .presets import PRESETS
+
 # Hägele et al. 2024 (arXiv 2405.18392): with this shape and a decay over a fifth of the run,
 # warmup-stable-decay matches the cosine.
 _WSD = "warmup_stable_decay"
@@ -172,20 +174,23 @@ def _number(text: str) -> int | float | str:
 def create_normopt_scheduler(
     optimizer: torch.optim.Optimizer,
     num_training_steps: int,
-    schedule: str = "linear",
+    schedule: str = "",
     num_warmup_steps: float = 0,
 ) -> LambdaLR:
     """The scheduler for a loop of one's own; `Trainer` makes the same one by itself.
 
     Args:
-        optimizer: a NormOpt, whose rules may have schedules of their own.
+        optimizer: a NormOpt, whose rules may have schedules of their own; accelerate's wrapper too.
         num_training_steps: the length of the run.
-        schedule: of the roles that have none of their own, as a text.
+        schedule: of the roles that have none of their own, as a text; default: the preset's, or
+            "linear".
         num_warmup_steps: in steps if at least 1, else as a fraction of the run.
     """
     scheduler = LambdaLR(optimizer, lambda step: 1.0)
-    base = replace(parse_schedule("linear"), warmup=num_warmup_steps)
-    attach_inplace(scheduler, optimizer, parse_schedule(schedule).over(base), num_training_steps)
+    preset = PRESETS.get(getattr(optimizer, "optimizer", optimizer).origin.get("preset", ""))
+    text = schedule or (preset.schedule if preset else "") or "linear"
+    base = Schedule("linear", num_warmup_steps)
+    attach_inplace(scheduler, optimizer, parse_schedule(text).over(base), num_training_steps)
     return scheduler
 
 
