@@ -187,7 +187,8 @@ def create_normopt_scheduler(
         num_warmup_steps: in steps if at least 1, else as a fraction of the run.
     """
     scheduler = LambdaLR(optimizer, lambda step: 1.0)
-    preset = PRESETS.get(getattr(optimizer, "optimizer", optimizer).origin.get("preset", ""))
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    preset = PRESETS.get(inner.origin.get("preset", ""))
     text = schedule or (preset.schedule if preset else "") or "linear"
     base = Schedule("linear", num_warmup_steps)
     attach_inplace(scheduler, optimizer, parse_schedule(text).over(base), num_training_steps)
