@@ -9,15 +9,15 @@ group's `weight_decay` is the optimizer's times the rule's `decay`.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import ON_MISMATCH, matched, some
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
 from .roles import ROLES, ParamSpec
@@ -25,12 +25,6 @@ from .rules import SCALES, Policy, Rule, bias_correction, check_total, policy_ke
 from .sharding import gathered, sharded_like
 from .step_sizes import Fixed, StepSize
 from .tables import fold_names, format_table
-
-logger = logging.getLogger(__name__)
-
-# What a group is, as opposed to its options (lr, weight_decay, ...), which checkpoints may change.
-_IDENTITY = ("param_names", "param_shapes", "role", "kind", "rule", "layouts")
-_ON_MISMATCH = ("error", "reset")
 
 
 class NormOpt(torch.optim.Optimizer):
@@ -77,9 +71,9 @@ class NormOpt(torch.optim.Optimizer):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not isinstance(value, (int, float, Tensor)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, found {value!r}.")
-        if on_mismatch not in _ON_MISMATCH:
+        if on_mismatch not in ON_MISMATCH:
             raise ValueError(
-                f"on_mismatch must be {' or '.join(_ON_MISMATCH)}, found {on_mismatch!r}."
+                f"on_mismatch must be {' or '.join(ON_MISMATCH)}, found {on_mismatch!r}."
             )
         groups = list(groups)
         if not all(isinstance(group, Mapping) and "role" in group for group in groups):
@@ -109,7 +103,7 @@ class NormOpt(torch.optim.Optimizer):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(
-                f"Two parameters are named {_some(twice)}. Checkpoints match parameters "
+                f"Two parameters are named {some(twice)}. Checkpoints match parameters "
                 "by name: give "
                 "each one its own, as in (f'encoder.{name}', p)."
             )
@@ -231,7 +225,7 @@ class NormOpt(torch.optim.Optimizer):
                 parameters, or was made under other rules; nothing is changed then. Under
                 `on_mismatch="reset"` these parameters start without state instead.
         """
-        state_dict = self._by_name(state_dict)
+        state_dict = matched(state_dict, self.param_groups, self.on_mismatch)
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         for i, saved in state_dict["state"].items():
@@ -239,84 +233,6 @@ class NormOpt(torch.optim.Optimizer):
                 if key != "step" and isinstance(value, Tensor):  # torch has cast it to p's dtype
                     dtype, device = _state_dtype(params[i]), params[i].device
                     self.state[params[i]][key] = value.to(device, dtype, copy=True)
-
-    def _by_name(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The state dict in this optimizer's order, with this optimizer's identity."""
-        own = {
-            canonical_name(name): _Identity(tuple(shape), group["role"], group["rule"])
-            for group in self.param_groups
-            for name, shape in zip(group["param_names"], group["param_shapes"], strict=True)
-        }
-        saved: dict[str, tuple[_Identity, int, dict[str, Any]]] = {}
-        for group in state_dict["param_groups"]:
-            if not all(key in group for key in _IDENTITY):
-                self._complain(
-                    "it was not written by NormOpt. Its groups have "
-                    f"{', '.join(sorted(group))}; expected {', '.join(_IDENTITY)} among them"
-                )
-                break
-            rows = zip(group["param_names"], group["params"], group["param_shapes"], strict=True)
-            for name, i, shape in rows:
-                identity = _Identity(tuple(shape), group["role"], group["rule"])
-                saved[canonical_name(name)] = identity, i, group
-        else:
-            self._compare({name: identity for name, (identity, _, _) in saved.items()}, own)
-
-        groups: list[dict[str, Any]] = []
-        state: dict[int, Any] = {}
-        for group in self.param_groups:
-            options, first = group, sum(len(made["params"]) for made in groups)
-            for index, name in enumerate(map(canonical_name, group["param_names"]), first):
-                if name not in saved or saved[name][0] != own[name]:
-                    continue
-                _, number, options = saved[name]
-                if number in state_dict["state"]:
-                    state[index] = state_dict["state"][number]
-            kept = {key: group[key] for key in (*_IDENTITY, "schedule")}
-            numbers = list(range(first, first + len(group["params"])))
-            groups.append({**group, **options, **kept, "params": numbers})
-        return {**state_dict, "state": state, "param_groups": groups}
-
-    def _compare(self, saved: Mapping[str, _Identity], own: Mapping[str, _Identity]) -> None:
-        """Complain about every parameter whose state would not be its own."""
-        if saved.keys() != own.keys():
-            self._complain(
-                "its parameters are not this model's. Only in the checkpoint: "
-                f"{_some(saved.keys() - own.keys())}. Only in the model: "
-                f"{_some(own.keys() - saved.keys())}"
-            )
-        both = [name for name in own if name in saved]
-        reshaped = [name for name in both if saved[name].shape != own[name].shape]
-        if reshaped:
-            name = reshaped[0]
-            self._complain(
-                f"{_some(set(reshaped))} changed shape. {name} has the shape {saved[name].shape} "
-                f"in the checkpoint and {own[name].shape} in the model"
-            )
-        ruled = [name for name in both if saved[name][1:] != own[name][1:]]
-        if ruled:
-            name = ruled[0]
-            self._complain(
-                f"the rules of {_some(set(ruled))} are others. {name} was trained under the rule "
-                f"[{saved[name].rule}] ({saved[name].role}) and would go on under "
-                f"[{own[name].rule}] ({own[name].role})"
-            )
-
-    def _complain(self, what: str) -> None:
-        """Refuse a checkpoint, or say what starts without state."""
-        if self.on_mismatch == "reset":
-            logger.warning(
-                "The optimizer's checkpoint does not fit: %s. What does not fit starts without "
-                'state (on_mismatch="reset").',
-                what,
-            )
-            return
-        raise ValueError(
-            f"The optimizer's checkpoint does not fit: {what}. Resume with the model, preset, "
-            'options and overrides that wrote it; or continue with on_mismatch="reset" '
-            "(optim_args, NormOptArguments, create_normopt_optimizer), which starts what does not "
-            "fit without state; or start anew from the model's weights."
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("policy", "step_size", "on_mismatch", "origin")
@@ -343,14 +259,6 @@ class NormOpt(torch.optim.Optimizer):
             f"{format_table(header, rows)}\nother: {names}. hf-normopt inspect --why tells why; "
             'optim_args="roles=ROLE:REGEX" corrects.'
         )
-
-
-class _Identity(NamedTuple):
-    """What a parameter's state belongs to, beside its name."""
-
-    shape: tuple[int, ...]
-    role: str
-    rule: str
 
 
 NEEDS_WHOLE_MATRICES = (
@@ -489,9 +397,3 @@ def _momentum_inplace(rule: Rule, grad: Tensor, state: dict[str, Any]) -> Tensor
         state["momentum_buffer"] = torch.zeros_like(grad)
     buffer = state["momentum_buffer"].lerp_(grad, 1 - rule.momentum)
     return grad.lerp(buffer, rule.momentum) if rule.nesterov else buffer
-
-
-def _some(names: set[str]) -> str:
-    """A few names, for an error."""
-    shown = ", ".join(sorted(names)[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown or "none"

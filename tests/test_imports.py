@@ -20,7 +20,7 @@ ROWS = [
         "launch",
     },
     {"norms", "graph", "calls", "reading", "uses"},
-    {"adapters", "fused", "frames"},
+    {"adapters", "fused", "frames", "checkpoints"},
     {"flow"},
     {"architectures"},
     {"heads", "matchers"},
