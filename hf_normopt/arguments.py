@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -190,27 +190,34 @@ def wants_telemetry(args: TrainingArguments) -> bool:
     return read_option("telemetry", normopt_options(args).get("telemetry", True), bool)
 
 
-def run_schedule(args: TrainingArguments, optimizer: NormOpt) -> Schedule:
-    """The schedule of a run: `lr_scheduler_type`, or where that is the default, the preset's.
+def trainer_schedule(args: TrainingArguments) -> Schedule:
+    """The schedule that `lr_scheduler_type` and its options ask for.
 
     Raises:
         ValueError: for an option that the schedule does not have.
     """
-    name, default = scheduler_name(args), _DEFAULTS["lr_scheduler_type"]
+    name = scheduler_name(args)
     given: Any = args.lr_scheduler_kwargs
     options = dict(given or {})
-    if isinstance(args, NormOptArguments) and args.decay_ratio is not None and name != default:
-        options["decay_ratio"] = args.decay_ratio
+    typed = args.decay_ratio if isinstance(args, NormOptArguments) else None
+    if typed is not None and name != _DEFAULTS["lr_scheduler_type"]:
+        options["decay_ratio"] = typed
     if "decay_ratio" in options:
         if name != "warmup_stable_decay":
             raise ValueError(
                 f"decay_ratio belongs to lr_scheduler_type='warmup_stable_decay', found {name!r}."
             )
         options["decay"] = float(options.pop("decay_ratio"))
-    preset = PRESETS.get(optimizer.origin.get("preset", ""))
-    if preset and preset.schedule and name == default and not options:
-        return replace(parse_schedule(preset.schedule), warmup=args.warmup_steps)
     return Schedule(name, args.warmup_steps, 0.0, options)
+
+
+def run_schedule(args: TrainingArguments, optimizer: NormOpt) -> Schedule:
+    """The schedule of a run: the trainer's, or where nobody asked for one, the preset's."""
+    asked, preset = trainer_schedule(args), PRESETS.get(optimizer.origin.get("preset", ""))
+    default = asked.name == _DEFAULTS["lr_scheduler_type"] and not asked.options
+    if preset and preset.schedule and default:
+        return parse_schedule(preset.schedule).over(asked)
+    return asked
 
 
 def optimizer_name(args: TrainingArguments) -> str:

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .arguments import optimizer_name, run_schedule
+from .arguments import optimizer_name, run_schedule, trainer_schedule
 from .optimizer import NormOpt
 from .presets import optimizer_names
 from .report import FILE_NAME, report, write_report
@@ -135,20 +135,20 @@ def check_progress(optimizer: NormOpt, global_step: int, args: TrainingArguments
 def attach_run_schedule(
     scheduler: Any, optimizer: Any, args: TrainingArguments, num_training_steps: int
 ) -> str:
-    """Give the trainer's own scheduler the factors of the roles.
+    """Give the trainer's scheduler the factors of the roles.
 
     Args:
-        scheduler: of the trainer. One that the user made is left alone.
-        optimizer: as the trainer holds it, for which its own scheduler was made.
+        scheduler: of the trainer. One of the user's own making is left alone.
+        optimizer: as the trainer holds it, for which it made the scheduler.
         args: the training arguments.
         num_training_steps: the length of the run.
 
     Returns:
-        The text of the run's schedule.
+        The text of the run's schedule, or the class of a scheduler of the user's own.
     """
     inner = unwrapped(optimizer)
     assert inner is not None
-    if isinstance(scheduler, LambdaLR) and scheduler.optimizer is optimizer:
+    if _is_trainers_own(scheduler, optimizer, args, num_training_steps):
         schedule = run_schedule(args, inner)
         attach_inplace(scheduler, inner, schedule, num_training_steps)
         return str(schedule)
@@ -161,6 +161,22 @@ def attach_run_schedule(
             type(scheduler).__name__,
         )
     return type(scheduler).__name__
+
+
+def _is_trainers_own(
+    scheduler: Any, optimizer: Any, args: TrainingArguments, num_training_steps: int
+) -> bool:
+    """Whether the training arguments made a scheduler, and not the user."""
+    if not isinstance(scheduler, LambdaLR) or scheduler.optimizer is not optimizer:
+        return False
+    factor = scheduler.lr_lambdas[0]
+    if factor.__module__ == attach_inplace.__module__:
+        return True
+    try:
+        asked = trainer_schedule(args)
+    except ValueError:  # options for a scheduler of the user's own
+        return False
+    return asked.is_shape_of(factor, num_training_steps, float(optimizer.defaults["lr"]))
 
 
 def warn_of_deepspeed(args: TrainingArguments) -> None:

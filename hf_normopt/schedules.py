@@ -15,6 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,12 +89,25 @@ class Schedule:
         )
 
     def factor(self, num_training_steps: int, learning_rate: float) -> Factor:
-        """The factor at every step of a run.
+        """The factor at every step of a run, a function of this module.
 
         Args:
             num_training_steps: the length of the run.
             learning_rate: in whose unit transformers states some floors.
         """
+        shape, floor = self._shape(num_training_steps, learning_rate), self.floor
+        warmup = warmup_steps(self.warmup or 0, num_training_steps)
+        return lambda step: shape(step) if step < warmup else floor + (1 - floor) * shape(step)
+
+    def is_shape_of(self, factor: Factor, num_training_steps: int, learning_rate: float) -> bool:
+        """Whether transformers made a factor for this schedule, and not a user for another."""
+        shape = self._shape(num_training_steps, learning_rate)
+        if isinstance(shape, partial) and isinstance(factor, partial):
+            return shape.func is factor.func and shape.keywords == factor.keywords
+        return getattr(shape, "__code__", 0) is getattr(factor, "__code__", 1)
+
+    def _shape(self, num_training_steps: int, learning_rate: float) -> Factor:
+        """The factor of transformers."""
         warmup = warmup_steps(self.warmup or 0, num_training_steps)
         options = dict(self.options)
         if "decay" in options:
@@ -104,15 +118,15 @@ class Schedule:
                     f"run has {num_training_steps}."
                 )
             options["num_decay_steps"] = decay
-        shape = get_scheduler(
+        scheduler = get_scheduler(
             self.name,
             torch.optim.SGD([torch.zeros(1)], lr=learning_rate),
             num_warmup_steps=warmup,
             num_training_steps=num_training_steps,
             scheduler_specific_kwargs=options,
-        ).lr_lambdas[0]
-        floor = self.floor
-        return lambda step: shape(step) if step < warmup else floor + (1 - floor) * shape(step)
+        )
+        shape: Factor = scheduler.lr_lambdas[0]
+        return shape
 
 
 def _options(name: str) -> set[str]:

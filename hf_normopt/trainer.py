@@ -14,12 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .arguments import optimizer_from_arguments, optimizer_name, scheduler_name
-from .callback import NormOptCallback, attach_run_schedule, unwrapped, warn_of_deepspeed
+from .arguments import optimizer_from_arguments, optimizer_name, run_schedule, scheduler_name
+from .callback import NormOptCallback, unwrapped, warn_of_deepspeed
 from .model_card import has_report, say_untrained, update_model_card
 from .optimizer import NormOpt
 from .presets import create_normopt_optimizer, optimizer_names
-from .schedules import BY_METRIC
+from .schedules import BY_METRIC, attach_inplace
 from .telemetry import NormTelemetry
 
 
@@ -61,10 +61,11 @@ class NormOptMixin:
         own, see `hf_normopt/schedules.py`.
         """
         optimizer = optimizer or self.optimizer
-        by_step = scheduler_name(self.args) not in BY_METRIC
-        if self.lr_scheduler is None and by_step and unwrapped(optimizer) is not None:
+        by_step, inner = scheduler_name(self.args) not in BY_METRIC, unwrapped(optimizer)
+        if self.lr_scheduler is None and by_step and inner is not None:
             self.lr_scheduler = LambdaLR(optimizer, lambda step: 1.0)
-            attach_run_schedule(self.lr_scheduler, optimizer, self.args, num_training_steps)
+            schedule = run_schedule(self.args, inner)
+            attach_inplace(self.lr_scheduler, inner, schedule, num_training_steps)
             self._created_lr_scheduler = True  # or a second train() keeps the exhausted schedule
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 

@@ -202,6 +202,23 @@ def test_a_scheduler_of_ones_own_is_left_alone(tmp_path, caplog):
         assert len(found) == notices
 
 
+@pytest.mark.parametrize("trainer_class", [Trainer, NormOptTrainer])
+def test_a_schedule_that_a_subclass_makes_is_left_alone(trainer_class, tmp_path, caplog):
+    """Also one of transformers' own shapes, made for the wrapped optimizer as the Trainer does."""
+
+    class Cosine(trainer_class):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = get_scheduler("cosine", self.optimizer, 0, num_training_steps)
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+
+    trainer = trained(Cosine, tmp_path, optim="normopt_scion", max_steps=4)
+    assert rates(trainer) == pytest.approx([1e-3 * f for f in curve("cosine", 4)])
+    assert not [r for r in caplog.records if "has no effect" in r.getMessage()]
+    trained(Cosine, tmp_path, optim_args="schedule_head=constant", max_steps=2)
+    assert [r for r in caplog.records if "has no effect" in r.getMessage()]
+
+
 def test_schedules_by_metric_keep_their_meaning(tmp_path, caplog):
     options = {"lr_scheduler_type": "reduce_lr_on_plateau", "max_steps": 2}
     for trainer_class in (Trainer, NormOptTrainer):
