@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from .optimizer import NormOpt
 from .presets import optimizer_names
 from .report import FILE_NAME, report, write_report
 from .schedules import attach_inplace
+from .sharding import deepspeed_config
 from .step_sizes import DualNorm
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,13 @@ def unwrapped(optimizer: Any) -> NormOpt | None:
     while optimizer is not None and not isinstance(optimizer, NormOpt):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
+
+
+def innermost(optimizer: Any) -> str:
+    """The class of what trains, inside of all wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return type(optimizer).__name__
 
 
 class NormOptCallback(TrainerCallback):
@@ -65,7 +72,7 @@ class NormOptCallback(TrainerCallback):
                     args,
                     "optim=%r was asked for, but the trainer trains with %s.",
                     name,
-                    type(getattr(optimizer, "optimizer", optimizer)).__name__,
+                    innermost(optimizer),
                 )
             return
         check_progress(inner, state.global_step, args)
@@ -158,9 +165,9 @@ def attach_run_schedule(
             args,
             "The schedule %s has no effect: the trainer's scheduler is a %s of its own.",
             ", ".join(sorted(wishes)),
-            type(scheduler).__name__,
+            type(getattr(scheduler, "scheduler", scheduler)).__name__,
         )
-    return type(scheduler).__name__
+    return type(getattr(scheduler, "scheduler", scheduler)).__name__
 
 
 def _is_trainers_own(
@@ -181,9 +188,8 @@ def _is_trainers_own(
 
 def warn_of_deepspeed(args: TrainingArguments) -> None:
     """Warn if a DeepSpeed config has an optimizer: the Trainer takes it and asks for no other."""
-    plugin = getattr(_accelerator_state(), "deepspeed_plugin", None)  # of accelerate launch
-    config: Any = args.deepspeed or getattr(plugin, "deepspeed_config", None)
-    if isinstance(config, (str, os.PathLike)) and Path(config).is_file():
+    config: Any = deepspeed_config() or args.deepspeed
+    if isinstance(config, str) and config.endswith(".json") and Path(config).is_file():
         config = json.loads(Path(config).read_text())
     if isinstance(config, dict) and "optimizer" in config:
         _warn(
@@ -211,7 +217,7 @@ def _warn_of_surprises(optimizer: NormOpt, state: TrainerState, args: TrainingAr
             "gradient, which is clipped before. max_grad_norm=0 leaves it alone.",
             args.max_grad_norm,
         )
-    kind = getattr(_accelerator_state(), "distributed_type", None)
+    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else None
     if args.fsdp and kind is not DistributedType.FSDP:
         _warn(
             args,
@@ -220,10 +226,6 @@ def _warn_of_surprises(optimizer: NormOpt, state: TrainerState, args: TrainingAr
             args.fsdp,
             getattr(kind, "value", kind),
         )
-
-
-def _accelerator_state() -> AcceleratorState | None:
-    return AcceleratorState() if AcceleratorState._shared_state else None
 
 
 def _warn(args: TrainingArguments, message: str, *values: Any) -> None:

@@ -86,15 +86,16 @@ def update_model_card(path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def say_untrained(path: str | os.PathLike[str]) -> None:
-    """Say in the card of a model that its optimizer is NormOpt, but has not trained it.
+def say_optimizer(path: str | os.PathLike[str], what: str) -> None:
+    """Say in the list of hyperparameters of a card what the optimizer is.
 
     Args:
         path: as for [`update_model_card`].
+        what: the value of the line.
     """
     file = _card_file(path)
     card = ModelCard.load(file)
-    card.text = _corrected(card.text, "optimizer", "NormOpt, which has not trained this model yet")
+    card.text = _corrected(card.text, "optimizer", what)
     card.save(file)
 
 

@@ -22,7 +22,7 @@ from .graph import canonical_name
 from .layouts import Layout, usual_layout
 from .roles import ROLES, ParamSpec
 from .rules import SCALES, Policy, Rule, bias_correction, check_total, policy_key
-from .sharding import gathered, sharded_like
+from .sharding import NEEDS_WHOLE_MATRICES, gathered, sharded_like
 from .step_sizes import Fixed, StepSize
 from .tables import fold_names, format_table
 
@@ -208,6 +208,12 @@ class NormOpt(torch.optim.Optimizer):
 
     def _check_shapes(self) -> None:
         for group in self.param_groups:
+            made, now = len(group["param_names"]), len(group["params"])
+            if made != now:
+                raise RuntimeError(
+                    f"The group {group['role']} had {made} parameters when the optimizer was made, "
+                    f"and has {now} now. {NEEDS_WHOLE_MATRICES}"
+                )
             for name, p, shape in zip(
                 group["param_names"], group["params"], group["param_shapes"], strict=True
             ):
@@ -259,12 +265,6 @@ class NormOpt(torch.optim.Optimizer):
             f"{format_table(header, rows)}\nother: {names}. hf-normopt inspect --why tells why; "
             'optim_args="roles=ROLE:REGEX" corrects.'
         )
-
-
-NEEDS_WHOLE_MATRICES = (
-    "FSDP1 and DeepSpeed ZeRO flatten parameters, and a norm needs the whole matrix: use DDP, or "
-    'FSDP2 (fsdp_config={"version": 2}).'
-)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from .norms import Frobenius, Norm, Spectral, operator_norm, parse_norm
 from .optimizer import NormOpt, parameter_groups
 from .roles import KINDS, ROLES, classify
 from .rules import EMA, Policy, Rule
+from .sharding import check_deepspeed
 from .step_sizes import EscapeVelocity, Fixed, StepSize, parse_step_size
 
 logger = logging.getLogger(__name__)
@@ -223,7 +224,8 @@ def create_normopt_optimizer(
 
     Raises:
         ValueError: for an unknown preset or change, values that cannot be read, a model without
-            trainable parameters, overrides that match nothing.
+            trainable parameters, overrides that match nothing, or a DeepSpeed config that takes the
+            matrices apart.
 
     Example:
         >>> optimizer = create_normopt_optimizer(model, lr=1e-3, lr_head=2.0)  # doctest: +SKIP
@@ -233,6 +235,7 @@ def create_normopt_optimizer(
             f"Unknown preset {preset!r}; expected one of "
             f"{', '.join(PRESETS)}.{_near(preset, PRESETS)}"
         )
+    check_deepspeed()
     chosen = PRESETS[preset]
     size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
     policy = changed(chosen.policy, **changes)

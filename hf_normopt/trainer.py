@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .arguments import optimizer_from_arguments, optimizer_name, run_schedule, scheduler_name
-from .callback import NormOptCallback, unwrapped, warn_of_deepspeed
-from .model_card import has_report, say_untrained, update_model_card
+from .callback import NormOptCallback, innermost, unwrapped, warn_of_deepspeed
+from .model_card import has_report, say_optimizer, update_model_card
 from .optimizer import NormOpt
 from .presets import create_normopt_optimizer, optimizer_names
 from .schedules import BY_METRIC, attach_inplace
@@ -72,19 +72,19 @@ class NormOptMixin:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the trainer's card, and in it what NormOpt did, see [`update_model_card`]."""
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        is_ours = unwrapped(self.optimizer) is not None or (
-            self.optimizer is None and _asks_for_normopt(self.args)
-        )
-        if not is_ours or not self.is_world_process_zero():
+        if not self.is_world_process_zero() or not _asks_for_normopt(self.args):
             return
         folder = Path(self.args.output_dir)
+        if self.optimizer is not None and unwrapped(self.optimizer) is None:
+            say_optimizer(folder, innermost(self.optimizer))  # DeepSpeed made it, or the user
+            return
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, NormOptCallback):
                 callback.write(folder, self.state)  # TRL makes a card with each checkpoint
         if has_report(folder):
             update_model_card(folder)
         else:
-            say_untrained(folder)
+            say_optimizer(folder, "NormOpt, which has not trained this model yet")
 
 
 class NormOptTrainer(NormOptMixin, Trainer):
