@@ -19,6 +19,7 @@ from .arguments import optimizer_name, run_schedule, trainer_schedule
 from .optimizer import NormOpt
 from .presets import optimizer_names
 from .report import FILE_NAME, report, write_report
+from .rules import policy_key
 from .schedules import attach_inplace
 from .sharding import deepspeed_config
 from .step_sizes import DualNorm
@@ -75,9 +76,17 @@ class NormOptCallback(TrainerCallback):
                     innermost(optimizer),
                 )
             return
-        check_progress(inner, state.global_step, args)
+        own = _is_trainers_own(lr_scheduler, optimizer, args, state.max_steps)
+        check_progress(inner, lr_scheduler if own else None, state.global_step, args)
         self._schedule = attach_run_schedule(lr_scheduler, optimizer, args, state.max_steps)
         _warn_of_surprises(inner, state, args)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count as the trainer does, also steps that the gradient scaler skipped."""
+        if self._optimizer is not None:
+            self._optimizer.steps = state.global_step
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,10 +112,18 @@ class NormOptCallback(TrainerCallback):
             write_report(folder, now)
 
 
-def check_progress(optimizer: NormOpt, global_step: int, args: TrainingArguments) -> None:
-    """Complain if the optimizer's state is not of the step at which training is resumed.
+def check_progress(
+    optimizer: NormOpt, scheduler: LambdaLR | None, global_step: int, args: TrainingArguments
+) -> None:
+    """Complain if the state is not of the step at which training is resumed.
 
     The Trainer resumes in silence from a checkpoint without `optimizer.pt` or `scheduler.pt`.
+
+    Args:
+        optimizer: as it was loaded.
+        scheduler: the trainer's own, if it is.
+        global_step: at which training goes on.
+        args: the training arguments.
 
     Raises:
         ValueError: unless `on_mismatch="reset"`.
@@ -117,26 +134,35 @@ def check_progress(optimizer: NormOpt, global_step: int, args: TrainingArguments
         optimizer.steps = 0
         return
     steps = optimizer.steps
-    skipped = args.fp16 and 0 < steps < global_step  # the gradient scaler skips steps
-    if steps == global_step or skipped:
+    of_scheduler = global_step if scheduler is None else scheduler.last_epoch
+    if args.fp16:  # the gradient scaler skips steps of the schedule
+        of_scheduler = global_step if 0 < of_scheduler < global_step else of_scheduler
+    what = "; ".join(optimizer.complaints)
+    if not what and steps == of_scheduler == global_step:
         return
-    if steps == 0:
+    if not what and steps == 0:
         what = (
-            f"Training goes on at step {global_step}, but the optimizer has no state: optimizer.pt "
-            "or scheduler.pt is missing (save_only_model=True writes none)."
+            "the optimizer has no state: optimizer.pt or scheduler.pt is missing "
+            "(save_only_model=True writes none)"
         )
-    else:
+    elif not what:
         what = (
-            f"Training goes on at step {global_step}, but the optimizer has made {steps} steps: "
-            "optimizer.pt and trainer_state.json are not of one checkpoint."
+            f"the optimizer has made {steps} steps and the scheduler {of_scheduler}: optimizer.pt, "
+            "scheduler.pt and trainer_state.json are not of one checkpoint"
         )
     if optimizer.on_mismatch != "reset":
         raise ValueError(
-            f"{what} Resume from a complete checkpoint, or continue with "
-            'on_mismatch="reset" (optim_args, NormOptArguments, create_normopt_optimizer).'
+            f"Training goes on at step {global_step}, but {what}. Resume from a complete "
+            'checkpoint, or continue with on_mismatch="reset" (optim_args, NormOptArguments, '
+            "create_normopt_optimizer)."
         )
-    _warn(args, '%s It goes on as it is (on_mismatch="reset").', what)
+    if not optimizer.complaints:
+        _warn(args, 'Training goes on at step %d, but %s (on_mismatch="reset").', global_step, what)
+    optimizer.resets.append(f"at step {global_step}: {what}")
+    optimizer.complaints = []
     optimizer.steps = global_step
+    if scheduler is not None:
+        scheduler.last_epoch = global_step
 
 
 def attach_run_schedule(
@@ -201,15 +227,8 @@ def warn_of_deepspeed(args: TrainingArguments) -> None:
 
 
 def _warn_of_surprises(optimizer: NormOpt, state: TrainerState, args: TrainingArguments) -> None:
-    rate, resumed = optimizer.defaults["lr"], optimizer.param_groups[0].get("initial_lr")
-    if state.global_step > 0 and resumed is not None and float(resumed) != float(rate):
-        _warn(
-            args,
-            "learning_rate=%g has no effect: the checkpoint's %g goes on, as with every optimizer "
-            "of Trainer. A new rate needs a new run from the model's weights.",
-            float(rate),
-            float(resumed),
-        )
+    if state.global_step > 0 and optimizer.origin:
+        _warn_of_saved_options(optimizer, args)
     if isinstance(optimizer.step_size, DualNorm) and args.max_grad_norm:
         _warn(
             args,
@@ -226,6 +245,29 @@ def _warn_of_surprises(optimizer: NormOpt, state: TrainerState, args: TrainingAr
             args.fsdp,
             getattr(kind, "value", kind),
         )
+
+
+def _warn_of_saved_options(optimizer: NormOpt, args: TrainingArguments) -> None:
+    """Warn of options that a checkpoint brought along, which are not those of this run."""
+    rate, decay = (float(optimizer.defaults[name]) for name in ("lr", "weight_decay"))
+    rates, decays = {}, {}
+    for group in optimizer.param_groups:
+        rule = optimizer.policy[policy_key(optimizer.policy, group["role"], group["kind"])]
+        rates[group["label"]] = float(group.get("initial_lr", rate)), rate
+        decays[group["label"]] = float(group["weight_decay"]), decay * rule.decay
+    for name, asked, found in (("learning_rate", rate, rates), ("weight_decay", decay, decays)):
+        others = {label: saved for label, (saved, own) in found.items() if saved != own}
+        if others:
+            values = ", ".join(f"{value:g}" for value in dict.fromkeys(others.values()))
+            _warn(
+                args,
+                "%s=%g has no effect: the checkpoint's %s goes on for %s, as with every optimizer "
+                "of Trainer. A new one needs a new run from the model's weights.",
+                name,
+                asked,
+                values,
+                ", ".join(others),
+            )
 
 
 def _warn(args: TrainingArguments, message: str, *values: Any) -> None:

@@ -9,6 +9,8 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from .graph import canonical_name
 
 logger = logging.getLogger(__name__)
@@ -16,6 +18,7 @@ logger = logging.getLogger(__name__)
 # What a group is, as opposed to its options (lr, weight_decay, ...), which checkpoints may change.
 IDENTITY = ("param_names", "param_shapes", "role", "kind", "rule", "layouts")
 ON_MISMATCH = ("error", "reset")
+_OF_THE_RULE = ("schedule", "multiplier", "label")
 
 Group = Mapping[str, Any]
 
@@ -26,6 +29,7 @@ class _Entry(NamedTuple):
     number: int  # its key in the state
     group: Group
     shape: tuple[int, ...]
+    state_text: str  # "" where it is not known
 
     def fits(self, other: _Entry) -> bool:
         return self.shape == other.shape and self.rule == other.rule
@@ -37,8 +41,8 @@ class _Entry(NamedTuple):
 
 def matched(
     state_dict: Mapping[str, Any], groups: Sequence[Group], on_mismatch: str
-) -> dict[str, Any]:
-    """A state dict in the order of other groups, with their identity.
+) -> tuple[dict[str, Any], list[str]]:
+    """A state dict in the order of other groups, with their identity, and what does not fit.
 
     Args:
         state_dict: of a checkpoint.
@@ -46,9 +50,15 @@ def matched(
         on_mismatch: "error", or "reset": what does not fit is left out, with a warning.
 
     Raises:
-        ValueError: if it is another optimizer's, or parameters are missing, added, of another shape
-            or under another rule, unless `on_mismatch="reset"`.
+        ValueError: if it is another optimizer's, or not whole, or parameters are missing, added, of
+            another shape or under another rule, unless `on_mismatch="reset"`.
     """
+    absent = [key for key in ("state", "param_groups") if key not in state_dict]
+    if absent:
+        found = ", ".join(map(str, state_dict)) or "nothing"
+        raise ValueError(
+            f"This is no state of an optimizer: it has {found}, and not {' and '.join(absent)}."
+        )
     own = dict(_entries(groups, range(sum(len(group["param_names"]) for group in groups))))
     foreign = [g for g in state_dict["param_groups"] if not all(key in g for key in IDENTITY)]
     if foreign:
@@ -61,6 +71,15 @@ def matched(
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         saved = dict(_entries(state_dict["param_groups"], numbers))
         complaints = list(_differences(saved, own))
+    fitting = {name: saved[name] for name in own if name in saved and saved[name].fits(own[name])}
+    texts = {name: describe(state_dict["state"], fitting[name].number) for name in fitting}
+    broken = [n for n in fitting if fitting[n].state_text and fitting[n].state_text != texts[n]]
+    if broken:
+        name = broken[0]
+        complaints.append(
+            f"the state of {some(set(broken))} is not what was saved. {name} has "
+            f"[{texts[name]}]; it was saved with [{fitting[name].state_text}]"
+        )
     for complaint in complaints:
         if on_mismatch != "reset":
             raise ValueError(
@@ -76,26 +95,37 @@ def matched(
             complaint,
         )
 
-    fitting = {name: saved[name] for name in own if name in saved and saved[name].fits(own[name])}
     state = {
         own[name].number: state_dict["state"][before.number]
         for name, before in fitting.items()
-        if before.number in state_dict["state"]
+        if before.number in state_dict["state"] and name not in broken
     }
     made: list[dict[str, Any]] = []
     for group in groups:
         names = [canonical_name(name) for name in group["param_names"]]
         options = next((fitting[name].group for name in names if name in fitting), group)
-        kept = {key: group[key] for key in (*IDENTITY, "schedule")}
+        kept = {key: group[key] for key in (*IDENTITY, *_OF_THE_RULE)}
         made.append({**group, **options, **kept, "params": [own[name].number for name in names]})
-    return {**state_dict, "state": state, "param_groups": made}
+    return {**state_dict, "state": state, "param_groups": made}, complaints
+
+
+def describe(state: Mapping[int, Mapping[str, Any]], number: int) -> str:
+    """Keys, types and shapes of a parameter's state."""
+    words = []
+    for key, value in sorted(state.get(number, {}).items()):
+        is_tensor = isinstance(value, Tensor)
+        kind = f"{value.dtype} {tuple(value.shape)}" if is_tensor else type(value).__name__
+        words.append(f"{key}: {kind}".replace("torch.", ""))
+    return "; ".join(words) or "no state"
 
 
 def _entries(groups: Sequence[Group], numbers: Sequence[int]) -> Iterator[tuple[str, _Entry]]:
     remaining = iter(numbers)
     for group in groups:
+        texts = group.get("state_texts", {})
         for name, shape in zip(group["param_names"], group["param_shapes"], strict=True):
-            yield canonical_name(name), _Entry(next(remaining), group, tuple(shape))
+            entry = _Entry(next(remaining), group, tuple(shape), texts.get(name, ""))
+            yield canonical_name(name), entry
 
 
 def _differences(saved: Mapping[str, _Entry], own: Mapping[str, _Entry]) -> Iterator[str]:

@@ -27,7 +27,6 @@ from torch import Tensor
 from .norms import Spectral
 from .optimizer import Move, NormOpt
 from .orthogonalize import POLYNOMIALS
-from .report import group_label
 from .sharding import gathered
 
 PERIOD = 24
@@ -42,9 +41,10 @@ class Gauge:
         self._sizes: dict[str, int] = {}  # parameters of each role, in the last step
         self._work = 0.0
         self._steps = 0
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Forget what was observed since the last `read`."""
         self._values: dict[str, dict[str, list[Tensor]]] = {}
         self._rates: dict[str, float | Tensor] = {}
         self._step_sizes: dict[str, float | Tensor] = {}
@@ -52,7 +52,7 @@ class Gauge:
 
     def observe(self, move: Move, eta: Tensor | float) -> None:
         """Measure a move before it is made."""
-        label = group_label(move.group)
+        label = move.group["label"]
         values = self._values.setdefault(label, {})
         position = len(values.get("weight_norm", ()))
         weight, grad = gathered(move.param).to(move.smooth.dtype), gathered(move.grad)
@@ -90,7 +90,7 @@ class Gauge:
         found: dict[str, float | Tensor] = {f"lr/{k}": rate for k, rate in self._rates.items()}
         per_role = optimizer.step_size.per_role
         for group in optimizer.param_groups if per_role else optimizer.param_groups[:1]:
-            label = group_label(group)
+            label = group["label"]
             suffix = f"/{label}" if per_role else ""
             if label in self._step_sizes:
                 found[f"step_size{suffix}"] = self._step_sizes[label]
@@ -101,10 +101,11 @@ class Gauge:
             found[f"weight_norm/{label}"] = size
             found[f"relative_update/{label}"] = update / size
             found[f"dual_norm/{label}"] = torch.stack(values["dual_norm"]).sum()
-            found[f"certificate/{label}"] = values["certificate"][0]
+            if "certificate" in values:  # a role may have fewer gradients than the last time
+                found[f"certificate/{label}"] = values["certificate"][0]
             self._sizes[label] = len(values["weight_norm"])
         self._steps += 1
-        self._start()
+        self.start()
         numbers = [float(value) for value in found.values()]
         return {key: n for key, n in zip(found, numbers, strict=True) if math.isfinite(n)}
 

@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
 
 from .presets import PRESETS
-from .report import FILE_NAME, group_label, read_report
+from .report import FILE_NAME, read_report
 from .schedules import parse_schedule
 from .step_sizes import STEP_SIZES
 from .tables import format_table
@@ -26,7 +27,7 @@ TAG = "hf-normopt"
 PICTURE = "norms.png"  # drawn by the telemetry
 
 _START, _END = "<!-- hf-normopt: start -->", "<!-- hf-normopt: end -->"
-_SECTION = re.compile(f"{_START}.*?{_END}", re.DOTALL)
+_SECTION = re.compile(f"{_START}(?:(?!{_START}).)*?{_END}", re.DOTALL)
 _LIST = "The following hyperparameters were used during training:\n"  # in the cards of transformers
 
 _CITATION = """\
@@ -69,7 +70,7 @@ def update_model_card(path: str | os.PathLike[str]) -> Path:
     file = _card_file(path)
     content = read_report(file.parent)
     new = f"---\ntags:\n- {TAG}\n---\n\n# {file.parent.resolve().name}\n"
-    card = ModelCard.load(file) if file.is_file() else ModelCard(new)
+    card = _loaded(file) if file.is_file() else ModelCard(new)
 
     data: Any = card.data
     data.tags = list(dict.fromkeys([*(data.tags or []), TAG]))
@@ -94,7 +95,7 @@ def say_optimizer(path: str | os.PathLike[str], what: str) -> None:
         what: the value of the line.
     """
     file = _card_file(path)
-    card = ModelCard.load(file)
+    card = _loaded(file)
     card.text = _corrected(card.text, "optimizer", what)
     card.save(file)
 
@@ -106,7 +107,15 @@ def has_report(path: str | os.PathLike[str]) -> bool:
 
 def _card_file(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    return path if path.suffix == ".md" else path / "README.md"
+    return path if path.suffix == ".md" and not path.is_dir() else path / "README.md"
+
+
+def _loaded(file: Path) -> ModelCard:
+    """A card, with the newlines of Unix."""
+    try:
+        return ModelCard(file.read_text(encoding="utf-8-sig"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"The metadata of {file} cannot be read: {error}") from None
 
 
 def _around_section(text: str) -> tuple[str, str, str]:
@@ -181,7 +190,7 @@ def _schedules(content: Mapping[str, Any]) -> dict[str, list[str]]:
         text = run
         if _is_readable(run):
             text = str(parse_schedule(role["schedule"]).over(parse_schedule(run)))
-        found.setdefault(text, []).append(group_label(role))
+        found.setdefault(text, []).append(role["label"])
     return found
 
 
@@ -214,6 +223,7 @@ def _section(content: Mapping[str, Any], picture: bool, listed: bool) -> str:
         "step size": f"`{size}`.{about}" + logged,
         "schedule": f"`{_schedule_line(content)}`" if content["schedule"] else "",
         "steps": f"{steps:,}" + (f" of {max_steps:,}" if max_steps > steps else ""),
+        "begun anew": "; ".join(content["resets"]),
         "versions": ", ".join(f"{name} {text}" for name, text in content["versions"].items()),
     }
     parts = [
@@ -237,7 +247,7 @@ def _roles_table(content: Mapping[str, Any]) -> str:
     header = ("role", "norm", "tensors", "parameters", "learning rate", "weight decay", "rule")
     rows = [
         (
-            group_label(role),
+            role["label"],
             role["norm"],
             f"{role['tensors']:,}",
             f"{role['parameters']:,}",
@@ -256,7 +266,7 @@ def _norms(content: Mapping[str, Any]) -> str:
         return "No norms were logged."
     rows = [
         [
-            group_label(role),
+            role["label"],
             *(f"{role['norms'][q]:.4g}" if q in role["norms"] else "" for q in quantities),
         ]
         for role in content["roles"]

@@ -429,9 +429,10 @@ def _dual_vector_rms(p: float, dim: int) -> float:
 
 def _inverse_fourth_root(gram: Tensor, eps: float | Tensor) -> Tensor:
     """(gram + eps)^(-1/4) in float64; 0 on the null space where eps is 0."""
-    values, q = torch.linalg.eigh(gram.double())
+    finite = gram.isfinite().all((-2, -1))[..., None, None]  # LAPACK raises otherwise
+    values, q = torch.linalg.eigh(torch.where(finite, gram, 0).double())
     values = values.clamp_min(0)
     kept = values > 1e-12 * values.amax(-1, keepdim=True)  # of squares: 1e-6 of singular values
     shifted = torch.where(kept, values, 0) + eps
     roots = torch.where(shifted > 0, torch.where(shifted > 0, shifted, 1) ** -0.25, 0)
-    return (q * roots[..., None, :]) @ q.mT
+    return torch.where(finite, (q * roots[..., None, :]) @ q.mT, torch.nan)

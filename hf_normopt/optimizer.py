@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import ON_MISMATCH, matched, some
+from .checkpoints import ON_MISMATCH, describe, matched, some
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
 from .roles import ROLES, ParamSpec
@@ -85,6 +85,7 @@ class NormOpt(torch.optim.Optimizer):
         self.policy = dict(policy)
         self.step_size = step_size
         self.on_mismatch = on_mismatch
+        self.complaints: list[str] = []  # about the last checkpoint, under "reset"
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -128,11 +129,21 @@ class NormOpt(torch.optim.Optimizer):
             "rule": str(rule) if self.step_size == Fixed() else f"{rule}; {self.step_size}",
             "multiplier": rule.multiplier,
             "schedule": rule.schedule,
+            "label": self._label(group),
             "memory": {},
             "steps": 0,
+            "resets": [],
+            "state_texts": {},
         }
         group.setdefault("weight_decay", self.defaults["weight_decay"] * rule.decay)
         super().add_param_group(group)
+
+    def _label(self, group: Mapping[str, Any]) -> str:
+        """What logs and cards call a group: `linear`, `linear/router`; `linear/2` for a second."""
+        label = f"{group['role']}/{group['kind']}" if group["kind"] else str(group["role"])
+        identity = group["role"], group["kind"]
+        same = sum((other["role"], other["kind"]) == identity for other in self.param_groups)
+        return f"{label}/{same + 1}" if same else label
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -196,6 +207,12 @@ class NormOpt(torch.optim.Optimizer):
         for group in self.param_groups:
             group["steps"] = number
 
+    @property
+    def resets(self) -> list[str]:
+        """Where the run went on from a checkpoint that did not fit, and in what way."""
+        resets: list[str] = self.param_groups[0]["resets"]
+        return resets
+
     def _moves(self, groups: list[dict[str, Any]]) -> list[Move]:
         """A move for every parameter with a gradient."""
         moves = []
@@ -223,15 +240,23 @@ class NormOpt(torch.optim.Optimizer):
                         f"has {tuple(p.shape)} now. {NEEDS_WHOLE_MATRICES}"
                     )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, with a description of it by which a load checks that it is whole."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            numbers = dict(zip(group["param_names"], group["params"], strict=True))
+            group["state_texts"] = {n: describe(state_dict["state"], i) for n, i in numbers.items()}
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint: by name, and only if every parameter still has the rule it had.
 
         Raises:
             ValueError: if the checkpoint is another optimizer's, misses, adds or reshapes
-                parameters, or was made under other rules; nothing is changed then. Under
-                `on_mismatch="reset"` these parameters start without state instead.
+                parameters, was made under other rules, or is not whole; nothing is changed then.
+                Under `on_mismatch="reset"` these parameters start without state instead.
         """
-        state_dict = matched(state_dict, self.param_groups, self.on_mismatch)
+        state_dict, self.complaints = matched(state_dict, self.param_groups, self.on_mismatch)
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         for i, saved in state_dict["state"].items():
@@ -241,7 +266,7 @@ class NormOpt(torch.optim.Optimizer):
                     self.state[params[i]][key] = value.to(device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("policy", "step_size", "on_mismatch", "origin")
+        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __repr__(self) -> str:

@@ -22,11 +22,7 @@ from .step_sizes import StepSize, format_step_size
 from .version import __version__
 
 FILE_NAME = "normopt.json"
-
-
-def group_label(group: Mapping[str, Any]) -> str:
-    """A group's role, and its kind where that has a rule of its own: `linear`, `linear/router`."""
-    return f"{group['role']}/{group['kind']}" if group["kind"] else str(group["role"])
+FORMAT_VERSION = 1
 
 
 def report(
@@ -47,7 +43,7 @@ def report(
     name = origin.pop("preset", "")
     preset = PRESETS.get(name)
     return {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "versions": {
             "hf_normopt": __version__,
             "torch": torch.__version__,
@@ -67,6 +63,7 @@ def report(
         ),
         "schedule": schedule,
         "steps": optimizer.steps,
+        "resets": list(optimizer.resets),
         "max_steps": max_steps,
         "roles": [
             _role(optimizer, group, schedule, log_history) for group in optimizer.param_groups
@@ -94,7 +91,7 @@ def _role(
     log_history: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     rule = optimizer.policy[policy_key(optimizer.policy, group["role"], group["kind"])]
-    label = group_label(group)
+    label = group["label"]
     norms: dict[str, float] = {}
     for row in log_history:
         for key, value in row.items():
@@ -104,6 +101,7 @@ def _role(
     return {
         "role": group["role"],
         "kind": group["kind"],
+        "label": label,
         "norm": str(rule.norm),
         "rule": group["rule"],
         "tensors": len(group["params"]),
@@ -151,6 +149,7 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if it has none.
+        ValueError: if it is not whole, or of another version.
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
@@ -158,5 +157,15 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{folder} has no {FILE_NAME}: it was not trained with hf_normopt, or not by a Trainer "
             "with its callback."
         )
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}. Is it whole?") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has the format_version {version!r}; this version of hf_normopt reads "
+            f"{FORMAT_VERSION}."
+        )
+    report: dict[str, Any] = content
+    return report

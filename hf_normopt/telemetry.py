@@ -35,6 +35,8 @@ class NormTelemetry(TrainerCallback):
     def __init__(self) -> None:
         self._optimizer: NormOpt | None = None
         self._gauge = Gauge()
+        self._watched = 0  # the step that was measured last
+        self._epoch = 0  # steps of an epoch
 
     def on_train_begin(
         self,
@@ -42,20 +44,30 @@ class NormTelemetry(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         optimizer: Any = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Find the optimizer."""
         inner = unwrapped(optimizer)
         self._optimizer = inner if inner is not None and wants_telemetry(args) else None
         self._gauge = Gauge()
+        try:
+            self._epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        except TypeError:  # data without a length: one epoch
+            self._epoch = state.max_steps
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Watch the step if it will be logged."""
-        if self._optimizer is not None:
-            logged = _is_logged(state.global_step + 1, args, state)
-            self._optimizer.observer = self._gauge.observe if logged else None
+        step = state.global_step + 1
+        if self._optimizer is None:
+            return
+        if self._is_logged(step, args, state):
+            self._gauge.start()
+            self._watched, self._optimizer.observer = step, self._gauge.observe
+        else:
+            self._optimizer.observer = None
 
     def on_log(
         self,
@@ -66,11 +78,14 @@ class NormTelemetry(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the norms to the logs, for the reporters after it and for `log_history`."""
-        if self._optimizer is None or logs is None or not {"loss", "train_loss"} & logs.keys():
+        if self._optimizer is None or logs is None or self._watched != state.global_step:
+            return
+        if any(key.startswith("eval_") for key in logs):
             return
         norms = self._gauge.read(self._optimizer)
         logs.update(norms)
-        state.log_history[-1].update(norms)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(norms)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,14 +101,10 @@ class NormTelemetry(TrainerCallback):
             except ImportError:
                 logger.info("matplotlib is not installed: no %s.", PICTURE)
 
-
-def _is_logged(step: int, args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether a step is the last, or `DefaultFlowCallback` will log after it."""
-    if step == state.max_steps or (step == 1 and args.logging_first_step):
-        return True
-    if args.logging_strategy == IntervalStrategy.STEPS:
-        return step % state.logging_steps == 0
-    if args.logging_strategy == IntervalStrategy.EPOCH:
-        epoch = math.ceil(state.max_steps / max(1, state.num_train_epochs))
-        return step % epoch == 0
-    return False
+    def _is_logged(self, step: int, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether a step is the last, or `DefaultFlowCallback` will log after it."""
+        if step == state.max_steps or (step == 1 and args.logging_first_step):
+            return True
+        if args.logging_strategy == IntervalStrategy.STEPS:
+            return step % state.logging_steps == 0
+        return args.logging_strategy == IntervalStrategy.EPOCH and step % self._epoch == 0

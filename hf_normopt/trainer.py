@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,19 +73,7 @@ class NormOptMixin:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the trainer's card, and in it what NormOpt did, see [`update_model_card`]."""
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        if not self.is_world_process_zero() or not _asks_for_normopt(self.args):
-            return
-        folder = Path(self.args.output_dir)
-        if self.optimizer is not None and unwrapped(self.optimizer) is None:
-            say_optimizer(folder, innermost(self.optimizer))  # DeepSpeed made it, or the user
-            return
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, NormOptCallback):
-                callback.write(folder, self.state)  # TRL makes a card with each checkpoint
-        if has_report(folder):
-            update_model_card(folder)
-        else:
-            say_optimizer(folder, "NormOpt, which has not trained this model yet")
+        _complete_card(self, _asks_for_normopt(self.args))
 
 
 class NormOptTrainer(NormOptMixin, Trainer):
@@ -108,7 +97,7 @@ def register() -> None:
 
     It adds names and takes none away, and does nothing the second time. Each preset is a name of
     its own, such as `normopt_muon`. Every trainer gets [`NormOptCallback`] and [`NormTelemetry`],
-    which do nothing for other optimizers.
+    which do nothing for other optimizers, and `Trainer.create_model_card` adds what NormOpt did.
 
     Raises:
         ImportError: if transformers has no registry of optimizers.
@@ -124,8 +113,47 @@ def register() -> None:
         if name not in OptimizerNames._value2member_map_:
             _add_member(OptimizerNames, name)
         _OPTIMIZER_HANDLERS.setdefault(OptimizerNames(name), _handler)
+    _make_cards_true()
     callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     callbacks += [c for c in (NormOptCallback, NormTelemetry) if c not in callbacks]
+
+
+def _make_cards_true() -> None:
+    """Let the cards of a plain Trainer say what NormOpt did, since no callback can."""
+    original = Trainer.create_model_card
+    if getattr(original, "says_normopt", False):
+        return
+
+    @functools.wraps(original)
+    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        _complete_card(self, optimizer_name(self.args) in optimizer_names())
+
+    create_model_card.says_normopt = True  # type: ignore[attr-defined]
+    Trainer.create_model_card = create_model_card  # type: ignore[method-assign]
+
+
+def _complete_card(trainer: Any, asked: bool) -> None:
+    """Write into a trainer's card what NormOpt did.
+
+    Args:
+        trainer: whose card has just been written.
+        asked: whether NormOpt was asked for.
+    """
+    is_ours = unwrapped(trainer.optimizer) is not None
+    if not trainer.is_world_process_zero() or not (asked or is_ours):
+        return
+    folder = Path(trainer.args.output_dir)
+    if trainer.optimizer is not None and not is_ours:
+        say_optimizer(folder, innermost(trainer.optimizer))  # DeepSpeed made it, or the user
+        return
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, NormOptCallback):
+            callback.write(folder, trainer.state)  # TRL makes a card with each checkpoint
+    if has_report(folder):
+        update_model_card(folder)
+    else:
+        say_optimizer(folder, "NormOpt, which has not trained this model yet")
 
 
 def _handler(context: Any) -> tuple[Callable[[], Callable[..., NormOpt]], dict[str, Any]]:

@@ -32,7 +32,7 @@ from hf_normopt import NormOptFactory, NormOptMixin, NormOptTrainer, update_mode
 from hf_normopt.arguments import optimizer_from_arguments, run_schedule
 from hf_normopt.callback import unwrapped
 from hf_normopt.cli import main
-from hf_normopt.report import group_label, report, write_report
+from hf_normopt.report import FILE_NAME, report, write_report
 
 from .test_trainer import arguments, bert, equal, rows, weights
 
@@ -54,7 +54,7 @@ def table(card, first="role", second="norm"):
 def assert_true(folder, optimizer):
     """The card says what the optimizer is, in valid metadata, and is the same if written twice."""
     card = card_of(folder)
-    groups = {group_label(group): group for group in optimizer.param_groups}
+    groups = {group["label"]: group for group in optimizer.param_groups}
     found = {row["role"]: row for row in table(card)}
     assert found.keys() == groups.keys()
     for label, row in found.items():
@@ -554,6 +554,83 @@ def test_a_card_that_people_wrote_keeps_their_words(tmp_path):
         "optimizer": "normopt",
         "optimizer_preset": "normopt",
     }
+
+
+@pytest.mark.parametrize("optim", ["normopt_adam", "normopt", "adamw_torch"])
+def test_a_plain_trainers_own_card_is_true(tmp_path, optim):
+    """Without a second command, as unedited scripts end."""
+    args = arguments(tmp_path, optim=optim, **QUIET)
+    factory = {"optimizer_cls_and_kwargs": (NormOptFactory, {"lr": 2e-3})}
+    given = factory if optim == "adamw_torch" else {}
+    trainer = Trainer(bert(), args, train_dataset=rows(), **given)
+    trainer.train()
+    trainer.create_model_card()
+    assert_true(tmp_path, unwrapped(trainer.optimizer))
+    assert "OptimizerNames" not in card_of(tmp_path)
+
+
+def test_the_card_names_what_trained_in_place_of_normopt(tmp_path):
+    model, args = bert(), arguments(tmp_path, optim="normopt", **QUIET)
+    optimizers = (torch.optim.SGD(model.parameters(), lr=1e-3), None)
+    trainer = Trainer(model, args, train_dataset=rows(), optimizers=optimizers)
+    trainer.train()
+    trainer.create_model_card()
+    assert "\n- optimizer: SGD\n" in card_of(tmp_path)
+
+
+def test_a_card_with_the_newlines_of_windows(tmp_path):
+    trainer = NormOptTrainer(bert(), arguments(tmp_path, **QUIET), train_dataset=rows())
+    trainer.train()
+    trainer.create_model_card()
+    card, path = card_of(tmp_path), tmp_path / "README.md"
+    path.write_bytes(card.replace("\n", "\r\n").encode())
+    update_model_card(tmp_path)
+    assert path.read_bytes().decode() == card
+
+
+def test_a_card_of_a_run_that_was_reset_says_so(tmp_path):
+    saving = {**QUIET, "save_strategy": "steps", "save_steps": 3}
+    args = arguments(tmp_path, optim="adamw_torch", **saving)
+    Trainer(bert(), args, train_dataset=rows()).train()
+    args = arguments(tmp_path, optim="normopt", optim_args="on_mismatch=reset", **saving)
+    trainer = Trainer(bert(), args, train_dataset=rows())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    trainer.create_model_card()
+    assert "\n- begun anew: at step 3: it was not written by NormOpt." in card_of(tmp_path)
+
+
+def test_a_stray_mark_takes_no_text_away(tmp_path):
+    write_report(tmp_path, report(hf_normopt.create_normopt_optimizer(bert(), lr=1e-3)))
+    (tmp_path / "README.md").write_text("# Mine\n\n<!-- hf-normopt: start -->\n\nWords\n")
+    update_model_card(tmp_path)
+    card = card_of(tmp_path)
+    update_model_card(tmp_path)
+    assert card_of(tmp_path) == card
+    assert "\nWords\n" in card
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "format_version None; this version of hf_normopt reads 1"),
+        ("[]", "format_version None"),
+        ('{"format_version": 99}', "format_version 99"),
+        ('{"format', "cannot be read: Unterminated string"),
+    ],
+)
+def test_a_report_that_cannot_be_read_is_named(tmp_path, capsys, content, message):
+    (tmp_path / FILE_NAME).write_text(content)
+    assert main(["card", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / FILE_NAME) in error
+    assert message in error
+
+
+def test_metadata_that_cannot_be_read_are_named(tmp_path, capsys):
+    write_report(tmp_path, report(hf_normopt.create_normopt_optimizer(bert(), lr=1e-3)))
+    (tmp_path / "README.md").write_text("---\na: [b\n---\n# Mine\n")
+    assert main(["card", str(tmp_path)]) == 2
+    assert "The metadata of" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path, capsys):

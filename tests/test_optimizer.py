@@ -334,6 +334,17 @@ def test_plain_loop_learns():
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gradients_that_are_not_finite_give_nan_as_with_adamw(preset):
+    """They end no run by an error of LAPACK: the loss tells."""
+    model = llama()
+    optimizer = create_normopt_optimizer(model, lr=1e-3, preset=preset)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    assert preset == "escape" or not any(p.isfinite().all() for p in model.parameters())
+
+
 def test_sparse_gradients_are_made_dense():
     def make(sparse):
         torch.manual_seed(0)

@@ -38,7 +38,8 @@ def tampered(folder, change):
     """Change a checkpoint's optimizer state."""
     path = folder / "optimizer.pt"
     state = torch.load(path, weights_only=True)
-    torch.save(change(state) or state, path)
+    change(state)
+    torch.save(state, path)
 
 
 def state_dtypes(trainer):
@@ -198,7 +199,7 @@ def test_an_adamw_checkpoint_is_refused_or_reset(tmp_path, caplog):
     assert [g["initial_lr"] for g in inner(resumed).param_groups] == [1e-3] * 5
     messages = [r.getMessage() for r in caplog.records]
     assert any("was not written by NormOpt" in m for m in messages)
-    assert any("goes on as it is" in m for m in messages)
+    assert inner(resumed).resets[0].startswith("at step 3: it was not written by NormOpt")
 
 
 @pytest.mark.parametrize(
@@ -222,9 +223,74 @@ def test_files_of_two_checkpoints_are_refused(tmp_path):
     for name in ("optimizer.pt", "scheduler.pt"):
         shutil.copy(tmp_path / "checkpoint-6" / name, tmp_path / "checkpoint-3" / name)
     with pytest.raises(
-        ValueError, match=r"goes on at step 3, but the optimizer has made 6 steps: optimizer.pt"
+        ValueError, match="at step 3, but the optimizer has made 6 steps and the scheduler 6"
     ):
         trained(tmp_path, resume=tmp_path / "checkpoint-3")
+
+
+def test_a_scheduler_of_another_checkpoint_is_refused_or_reset(tmp_path):
+    straight = trained(tmp_path)
+    whole = tmp_path / "checkpoint-3" / "scheduler.pt"
+    kept = whole.read_bytes()
+    shutil.copy(tmp_path / "checkpoint-6" / "scheduler.pt", whole)
+    with pytest.raises(ValueError, match="has made 3 steps and the scheduler 6"):
+        trained(tmp_path, resume=tmp_path / "checkpoint-3")
+    reset = {"resume": tmp_path / "checkpoint-3", "optim_args": "on_mismatch=reset"}
+    assert equal(weights(trained(tmp_path, **reset).model), weights(straight.model))
+    assert kept != whole.read_bytes()
+
+
+TAMPERED = {
+    "a state is lost": lambda state: state["state"].pop(0),
+    "all states are lost": lambda state: state["state"].clear(),
+    "a buffer is lost": lambda state: state["state"][0].pop("momentum_buffer"),
+    "a buffer has another shape": lambda state: state["state"][0].update(
+        momentum_buffer=torch.zeros(3, 3)
+    ),
+    "a buffer has another type": lambda state: state["state"][0].update(
+        momentum_buffer=state["state"][0]["momentum_buffer"].long()
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_state_that_is_not_what_was_saved_is_refused_or_reset(case, checkpoint, tmp_path):
+    folder, _ = checkpoint
+    tampered(folder, TAMPERED[case])
+    with pytest.raises(ValueError, match=r"is not what was saved.*self.query.weight has \["):
+        trained(tmp_path, resume=folder)
+    resumed = trained(tmp_path, resume=folder, optim_args="on_mismatch=reset")
+    assert "is not what was saved" in inner(resumed).resets[0]
+
+
+def test_a_multiplier_in_the_checkpoint_has_no_effect(checkpoint, tmp_path):
+    folder, whole = checkpoint
+    tampered(folder, lambda state: state["param_groups"][1].update(multiplier=7.0))
+    assert equal(weights(trained(tmp_path, resume=folder).model), weights(whole))
+
+
+def test_rates_in_the_checkpoint_are_told(checkpoint, tmp_path, caplog):
+    folder, _ = checkpoint
+    tampered(folder, lambda state: state["param_groups"][2].update(initial_lr=0.5))
+    trained(tmp_path, resume=folder, weight_decay=0.1)
+    messages = [r.getMessage() for r in caplog.records if "has no effect" in r.getMessage()]
+    assert messages[0].startswith("learning_rate=0.001 has no effect: the checkpoint's 0.5 goes on")
+    assert "for head, as with every" in messages[0]
+    assert "weight_decay=0.1 has no effect: the checkpoint's 0 goes on for linear" in messages[1]
+
+
+def test_steps_without_gradients_count_during_the_warm_up(tmp_path):
+    """With rate 0 and no gradient they look like torch's rehearsal of a step."""
+
+    class Silent(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * 0
+
+    args = arguments(tmp_path, **{**SAVING, "save_steps": 2}, warmup_steps=5)
+    Silent(bert(), args, train_dataset=rows()).train()
+    resumed = Silent(bert(), args, train_dataset=rows())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert inner(resumed).steps == 6
 
 
 def test_save_only_model_gives_no_checkpoint_to_resume_from(tmp_path):

@@ -6,7 +6,14 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 import hf_normopt
-from hf_normopt import NormTelemetry, classify, create_normopt_optimizer
+from hf_normopt import (
+    NormOpt,
+    NormTelemetry,
+    Rule,
+    classify,
+    create_normopt_optimizer,
+    operator_norm,
+)
 from hf_normopt import gauge as gauge_module
 from hf_normopt.gauge import Gauge
 from hf_normopt.plot import series
@@ -205,6 +212,74 @@ def test_steps_that_are_logged_are_watched(options, logged, tmp_path):
 def test_bf16_weights_and_lora_are_watched(tmp_path):
     history = trained(tmp_path, model=bert().bfloat16()).state.log_history
     assert history[0]["certificate/linear"] == pytest.approx(1, abs=1e-4)
+
+
+def test_an_epoch_that_ends_early_is_watched_at_its_own_step(tmp_path):
+    options = {"logging_strategy": "epoch", "num_train_epochs": 1.5, "max_steps": -1}
+    first, *_ = trained(tmp_path, **options).state.log_history
+    assert first["step"] == 12
+    assert first["lr/linear"] == first["learning_rate"]
+
+
+class Drops(torch.nn.Module):
+    """A layer that is left out in every other step."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.calls = layer, 0
+
+    def forward(self, hidden, *args, **kwargs):
+        self.calls += 1
+        return hidden if self.calls % 2 else self.layer(hidden, *args, **kwargs)
+
+
+def test_layers_without_gradients_do_not_end_the_run(tmp_path):
+    model = bert()
+    model.bert.encoder.layer[1] = Drops(model.bert.encoder.layer[1])
+    history = trained(tmp_path, model=model, logging_steps=1).state.log_history
+    assert all("dual_norm/linear" in row for row in history[:-1])  # the last: train_loss
+
+
+def test_a_watched_step_that_is_not_logged_is_forgotten(tmp_path):
+    class Suppress(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_log = control.should_log and state.global_step > 3
+
+    quiet = trained(tmp_path, [Suppress], logging_steps=1).state.log_history
+    whole = trained(tmp_path, logging_steps=1).state.log_history
+    assert [row["step"] for row in quiet] == [4, 5, 5]
+    assert quiet[0]["dual_norm/linear"] == whole[3]["dual_norm/linear"]
+
+
+def test_logs_of_other_kinds_are_completed(tmp_path):
+    class Renaming(Trainer):
+        def log(self, logs, start_time=None):
+            logs = {f"mine/{key}": value for key, value in logs.items()}
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+            seen.append(logs)
+
+    seen = []
+    args = arguments(tmp_path, optim="normopt", logging_steps=2, max_steps=2)
+    Renaming(bert(), args, train_dataset=rows()).train()
+    assert "weight_norm/linear" in seen[0]
+
+
+def test_two_groups_of_one_role_have_their_own_names():
+    model = bert()
+    parts = [
+        {"params": [(n, p)], "role": "linear"}
+        for n, p in model.named_parameters()
+        if n.endswith(("query.weight", "key.weight"))
+    ]
+    optimizer = NormOpt(parts[:3], {"linear": Rule(operator_norm("rms", "rms"))}, lr=0.1)
+    optimizer.param_groups[1]["lr"] = 0.2
+    gauge = Gauge()
+    optimizer.observer = gauge.observe
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    found = gauge.read(optimizer)
+    assert [found[f"lr/{name}"] for name in ("linear", "linear/2", "linear/3")] == [0.1, 0.2, 0.1]
 
 
 def test_the_run_is_drawn(tmp_path):
