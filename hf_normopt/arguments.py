@@ -212,8 +212,10 @@ def trainer_schedule(args: TrainingArguments) -> Schedule:
 
 
 def run_schedule(args: TrainingArguments, optimizer: NormOpt) -> Schedule:
-    """The schedule of a run: the trainer's, or where nobody asked for one, the preset's."""
+    """The schedule of a run: the option's, the trainer's, or where there is none, the preset's."""
     asked, preset = trainer_schedule(args), PRESETS.get(optimizer.origin.get("preset", ""))
+    if optimizer.origin.get("schedule"):
+        return parse_schedule(optimizer.origin["schedule"]).over(asked)
     default = asked.name == _DEFAULTS["lr_scheduler_type"] and not asked.options
     if preset and preset.schedule and default:
         return parse_schedule(preset.schedule).over(asked)

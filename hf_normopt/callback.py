@@ -20,7 +20,7 @@ from .optimizer import NormOpt
 from .presets import optimizer_names
 from .report import FILE_NAME, report, write_report
 from .rules import policy_key
-from .schedules import attach_inplace
+from .schedules import Factor, attach_inplace
 from .sharding import deepspeed_config
 from .step_sizes import DualNorm
 
@@ -47,6 +47,7 @@ class NormOptCallback(TrainerCallback):
     def __init__(self) -> None:
         self._optimizer: NormOpt | None = None
         self._schedule = ""
+        self._curve: Factor | None = None  # of the run, where the first group has its own
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,7 +80,32 @@ class NormOptCallback(TrainerCallback):
         own = _is_trainers_own(lr_scheduler, optimizer, args, state.max_steps)
         check_progress(inner, lr_scheduler if own else None, state.global_step, args)
         self._schedule = attach_run_schedule(lr_scheduler, optimizer, args, state.max_steps)
+        self._curve = None
+        if own and inner.param_groups[0]["schedule"]:
+            rate = float(inner.defaults["lr"])
+            self._curve = run_schedule(args, inner).factor(state.max_steps, rate)
         _warn_of_surprises(inner, state, args)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log the run's curve as `learning_rate`: the Trainer takes that of the first group."""
+        if (
+            self._curve is not None
+            and self._optimizer is not None
+            and "learning_rate" in (logs or {})
+        ):
+            factor = self._curve(max(0, lr_scheduler.last_epoch - 1))
+            rate = {"learning_rate": self._optimizer.param_groups[0]["initial_lr"] * factor}
+            rows: list[Any] = [logs, *state.log_history[-1:]]
+            for row in rows:
+                row.update(rate)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

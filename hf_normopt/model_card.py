@@ -318,7 +318,7 @@ def _schedule_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     schedule, preset = parse_schedule(content["schedule"]), PRESETS.get(content["preset"]["name"])
     usual = parse_schedule(preset.schedule if preset and preset.schedule else "linear")
     arguments: dict[str, Any] = {}
-    if schedule != replace(usual, warmup=schedule.warmup):
+    if "schedule" not in content["options"] and schedule != replace(usual, warmup=schedule.warmup):
         options = dict(schedule.options)
         if "decay" in options:
             options["decay_ratio"] = options.pop("decay")
