@@ -73,7 +73,8 @@ class Schedule:
 
     def __str__(self) -> str:
         """The text that `parse_schedule` reads."""
-        options = {"warmup": self.warmup or None, "floor": self.floor or None, **self.options}
+        warmup = self.warmup if self.name != "constant" else None  # which has none
+        options = {"warmup": warmup or None, "floor": self.floor or None, **self.options}
         words = [f"{key}:{value}" for key, value in options.items() if value is not None]
         return "/".join([*([self.name] if self.name else []), *words])
 

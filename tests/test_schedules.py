@@ -83,7 +83,8 @@ def test_text_and_schedule_are_one(text):
 def test_a_text_without_a_name_changes_the_schedule_of_the_run():
     base = Schedule("cosine", 2, 0.1, {"num_cycles": 0.5})
     assert parse_schedule("warmup:4").over(base) == dataclasses.replace(base, warmup=4)
-    assert parse_schedule("constant").over(base) == Schedule("constant", 2)
+    assert parse_schedule("linear").over(base) == Schedule("linear", 2)
+    assert str(parse_schedule("constant").over(base)) == "constant"  # it has no warm-up
 
 
 @pytest.mark.parametrize(
