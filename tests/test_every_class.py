@@ -5,6 +5,7 @@ the modelling sources alone, without `classify`; where they differed, the source
 `python -m tests.test_every_class` prints it anew, to be compared before it is kept.
 """
 
+import gc
 import inspect
 import re
 import warnings
@@ -123,7 +124,11 @@ def everything():
     for name, model in built():
         specs = classify(model)
         found[name] = (list(complaints(name, model, specs)), heads_of(specs))
-    return found
+    yield found
+    # All of transformers stays imported. Later collections, of which each Trainer makes one, need
+    # not walk through it.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.mark.slow
