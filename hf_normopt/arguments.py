@@ -23,7 +23,7 @@ from .presets import (
     optimizer_names,
     read_option,
 )
-from .schedules import Schedule, parse_schedule
+from .schedules import Schedule, parse_schedule, preset_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -213,13 +213,11 @@ def trainer_schedule(args: TrainingArguments) -> Schedule:
 
 def run_schedule(args: TrainingArguments, optimizer: NormOpt) -> Schedule:
     """The schedule of a run: the option's, the trainer's, or where there is none, the preset's."""
-    asked, preset = trainer_schedule(args), PRESETS.get(optimizer.origin.get("preset", ""))
-    if optimizer.origin.get("schedule"):
-        return parse_schedule(optimizer.origin["schedule"]).over(asked)
-    default = asked.name == _DEFAULTS["lr_scheduler_type"] and not asked.options
-    if preset and preset.schedule and default:
-        return parse_schedule(preset.schedule).over(asked)
-    return asked
+    asked = trainer_schedule(args)
+    text = optimizer.origin.get("schedule", "")
+    if not text and asked.name == _DEFAULTS["lr_scheduler_type"] and not asked.options:
+        text = preset_schedule(optimizer)
+    return parse_schedule(text).over(asked) if text else asked
 
 
 def optimizer_name(args: TrainingArguments) -> str:

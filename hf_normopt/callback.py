@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from .arguments import optimizer_name, run_schedule, trainer_schedule
 from .optimizer import NormOpt
 from .presets import optimizer_names
 from .report import FILE_NAME, report, write_report
-from .rules import policy_key
-from .schedules import Factor, attach_inplace
+from .schedules import attach_inplace
 from .sharding import deepspeed_config
 from .step_sizes import DualNorm
 
@@ -47,7 +47,8 @@ class NormOptCallback(TrainerCallback):
     def __init__(self) -> None:
         self._optimizer: NormOpt | None = None
         self._schedule = ""
-        self._curve: Factor | None = None  # of the run, where the first group has its own
+        # The rate of the run at a step, where the first group has a schedule of its own.
+        self._curve: Callable[[int], float] | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,6 +68,7 @@ class NormOptCallback(TrainerCallback):
     ) -> None:
         """Check what was resumed, and attach the schedules."""
         self._optimizer = inner = unwrapped(optimizer)
+        self._curve = None
         if inner is None:
             name = optimizer_name(args)
             if name in optimizer_names():
@@ -79,11 +81,18 @@ class NormOptCallback(TrainerCallback):
             return
         own = _is_trainers_own(lr_scheduler, optimizer, args, state.max_steps)
         check_progress(inner, lr_scheduler if own else None, state.global_step, args)
-        self._schedule = attach_run_schedule(lr_scheduler, optimizer, args, state.max_steps)
-        self._curve = None
-        if own and inner.param_groups[0]["schedule"]:
-            rate = float(inner.defaults["lr"])
-            self._curve = run_schedule(args, inner).factor(state.max_steps, rate)
+        if own:
+            schedule = run_schedule(args, inner)
+            attach_inplace(lr_scheduler, inner, schedule, state.max_steps)
+            self._schedule = str(schedule)
+            first = inner.param_groups[0]
+            if first["schedule"]:
+                factor = schedule.factor(state.max_steps, float(inner.defaults["lr"]))
+                self._curve = lambda step: first["initial_lr"] * factor(step)
+        else:
+            # DeepSpeed's wrapper and accelerate's have it inside
+            self._schedule = type(getattr(lr_scheduler, "scheduler", lr_scheduler)).__name__
+            _warn_of_schedules_without_effect(inner, self._schedule, args)
         _warn_of_surprises(inner, state, args)
 
     def on_log(
@@ -96,16 +105,10 @@ class NormOptCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Log the run's curve as `learning_rate`: the Trainer takes that of the first group."""
-        if (
-            self._curve is not None
-            and self._optimizer is not None
-            and "learning_rate" in (logs or {})
-        ):
-            factor = self._curve(max(0, lr_scheduler.last_epoch - 1))
-            rate = {"learning_rate": self._optimizer.param_groups[0]["initial_lr"] * factor}
-            rows: list[Any] = [logs, *state.log_history[-1:]]
-            for row in rows:
-                row.update(rate)
+        if self._curve is not None and logs is not None and "learning_rate" in logs:
+            rate = self._curve(max(0, lr_scheduler.last_epoch - 1))
+            for row in (logs, *state.log_history[-1:]):
+                row["learning_rate"] = rate
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -191,37 +194,6 @@ def check_progress(
         scheduler.last_epoch = global_step
 
 
-def attach_run_schedule(
-    scheduler: Any, optimizer: Any, args: TrainingArguments, num_training_steps: int
-) -> str:
-    """Give the trainer's scheduler the factors of the roles.
-
-    Args:
-        scheduler: of the trainer. One of the user's own making is left alone.
-        optimizer: as the trainer holds it, for which it made the scheduler.
-        args: the training arguments.
-        num_training_steps: the length of the run.
-
-    Returns:
-        The text of the run's schedule, or the class of a scheduler of the user's own.
-    """
-    inner = unwrapped(optimizer)
-    assert inner is not None
-    if _is_trainers_own(scheduler, optimizer, args, num_training_steps):
-        schedule = run_schedule(args, inner)
-        attach_inplace(scheduler, inner, schedule, num_training_steps)
-        return str(schedule)
-    wishes = {group["schedule"] for group in inner.param_groups} - {""}
-    if wishes:
-        _warn(
-            args,
-            "The schedule %s has no effect: the trainer's scheduler is a %s of its own.",
-            ", ".join(sorted(wishes)),
-            type(getattr(scheduler, "scheduler", scheduler)).__name__,
-        )
-    return type(getattr(scheduler, "scheduler", scheduler)).__name__
-
-
 def _is_trainers_own(
     scheduler: Any, optimizer: Any, args: TrainingArguments, num_training_steps: int
 ) -> bool:
@@ -273,12 +245,26 @@ def _warn_of_surprises(optimizer: NormOpt, state: TrainerState, args: TrainingAr
         )
 
 
+def _warn_of_schedules_without_effect(
+    optimizer: NormOpt, scheduler: str, args: TrainingArguments
+) -> None:
+    """Warn if roles have schedules, but the user has made the scheduler."""
+    wishes = {group["schedule"] for group in optimizer.param_groups} - {""}
+    if wishes:
+        _warn(
+            args,
+            "The schedule %s has no effect: the trainer's scheduler is a %s of its own.",
+            ", ".join(sorted(wishes)),
+            scheduler,
+        )
+
+
 def _warn_of_saved_options(optimizer: NormOpt, args: TrainingArguments) -> None:
     """Warn of options that a checkpoint brought along, which are not those of this run."""
     rate, decay = (float(optimizer.defaults[name]) for name in ("lr", "weight_decay"))
     rates, decays = {}, {}
     for group in optimizer.param_groups:
-        rule = optimizer.policy[policy_key(optimizer.policy, group["role"], group["kind"])]
+        rule = optimizer.rule_of(group)
         rates[group["label"]] = float(group.get("initial_lr", rate)), rate
         decays[group["label"]] = float(group["weight_decay"]), decay * rule.decay
     for name, asked, found in (("learning_rate", rate, rates), ("weight_decay", decay, decays)):

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
+from .plot import PICTURE
 from .presets import PRESETS
 from .report import FILE_NAME, read_report
 from .schedules import parse_schedule
@@ -24,7 +25,6 @@ from .step_sizes import STEP_SIZES
 from .tables import format_table
 
 TAG = "hf-normopt"
-PICTURE = "norms.png"  # drawn by the telemetry
 
 _START, _END = "<!-- hf-normopt: start -->", "<!-- hf-normopt: end -->"
 _SECTION = re.compile(f"{_START}(?:(?!{_START}).)*?{_END}", re.DOTALL)
@@ -48,13 +48,9 @@ def update_model_card(path: str | os.PathLike[str]) -> Path:
     added, or replaced where there is one, and the metadata get the tag `hf-normopt`, `optimizer`
     and `optimizer_preset`. All else stays as it is.
 
-    [`NormOptMixin`] does it in `create_model_card` and `push_to_hub`. Those of a plain `Trainer`
-    write a card of their own each time, so call this after them:
-
-        trainer.create_model_card()
-        update_model_card(args.output_dir)
-
-    and to publish: `trainer.push_to_hub()`, then this, then
+    `create_model_card` and `push_to_hub` of every `Trainer`, and of TRL's trainers with
+    [`NormOptMixin`], do it by themselves. Those of TRL's trainers without it write a card of their
+    own each time, so call this after them, and to publish
     `ModelCard.load(path).push_to_hub(trainer.hub_model_id)`.
 
     Args:

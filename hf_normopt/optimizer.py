@@ -112,7 +112,7 @@ class NormOpt(torch.optim.Optimizer):
             if p.is_complex():
                 raise ValueError(f"{name} is complex ({p.dtype}); NormOpt takes real parameters.")
 
-        rule = self.policy[policy_key(self.policy, group["role"], group["kind"])]
+        rule = self.rule_of(group)
         shapes = [tuple(p.shape) for _, p in pairs]
         layouts = group.get("layouts") or [usual_layout(group["role"], shape) for shape in shapes]
         if len(layouts) != len(pairs):
@@ -137,6 +137,10 @@ class NormOpt(torch.optim.Optimizer):
         }
         group.setdefault("weight_decay", self.defaults["weight_decay"] * rule.decay)
         super().add_param_group(group)
+
+    def rule_of(self, group: Mapping[str, Any]) -> Rule:
+        """The rule that the policy gives to a group."""
+        return self.policy[policy_key(self.policy, group["role"], group["kind"])]
 
     def _label(self, group: Mapping[str, Any]) -> str:
         """What logs and cards call a group: `linear`, `linear/router`; `linear/2` for a second."""
@@ -217,7 +221,7 @@ class NormOpt(torch.optim.Optimizer):
         """A move for every parameter with a gradient."""
         moves = []
         for group in groups:
-            rule = self.policy[policy_key(self.policy, group["role"], group["kind"])]
+            rule = self.rule_of(group)
             for p, layout in zip(group["params"], group["layouts"], strict=True):
                 if p.grad is not None and p.numel() > 0:
                     moves.append(Move(p, group, rule, Layout(layout), self.state[p]))
@@ -244,8 +248,10 @@ class NormOpt(torch.optim.Optimizer):
         """The state, with a description of it by which a load checks that it is whole."""
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            numbers = dict(zip(group["param_names"], group["params"], strict=True))
-            group["state_texts"] = {n: describe(state_dict["state"], i) for n, i in numbers.items()}
+            group["state_texts"] = {
+                name: describe(state_dict["state"], number)
+                for name, number in zip(group["param_names"], group["params"], strict=True)
+            }
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -273,7 +279,7 @@ class NormOpt(torch.optim.Optimizer):
         rows = [
             (
                 group["role"] + (f"/{group['kind']}" if group["kind"] else ""),
-                str(self.policy[policy_key(self.policy, group["role"], group["kind"])].norm),
+                str(self.rule_of(group).norm),
                 f"{len(group['params']):,}",
                 f"{sum(math.prod(shape) for shape in group['param_shapes']):,}",
                 f"{float(group['lr'] * group['multiplier']):.3g}",

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+PICTURE = "norms.png"  # beside the model
+
 # A panel: title, quantities in the log, logarithmic axis.
 _PANELS = (
     ("loss", ("loss", "eval_loss"), False),

@@ -17,7 +17,6 @@ import transformers
 
 from .optimizer import NormOpt
 from .presets import PRESETS
-from .rules import policy_key
 from .step_sizes import StepSize, format_step_size
 from .version import __version__
 
@@ -90,7 +89,7 @@ def _role(
     schedule: str,
     log_history: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    rule = optimizer.policy[policy_key(optimizer.policy, group["role"], group["kind"])]
+    rule = optimizer.rule_of(group)
     label = group["label"]
     norms: dict[str, float] = {}
     for row in log_history:
@@ -121,7 +120,7 @@ def _rate(group: Mapping[str, Any]) -> float:
 def _weight_decay(optimizer: NormOpt) -> float:
     """The decay of rules whose factor is 1; of the checkpoint too, where a run was resumed."""
     for group in optimizer.param_groups:
-        rule = optimizer.policy[policy_key(optimizer.policy, group["role"], group["kind"])]
+        rule = optimizer.rule_of(group)
         if rule.decay:
             return float(group["weight_decay"]) / rule.decay
     return float(optimizer.defaults["weight_decay"])

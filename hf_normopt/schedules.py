@@ -202,12 +202,16 @@ def create_normopt_scheduler(
         num_warmup_steps: in steps if at least 1, else as a fraction of the run.
     """
     scheduler = LambdaLR(optimizer, lambda step: 1.0)
-    inner: Any = getattr(optimizer, "optimizer", optimizer)
-    preset = PRESETS.get(inner.origin.get("preset", ""))
-    text = schedule or (preset.schedule if preset else "") or "linear"
+    text = schedule or preset_schedule(getattr(optimizer, "optimizer", optimizer)) or "linear"
     base = Schedule("linear", num_warmup_steps)
     attach_inplace(scheduler, optimizer, parse_schedule(text).over(base), num_training_steps)
     return scheduler
+
+
+def preset_schedule(optimizer: Any) -> str:
+    """The text of the schedule of the preset that a NormOpt was made from; "" for none."""
+    preset = PRESETS.get(optimizer.origin.get("preset", ""))
+    return preset.schedule if preset else ""
 
 
 def attach_inplace(

@@ -18,11 +18,9 @@ from .arguments import wants_telemetry
 from .callback import unwrapped
 from .gauge import Gauge
 from .optimizer import NormOpt
-from .plot import save_run
+from .plot import PICTURE, save_run
 
 logger = logging.getLogger(__name__)
-
-PICTURE = "norms.png"
 
 
 class NormTelemetry(TrainerCallback):

@@ -127,7 +127,8 @@ def _make_cards_true() -> None:
     @functools.wraps(original)
     def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        _complete_card(self, optimizer_name(self.args) in optimizer_names())
+        if not isinstance(self, NormOptMixin):  # which does it itself, over TRL's cards too
+            _complete_card(self, optimizer_name(self.args) in optimizer_names())
 
     create_model_card.says_normopt = True  # type: ignore[attr-defined]
     Trainer.create_model_card = create_model_card  # type: ignore[method-assign]

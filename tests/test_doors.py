@@ -41,16 +41,9 @@ from hf_normopt.launch import run
 
 from .test_trainer import arguments, bert, equal, inner, rows, weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS, WARMUP, DECAY = 6, 2, 0.1
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The models are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import pytest
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -31,6 +30,7 @@ from .test_doors import COMMAND, flags, in_shell, trained
 from .test_trainer import equal, inner, weights
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     # trl 1.16 has it on by default, under names that transformers 5.23 wants no more
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
 ]
@@ -39,15 +39,6 @@ WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"w{i}" for i in range(28))]
 OPTIONS = {"lr_head": 2.0, "momentum": 0.9, "schedule_head": "constant"}
 TEXT = ",".join(f"{key}={value}" for key, value in OPTIONS.items())
 LR, DECAY = 1e-3, 0.1
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The models are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tokenizer():
