@@ -19,6 +19,7 @@ from .norms import Frobenius, MaxColumn, MaxEntry, MaxRow, Norm, Spectral, opera
 from .optimizer import NormOpt
 from .orthogonalize import orthogonalize
 from .presets import PRESETS, Preset, create_normopt_optimizer
+from .publish import finish_run
 from .roles import ParamSpec, classify
 from .rules import EMA, Accumulate, Policy, Rule
 from .schedules import create_normopt_scheduler
@@ -56,6 +57,7 @@ __all__ = [
     "classify",
     "create_normopt_optimizer",
     "create_normopt_scheduler",
+    "finish_run",
     "operator_norm",
     "orthogonalize",
     "register",

@@ -20,6 +20,7 @@ from .arguments import optimizer_name, run_schedule, trainer_schedule
 from .optimizer import NormOpt
 from .presets import optimizer_names
 from .report import FILE_NAME, report, write_report
+from .runs import RUN_FILE
 from .schedules import attach_inplace
 from .sharding import deepspeed_config
 from .step_sizes import DualNorm
@@ -130,8 +131,9 @@ class NormOptCallback(TrainerCallback):
         model: Any = kwargs.get("model")
         if self._optimizer is not None and hasattr(model, "add_model_tags"):
             model.add_model_tags("hf-normopt")
-        if self._optimizer is None and state.is_world_process_zero:
-            (Path(str(args.output_dir)) / FILE_NAME).unlink(missing_ok=True)  # of another run
+        if state.is_world_process_zero:  # of earlier runs in this folder
+            (Path(str(args.output_dir)) / FILE_NAME).unlink(missing_ok=True)
+            (Path(str(args.output_dir)) / RUN_FILE).unlink(missing_ok=True)
         self.write(Path(str(args.output_dir)), state)
 
     def write(self, folder: Path, state: TrainerState) -> None:

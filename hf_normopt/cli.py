@@ -14,6 +14,7 @@ from .picture import Total, check_file, count_roles, save_picture, tied_names
 from .presets import PRESETS
 from .roles import ROLES, ParamSpec, classify
 from .rules import Rule, policy_key
+from .runs import compare_runs
 from .skeletons import skeleton
 from .tables import fold_names, format_table
 
@@ -73,6 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "card", help="write into the card of a trained model how it was trained"
     )
     card.add_argument("folder", help="the output_dir of the training, or one of its checkpoints")
+    card.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="other runs of the same script, whose results the card shall show",
+    )
     card.set_defaults(run=_card)
 
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -213,6 +221,8 @@ def _presets(args: argparse.Namespace) -> int:
 
 
 def _card(args: argparse.Namespace) -> int:
+    if args.compare:
+        compare_runs(args.folder, args.compare)
     print(update_model_card(args.folder))
     return 0
 

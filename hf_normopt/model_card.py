@@ -1,7 +1,8 @@
-"""The part of a model card that says how NormOpt trained the model.
+"""Model cards: the section that says how NormOpt trained the model, in whatever card there is.
 
 It is written from `normopt.json`, which every trainer leaves beside the model and its checkpoints
-(see `hf_normopt/report.py`), so that it says what ran, and not what the arguments look like.
+(see `hf_normopt/report.py`), so that it says what ran, and not what the arguments look like. Where
+a script has left `run.json` too (see `hf_normopt/runs.py`), all of the card is written anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from huggingface_hub import ModelCard
 from .plot import PICTURE
 from .presets import PRESETS
 from .report import FILE_NAME, read_report
+from .runs import HYPERPARAMETERS, read_run, run_card
 from .schedules import parse_schedule
 from .step_sizes import STEP_SIZES
 from .tables import format_table
@@ -28,7 +30,6 @@ TAG = "hf-normopt"
 
 _START, _END = "<!-- hf-normopt: start -->", "<!-- hf-normopt: end -->"
 _SECTION = re.compile(f"{_START}(?:(?!{_START}).)*?{_END}", re.DOTALL)
-_LIST = "The following hyperparameters were used during training:\n"  # in the cards of transformers
 
 _CITATION = """\
 ```bibtex
@@ -43,6 +44,8 @@ _CITATION = """\
 
 def update_model_card(path: str | os.PathLike[str]) -> Path:
     """Write what NormOpt did into the card of a model, or make the card where there is none.
+
+    Where the folder has a `run.json` (see [`finish_run`]), the whole card is written anew.
 
     The lines of transformers' list of hyperparameters are made true, a section `## Optimizer` is
     added, or replaced where there is one, and the metadata get the tag `hf-normopt`, `optimizer`
@@ -60,13 +63,21 @@ def update_model_card(path: str | os.PathLike[str]) -> Path:
         The path of the card.
 
     Raises:
-        FileNotFoundError: if the folder has no `normopt.json`.
+        FileNotFoundError: if the folder has neither `normopt.json` nor `run.json`.
         ValueError: if the card's metadata cannot be read.
     """
     file = _card_file(path)
+    run = read_run(file.parent)
+    if run is not None:
+        card = run_card(run)
+        if not has_report(file):  # trained by another optimizer
+            card.save(file)
+            return file
+    elif file.is_file():
+        card = _loaded(file)
+    else:
+        card = ModelCard(f"---\ntags:\n- {TAG}\n---\n\n# {file.parent.resolve().name}\n")
     content = read_report(file.parent)
-    new = f"---\ntags:\n- {TAG}\n---\n\n# {file.parent.resolve().name}\n"
-    card = _loaded(file) if file.is_file() else ModelCard(new)
 
     data: Any = card.data
     data.tags = list(dict.fromkeys([*(data.tags or []), TAG]))
@@ -122,7 +133,7 @@ def _around_section(text: str) -> tuple[str, str, str]:
 
 def _corrected(text: str, name: str, value: str) -> str:
     """The text with one value of transformers' list of hyperparameters replaced."""
-    head, mark, rest = text.partition(_LIST)
+    head, mark, rest = text.partition(HYPERPARAMETERS)
     items, blank, tail = rest.partition("\n\n")
     # transformers puts the arguments of most optimizers on a second line
     line = rf"^- {name}: (?:.*and the args are:\n)?.*"

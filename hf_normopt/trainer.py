@@ -20,6 +20,7 @@ from .callback import NormOptCallback, innermost, unwrapped, warn_of_deepspeed
 from .model_card import has_report, say_optimizer, update_model_card
 from .optimizer import NormOpt
 from .presets import create_normopt_optimizer, optimizer_names
+from .runs import RUN_FILE
 from .schedules import BY_METRIC, attach_inplace
 from .telemetry import NormTelemetry
 
@@ -142,9 +143,14 @@ def _complete_card(trainer: Any, asked: bool) -> None:
         asked: whether NormOpt was asked for.
     """
     is_ours = unwrapped(trainer.optimizer) is not None
-    if not trainer.is_world_process_zero() or not (asked or is_ours):
-        return
     folder = Path(trainer.args.output_dir)
+    if not trainer.is_world_process_zero():
+        return
+    if (folder / RUN_FILE).is_file():
+        update_model_card(folder)
+        return
+    if not (asked or is_ours):
+        return
     if trainer.optimizer is not None and not is_ours:
         say_optimizer(folder, innermost(trainer.optimizer))  # DeepSpeed made it, or the user
         return

@@ -29,9 +29,9 @@ ROWS = [
     {"optimizer"},
     {"presets"},
     {"schedules"},
-    {"arguments", "report", "plot"},
+    {"arguments", "report", "runs", "plot"},
     {"callback", "gauge", "model_card"},
-    {"telemetry"},
+    {"telemetry", "publish"},
     {"trainer", "cli"},
     {"__init__", "__main__"},
 ]

@@ -1,0 +1,98 @@
+"""The end of a training script: its record, its card, and the Hub."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import upload_folder
+
+from .model_card import update_model_card
+from .runs import record_run
+
+
+def finish_run(
+    trainer: Any,
+    *,
+    title: str,
+    task: str,
+    metric: str,
+    dataset: str,
+    data: str,
+    baselines: dict[str, float],
+    limits: str,
+    dataset_id: str | None = None,
+    base_model: str | None = None,
+    language: str | None = None,
+    license: str | None = None,
+    library_name: str = "transformers",
+    push_to_hub: bool = False,
+) -> None:
+    """Write `run.json` and the whole model card into `output_dir`; push the folder, if asked.
+
+    A script that calls this after `trainer.save_model()` and `trainer.save_metrics("test", ...)`
+    can set `push_to_hub=False` in the training arguments and hand the wish to this function: then
+    nothing is asked of the network before all is trained and saved.
+
+    Args:
+        trainer: that has trained.
+        title: of the card.
+        task: a pipeline tag of the Hub, such as `text-classification`.
+        metric: the headline; `test_<metric>` has been saved.
+        dataset: its name for readers.
+        data: Markdown: what the data are, how many, from where, under which licence.
+        baselines: `test_<metric>` of simple methods on the same data, by their names.
+        limits: Markdown: what the model is not good for.
+        dataset_id: of the Hub, if the data come from there.
+        base_model: an id of the Hub or a folder; None: the model was trained from scratch.
+        language: of the data, as ISO 639-1.
+        license: of the model, as the Hub writes it.
+        library_name: which library loads the model: `transformers` or `peft`.
+        push_to_hub: whether to push weights, card and picture to `hub_model_id`.
+
+    Raises:
+        SystemExit: with one line, if the folder could not be pushed. It stays as it is.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    facts = {
+        "title": title,
+        "task": task,
+        "metric": metric,
+        "dataset": dataset,
+        "dataset_id": dataset_id,
+        "data": data,
+        "baselines": {name: float(value) for name, value in baselines.items()},
+        "limits": limits,
+        "base_model": base_model,
+        "language": language,
+        "license": license,
+        "library_name": library_name,
+    }
+    record_run(trainer, facts)
+    update_model_card(folder)
+    if not push_to_hub:
+        return
+    try:
+        trainer.init_hf_repo()
+        upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=folder,
+            commit_message="End of training",
+            token=trainer.args.hub_token,
+            revision=trainer.args.hub_revision,
+            ignore_patterns=["_*", "checkpoint-*"],
+        )
+    except Exception as error:  # whatever it is, what was trained stands
+        repo = trainer.args.hub_model_id or folder.name
+        later = shlex.join(["hf", "upload", repo, str(folder), "--exclude", "checkpoint-*"])
+        raise SystemExit(
+            f"Nothing was pushed to the Hub: {_first_line(error)}. The model, its card and its "
+            f"picture are in {folder}; push them later with: {later}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

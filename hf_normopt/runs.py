@@ -1,0 +1,291 @@
+"""What a script tells of its run, `run.json`, and the model card that is written from it.
+
+`hf_normopt/report.py` has what NormOpt did; this has what only the script knows, and holds for runs
+with any optimizer, so that they can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.modelcard import extract_hyperparameters_from_trainer
+
+from .tables import format_table
+
+RUN_FILE = "run.json"
+RUN_VERSION = 1
+_SPLITS = ("validation", "test")
+HYPERPARAMETERS = "The following hyperparameters were used during training:\n"  # as transformers
+
+
+def record_run(trainer: Any, facts: Mapping[str, Any]) -> None:
+    """Write `run.json` into the trainer's `output_dir`.
+
+    Args:
+        trainer: that has trained and saved its metrics (`save_metrics`).
+        facts: what the script knows, the keyword arguments of [`finish_run`].
+    """
+    folder, history = Path(trainer.args.output_dir), trainer.state.log_history
+    metrics = json.loads((folder / "all_results.json").read_text())
+    if f"test_{facts['metric']}" not in metrics:
+        raise ValueError(
+            f"{folder / 'all_results.json'} has {', '.join(metrics)}, and no "
+            f"test_{facts['metric']}: call trainer.save_metrics('test', ...) before."
+        )
+    hyperparameters = extract_hyperparameters_from_trainer(trainer)
+    hyperparameters["weight_decay"] = trainer.args.weight_decay
+    record = {
+        "run_version": RUN_VERSION,
+        **facts,
+        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+        "optim_args": trainer.args.optim_args or "",
+        "learning_rate": trainer.args.learning_rate,
+        "seed": trainer.args.seed,
+        "steps": trainer.state.global_step,
+        "hyperparameters": {key: str(value) for key, value in hyperparameters.items()},
+        "metrics": metrics,
+        "evaluations": [
+            {key: value for key, value in row.items() if isinstance(value, (int, float))}
+            for row in history
+            if "eval_loss" in row
+        ],
+        "seconds": next((row["train_runtime"] for row in history if "train_runtime" in row), None),
+        "command": _command(),
+        "commit": _commit(),
+        "hardware": _hardware(trainer),
+        "compared": [],
+    }
+    write_run(folder, record)
+
+
+def write_run(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Write a record into a folder."""
+    (Path(folder) / RUN_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The record of a folder; None if it has none.
+
+    Raises:
+        ValueError: if it is not whole, or of another version.
+    """
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}. Is it whole?") from None
+    version = record.get("run_version") if isinstance(record, dict) else None
+    if version != RUN_VERSION:
+        raise ValueError(
+            f"{path} has the run_version {version!r}; this version of hf_normopt reads "
+            f"{RUN_VERSION}."
+        )
+    return record
+
+
+def compare_runs(
+    folder: str | os.PathLike[str], others: Sequence[str | os.PathLike[str]]
+) -> dict[str, Any]:
+    """Take the results of other runs of the same script into a run's record.
+
+    Raises:
+        ValueError: if a folder has no record, or its run was for another task, data set or metric.
+    """
+    record = read_run(folder)
+    if record is None:
+        raise ValueError(f"{folder} has no {RUN_FILE}: its script did not call finish_run.")
+    compared = []
+    for other in others:
+        found = read_run(other)
+        same = ("task", "dataset", "metric")
+        if found is None or any(found[key] != record[key] for key in same):
+            what = "no run.json" if found is None else " ".join(str(found[key]) for key in same)
+            wish = " ".join(str(record[key]) for key in same)
+            raise ValueError(f"{other} cannot be compared: it has {what}, {folder} has {wish}.")
+        keys = ("optimizer", "optim_args", "learning_rate", "seed", "steps")
+        values = {split: found["metrics"].get(f"{split}_{found['metric']}") for split in _SPLITS}
+        compared.append({**{key: found[key] for key in keys}, **values})
+    record["compared"] = compared
+    write_run(folder, record)
+    return record
+
+
+def test_value(record: Mapping[str, Any]) -> float:
+    """The headline result of a run."""
+    return float(record["metrics"][f"test_{record['metric']}"])
+
+
+def run_card(record: Mapping[str, Any]) -> ModelCard:
+    """The card of a run, all but what NormOpt has to say."""
+    metric, base = record["metric"], record["base_model"]
+    is_local = base is not None and Path(base).is_dir()
+    data = ModelCardData(
+        language=record["language"],
+        license=record["license"],
+        library_name=record["library_name"],
+        tags=["generated_from_trainer"],
+        base_model=None if is_local else base,
+        datasets=record["dataset_id"],
+        metrics=[metric],
+        pipeline_tag=record["task"],
+        model_name=record["title"],
+        eval_results=[
+            EvalResult(
+                task_type=record["task"],
+                dataset_type=record["dataset_id"] or record["dataset"],
+                dataset_name=record["dataset"],
+                dataset_split="test",
+                metric_type=metric,
+                metric_value=round(test_value(record), 4),
+            )
+        ],
+    )
+    origin = "trained from scratch" if base is None else f"fine-tuned from {_link(base, is_local)}"
+    name = f"`test_{metric}`"
+    results = [("this model", f"{test_value(record):.4f}")]
+    results += [(what, f"{value:.4f}") for what, value in record["baselines"].items()]
+    seconds = record["seconds"]
+    facts = {
+        "command": f"`{record['command']}`",
+        "commit": record["commit"],
+        "hardware": record["hardware"],
+        "training took": f"{seconds:.0f} s, evaluation during it included" if seconds else None,
+    }
+    parts = [
+        f"# {record['title']}",
+        f"A model for {record['task']}, {origin} on {record['dataset']} in {record['steps']:,} "
+        f"steps: {name} is {test_value(record):.4f}.",
+        "## Results",
+        f"On the test data, next to what a simple method reaches ({name}):",
+        format_table(("", f"test {metric}"), results, markdown=True),
+        _all_metrics(record),
+        *_comparison(record),
+        "## Data",
+        record["data"],
+        "## Limits",
+        record["limits"],
+        "## Training",
+        "\n".join(f"- {key}: {value}" for key, value in facts.items() if value),
+        f"{HYPERPARAMETERS}{_hyperparameters(record)}",
+        *_evaluations(record),
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def _link(base: str, is_local: bool) -> str:
+    if is_local:
+        return f"the local model `{Path(base).name}`"
+    return f"[{base}](https://huggingface.co/{base})"
+
+
+def _hyperparameters(record: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {key}: {value}" for key, value in record["hyperparameters"].items())
+
+
+def _all_metrics(record: Mapping[str, Any]) -> str:
+    """Validation and test side by side, without what is only about speed."""
+    found = record["metrics"]
+    names = [
+        key.removeprefix("test_")
+        for key, value in found.items()
+        if key.startswith("test_")
+        and isinstance(value, (int, float))
+        and not key.endswith(("_runtime", "_per_second", "_preparation_time", "_num_tokens"))
+    ]
+    rows = [(name, *(_number(found.get(f"{split}_{name}")) for split in _SPLITS)) for name in names]
+    return format_table(("", *_SPLITS), rows, markdown=True)
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _comparison(record: Mapping[str, Any]) -> list[str]:
+    """Runs with the same steps, by optimizer and rate."""
+    groups: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
+    for run in record["compared"]:
+        if run["steps"] == record["steps"]:
+            key = (run["optimizer"], run["optim_args"], run["learning_rate"])
+            groups.setdefault(key, []).append(run)
+    if not groups:
+        return []
+    rows = [
+        (
+            f"{optimizer} {args}".strip(),
+            f"{rate:g}",
+            str(len(runs)),
+            *(_mean_and_range([run[split] for run in runs]) for split in _SPLITS),
+        )
+        for (optimizer, args, rate), runs in sorted(groups.items())
+    ]
+    header = ("optimizer", "learning rate", "seeds", *_SPLITS)
+    return [
+        f"The same script with other optimizers, rates and seeds at the same number of steps, "
+        f"{record['metric']}, mean and range over the seeds:",
+        format_table(header, rows, markdown=True),
+    ]
+
+
+def _mean_and_range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    text = f"{mean(known):.4f}"
+    return f"{text} ({min(known):.4f} to {max(known):.4f})" if len(known) > 1 else text
+
+
+def _evaluations(record: Mapping[str, Any]) -> list[str]:
+    rows = record["evaluations"]
+    if not rows:
+        return []
+    names = [
+        key
+        for key in rows[0]
+        if key.startswith("eval_") and f"test_{key[5:]}" in record["metrics"]
+        if not key.endswith(("_runtime", "_per_second", "_num_tokens"))
+    ]
+    cells = [(f"{row['step']}", *(_number(row.get(name)) for name in names)) for row in rows]
+    header = ("step", *(name[5:] for name in names))
+    return [
+        "On the validation data during training:",
+        format_table(header, cells, markdown=True),
+    ]
+
+
+def _command() -> str:
+    """The command of this process, with the name of the interpreter in place of its path."""
+    interpreter, *words = sys.orig_argv
+    return shlex.join([Path(interpreter).name.rstrip("0123456789."), *words])
+
+
+def _commit() -> str | None:
+    """The commit of the script's repository, and whether files differ from it."""
+    git = ["git", "-C", str(Path(sys.argv[0]).resolve().parent)]
+    try:
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=-3).strip()
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.check_output(status, text=True, stderr=-3).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}, with uncommitted changes" if changed else commit
+
+
+def _hardware(trainer: Any) -> str:
+    count = trainer.args.world_size
+    if torch.cuda.is_available() and not trainer.args.use_cpu:
+        return f"{count} x {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    return f"CPU ({platform.machine()}), {count} process{'es' * (count > 1)}, {threads} threads"

@@ -1,0 +1,152 @@
+"""Compare optimizers in the recipes: rates on one seed, then three seeds at the best rate.
+
+    python recipes/compare.py token_classification      # an hour and less for each, see --jobs
+    python recipes/compare.py --table                   # the table of README.md
+
+Every optimizer starts with the same three rates, and goes on while the best of its own is at the
+edge; validation data decide. The other seeds run at that rate. Runs that are there are not run
+again. At the end the recipe's default runs as a user would run it, its card takes in all results,
+and card, picture and record are copied to model_cards.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RUNS = Path("outputs/compare")  # from the root: commands with relative paths stand in the cards
+CARDS = ROOT / "model_cards"
+OPTIMIZERS = ("normopt", "adamw_torch")
+SEEDS = (42, 43, 44)
+LADDER = [digit * 10.0**power for power in range(-5, 0) for digit in (1, 2, 5)]
+KEPT = ("README.md", "norms.png", "run.json", "normopt.json")
+
+# The script with its arguments, the rates to start with, and whether a larger metric is better.
+RECIPES = {
+    "text_classification": (["text_classification.py"], (5e-4, 1e-3, 2e-3), True),
+    "token_classification": (["token_classification.py"], (5e-4, 1e-3, 2e-3), True),
+    "pretrain_causal_lm": (["pretrain_causal_lm.py"], (2e-3, 5e-3, 1e-2), False),
+    "sft_lora": (["sft_lora.py"], (1e-3, 2e-3, 5e-3), True),
+    "image_classification": (["image_classification.py"], (1e-3, 2e-3, 5e-3), True),
+    "audio_classification": (["audio_classification.py"], (1e-3, 2e-3, 5e-3), True),
+    "translation": (["seq2seq.py", "--task", "translation"], (1e-3, 2e-3, 5e-3), True),
+    "summarization": (["seq2seq.py", "--task", "summarization"], (5e-4, 1e-3, 2e-3), True),
+}
+
+
+def run(recipe, optim, rate, seed):
+    """Run a recipe unless it has been; its record."""
+    folder = RUNS / recipe / f"{optim}-{rate:g}-{seed}"
+    if not (ROOT / folder / "run.json").exists():
+        script, *argv = RECIPES[recipe][0]
+        argv += ["--output_dir", folder, "--optim", optim, "--learning_rate", f"{rate:g}"]
+        argv += ["--seed", seed, "--save_strategy", "no", "--disable_tqdm", "True"]
+        argv += ["--eval_strategy", "no", "--logging_strategy", "no"]  # validation at the end only
+        start(script, argv, ROOT / f"{folder}.log")
+    return json.loads((ROOT / folder / "run.json").read_text())
+
+
+def start(script, argv, log):
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, Path("recipes") / script, *argv]
+    with log.open("w") as output:
+        done = subprocess.run([*map(str, command)], cwd=ROOT, stdout=output, stderr=output)
+    if done.returncode:
+        raise SystemExit(f"{script} failed, see {log}: {log.read_text().splitlines()[-1:]}")
+
+
+def search(recipe, optim, pool):
+    """The best rate on the first seed, with a worse one on either side of it."""
+    _, rates, larger_is_better = RECIPES[recipe]
+    places = [min(range(len(LADDER)), key=lambda i: abs(LADDER[i] - rate)) for rate in rates]
+    values = {}
+    while True:
+        new = [place for place in places if place not in values]
+        records = pool.map(lambda place: run(recipe, optim, LADDER[place], SEEDS[0]), new)
+        for place, record in zip(new, records, strict=True):
+            values[place] = record["metrics"][f"validation_{record['metric']}"]
+            print(f"{recipe} {optim} {LADDER[place]:g}: {values[place]:.4f}", flush=True)
+        best = (max if larger_is_better else min)(values, key=values.get)
+        if min(values) < best < max(values):
+            return LADDER[best]
+        places = [best - 1, best + 1]
+
+
+def compare(recipe, jobs):
+    """All runs of a recipe, and its card."""
+    with ThreadPoolExecutor(jobs) as pool:
+        best = {optim: search(recipe, optim, pool) for optim in OPTIMIZERS}
+        wanted = [(recipe, optim, best[optim], seed) for optim in OPTIMIZERS for seed in SEEDS]
+        list(pool.map(lambda arguments: run(*arguments), wanted))
+    print(f"{recipe}: the best rates are {best}", flush=True)
+
+
+def publish(recipe):
+    """The recipe's default as users run it, and its card with all results."""
+    script, *argv = RECIPES[recipe][0]
+    folder = f"outputs/{recipe}"
+    start(script, argv, ROOT / f"{folder}.log")
+    others = sorted(path.parent for path in (ROOT / RUNS / recipe).glob("*/run.json"))
+    card = [sys.executable, "-m", "hf_normopt", "card", folder, "--compare", *map(str, others)]
+    subprocess.run(card, cwd=ROOT, check=True)
+    (CARDS / recipe).mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copyfile(ROOT / folder / name, CARDS / recipe / name)
+
+
+def table():
+    """The results of all recipes, from the records of their cards."""
+    lines = [
+        "| recipe | metric (test) | simple method | AdamW | NormOpt | time |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for recipe, (_, _, larger_is_better) in RECIPES.items():
+        if not (CARDS / recipe / "run.json").exists():
+            continue
+        record = json.loads((CARDS / recipe / "run.json").read_text())
+        better = max if larger_is_better else min
+        name = better(record["baselines"], key=record["baselines"].get)
+        columns = [f"{record['baselines'][name]:.3f} ({name})"]
+        for optim in reversed(OPTIMIZERS):
+            columns.append(at_the_best_rate(record, optim))
+        columns.append(f"{record['seconds']:.0f} s")
+        card = f"[{recipe}](../model_cards/{recipe}/README.md)"
+        lines.append(" | ".join([f"| {card}", record["metric"], *columns]) + " |")
+    return "\n".join(lines)
+
+
+def at_the_best_rate(record, optim):
+    """Mean and range over the seeds at the one rate that has several."""
+    by_rate = {}
+    for found in record["compared"]:
+        if found["optimizer"] == optim:
+            by_rate.setdefault(found["learning_rate"], []).append(found["test"])
+    rate, values = max(by_rate.items(), key=lambda item: len(item[1]))
+    mean = sum(values) / len(values)
+    return f"{mean:.3f} ({min(values):.3f} to {max(values):.3f}), rate {rate:g}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="*", choices=[[], *RECIPES], metavar="RECIPE")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--publish", action="store_true", help="only the default run and its card")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    if not args.table:
+        for recipe in args.recipes or RECIPES:
+            if not args.publish:
+                os.environ["OMP_NUM_THREADS"] = "1"
+                compare(recipe, args.jobs)
+                del os.environ["OMP_NUM_THREADS"]
+            publish(recipe)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

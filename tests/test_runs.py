@@ -1,0 +1,213 @@
+"""What a script leaves of its run, and the card that is written from it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_normopt import NormOptTrainer, finish_run, update_model_card
+from hf_normopt.cli import main
+
+from .test_model_card import Hub, card_of
+from .test_trainer import arguments, bert, rows
+
+ROOT = Path(__file__).parents[1]
+FACTS = {
+    "title": "Tiny on nothing",
+    "task": "text-classification",
+    "metric": "accuracy",
+    "dataset": "nothing",
+    "data": "Random numbers. No rows of | sense.",
+    "baselines": {"always 0": 0.5},
+    "limits": "It is good for nothing.",
+    "language": "en",
+    "license": "mit",
+}
+
+
+def finished(folder, seed=1, facts=FACTS, **options):
+    """A folder in which a short run was finished."""
+    options = {"optim": "normopt", "eval_strategy": "steps", "eval_steps": 3, **options}
+    trainer = NormOptTrainer(
+        bert(),
+        arguments(folder, seed=seed, **options),
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        compute_metrics=lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()},
+    )
+    trainer.train()
+    trainer.save_model()
+    for split in ("validation", "test"):
+        trainer.save_metrics(split, trainer.evaluate(rows(), metric_key_prefix=split))
+    finish_run(trainer, **facts)
+    return trainer
+
+
+def test_the_whole_card_is_rebuilt_from_the_run(tmp_path, capsys):
+    trainer = finished(tmp_path)
+    card = card_of(tmp_path)
+    (tmp_path / "README.md").unlink()
+    assert main(["card", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(f"\n{tmp_path / 'README.md'}\n")
+    assert card_of(tmp_path) == card
+    trainer.create_model_card()  # of transformers, which would say less
+    assert card_of(tmp_path) == card
+
+
+def test_the_card_says_what_ran(tmp_path):
+    trainer = finished(tmp_path, weight_decay=0.1)
+    card, history = card_of(tmp_path), trainer.state.log_history
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    value = f"{results['test_accuracy']:.4f}"
+    assert f"| this model | {' ' * 7}{value} |" in card
+    assert f"| always 0   | {' ' * 7}0.5000 |" in card
+    for text in (FACTS["data"], FACTS["limits"], "# Tiny on nothing\n", "trained from scratch"):
+        assert text in card
+    assert "- weight_decay: 0.1\n" in card
+    assert "- optimizer: NormOpt (hf_normopt " in card
+    assert "## Optimizer" in card
+    seconds = next(row["train_runtime"] for row in history if "train_runtime" in row)
+    assert f"- training took: {seconds:.0f} s" in card
+    assert "- command: `" in card
+    for row in history:
+        if "eval_accuracy" in row:
+            assert f"|    {row['step']} | {row['eval_loss']:.4g} |".replace(" ", "") in (
+                card.replace(" ", "")
+            )
+    data = ModelCard(card).data
+    (result,) = data.eval_results
+    assert (result.task_type, result.dataset_name) == (FACTS["task"], "nothing")
+    assert (result.metric_type, result.dataset_split) == ("accuracy", "test")
+    assert f"{result.metric_value:.4f}" == value
+    assert {"hf-normopt", "generated_from_trainer"} <= set(data.tags)
+    assert (data.license, data.language, data.pipeline_tag) == ("mit", "en", FACTS["task"])
+    assert (data["optimizer"], data["optimizer_preset"]) == ("normopt", "normopt")
+    assert data.base_model is None
+
+
+def test_a_run_with_another_optimizer_has_a_whole_card_too(tmp_path):
+    finished(tmp_path, optim="adamw_torch")
+    card = card_of(tmp_path)
+    assert "- optimizer: Use OptimizerNames.ADAMW_TORCH with betas=(0.9,0.999)" in card
+    assert FACTS["limits"] in card
+    assert "normopt" not in card.lower()
+
+
+def test_runs_are_compared_by_optimizer_and_rate(tmp_path):
+    finished(tmp_path / "a")
+    others = []
+    for name, options in {
+        "b": {"optim": "adamw_torch"},
+        "c": {"optim": "adamw_torch", "seed": 2},
+        "d": {"optim": "normopt", "optim_args": "preset=muon"},
+        "e": {"optim": "adamw_torch", "max_steps": 1},  # other steps: not to be compared
+    }.items():
+        finished(tmp_path / name, **options)
+        others.append(str(tmp_path / name))
+    assert main(["card", str(tmp_path / "a"), "--compare", *others]) == 0
+    card = card_of(tmp_path / "a")
+    test = [
+        json.loads((tmp_path / name / "all_results.json").read_text())["test_accuracy"]
+        for name in "bc"
+    ]
+    span = f"{sum(test) / 2:.4f} ({min(test):.4f} to {max(test):.4f})"
+    row = next(line for line in card.splitlines() if line.startswith("| adamw_torch"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["adamw_torch", "0.001", "2"]
+    assert cells[4] == span
+    assert "| normopt preset=muon | " in card
+    (tmp_path / "a" / "README.md").unlink()
+    update_model_card(tmp_path / "a")
+    assert card_of(tmp_path / "a") == card
+
+
+def test_runs_of_other_scripts_are_refused(tmp_path, capsys):
+    finished(tmp_path / "a")
+    finished(tmp_path / "b", facts={**FACTS, "dataset": "other"})
+    assert main(["card", str(tmp_path / "a"), "--compare", str(tmp_path / "b")]) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"{tmp_path / 'b'} cannot be compared: it has text-classification other accuracy" in error
+    )
+    assert main(["card", str(tmp_path / "a"), "--compare", str(tmp_path)]) == 2
+    assert f"{tmp_path} cannot be compared: it has no run.json" in capsys.readouterr().err
+
+
+def test_a_metric_that_was_not_saved_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"and no test_f1: call trainer\.save_metrics"):
+        finished(tmp_path, facts={**FACTS, "metric": "f1"})
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"run_version": 99}', '{"run'])
+def test_a_record_that_cannot_be_read_is_named(tmp_path, capsys, content):
+    (tmp_path / "run.json").write_text(content)
+    assert main(["card", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'run.json'} " in capsys.readouterr().err
+
+
+def test_a_record_of_an_earlier_run_is_not_taken_for_this_one(tmp_path):
+    finished(tmp_path)
+    trainer = NormOptTrainer(bert(), arguments(tmp_path, max_steps=2), train_dataset=rows())
+    trainer.train()
+    trainer.create_model_card()
+    assert FACTS["title"] not in card_of(tmp_path)
+    assert "- steps: 2\n" in card_of(tmp_path)
+
+
+PUSH = """
+import sys
+from tests.test_runs import FACTS, finished
+
+finished(
+    sys.argv[1], facts={**FACTS, "push_to_hub": True}, hub_model_id="me/tiny",
+    hub_token="hf_dummy", save_strategy="steps", save_steps=3, logging_steps=2,
+)
+"""
+
+
+def push(folder, endpoint):
+    here = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    return subprocess.run(
+        [sys.executable, "-c", PUSH, str(folder / "out")],
+        env={**os.environ, **here, "HF_HOME": str(folder / "home")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.slow
+def test_the_hub_receives_weights_card_and_picture(tmp_path):
+    Hub.files, Hub.validated = {}, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        done = push(tmp_path, f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("README.md", "norms.png", "run.json", "normopt.json"):
+        assert Hub.files[f"me/tiny/{name}"] == (tmp_path / "out" / name).read_bytes()
+    assert "me/tiny/model.safetensors" in Hub.files
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    assert not any("checkpoint" in path for path in Hub.files)
+
+
+@pytest.mark.slow
+def test_without_a_network_the_error_is_one_line_and_all_is_kept(tmp_path):
+    done = push(tmp_path, "http://127.0.0.1:9")  # where nothing listens
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("Nothing was pushed to the Hub: ")
+    assert f"hf upload me/tiny {tmp_path / 'out'}" in line
+    for name in ("README.md", "norms.png", "model.safetensors", "run.json"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
