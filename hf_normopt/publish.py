@@ -24,7 +24,7 @@ def finish_run(
     limits: str,
     dataset_id: str | None = None,
     base_model: str | None = None,
-    language: str | None = None,
+    language: str | list[str] | None = None,
     license: str | None = None,
     library_name: str = "transformers",
     push_to_hub: bool = False,
@@ -46,7 +46,7 @@ def finish_run(
         limits: Markdown: what the model is not good for.
         dataset_id: of the Hub, if the data come from there.
         base_model: an id of the Hub or a folder; None: the model was trained from scratch.
-        language: of the data, as ISO 639-1.
+        language: of the data, as ISO 639-1; several as a list.
         license: of the model, as the Hub writes it.
         library_name: which library loads the model: `transformers` or `peft`.
         push_to_hub: whether to push weights, card and picture to `hub_model_id`.

@@ -34,8 +34,8 @@ RECIPES = {
     "sft_lora": (["sft_lora.py"], (1e-3, 2e-3, 5e-3), True),
     "image_classification": (["image_classification.py"], (1e-3, 2e-3, 5e-3), True),
     "audio_classification": (["audio_classification.py"], (1e-3, 2e-3, 5e-3), True),
-    "translation": (["seq2seq.py", "--task", "translation"], (1e-3, 2e-3, 5e-3), True),
-    "summarization": (["seq2seq.py", "--task", "summarization"], (5e-4, 1e-3, 2e-3), True),
+    "translation": (["translation.py"], (1e-3, 2e-3, 5e-3), True),
+    "summarization": (["summarization.py"], (1e-3, 2e-3, 5e-3), True),
 }
 
 

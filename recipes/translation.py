@@ -1,0 +1,249 @@
+"""Train a model to translate, with an operator norm for each tensor by its role.
+
+    python recipes/translation.py
+
+trains a tokenizer and a small encoder-decoder from scratch on short English sentences and their
+Swedish translations (recipes/data/tatoeba) in XX on two CPU cores. `--optim adamw_torch` is the
+same run with AdamW. Other models and data:
+
+    python recipes/translation.py --model_name_or_path Helsinki-NLP/opus-mt-en-de \
+        --dataset_name wmt16 --dataset_config_name de-en --target_lang de --learning_rate 5e-4
+    python recipes/translation.py --train_file pairs.csv --source_lang en --target_lang fr
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from sacrebleu import corpus_chrf
+from sklearn.feature_extraction.text import TfidfVectorizer
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    M2M100Config,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+
+import hf_normopt
+
+SPLITS = ("train", "validation", "test")
+TATOEBA = Path(__file__).parent / "data" / "tatoeba"
+ABOUT_TATOEBA = (
+    "Sentences of at most five English words and their Swedish translations, from the "
+    "[Tatoeba Project](https://tatoeba.org), paired by "
+    "[manythings.org](https://www.manythings.org/anki), CC BY 2.0 FR; every row names its authors"
+)
+
+
+def option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str | None = option(None, "On the Hub or a folder; default: from scratch.")
+    vocab_size: int = option(1500, "Of the tokenizer that is trained, without a model.")
+    dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
+    train_file: str | None = option(None, "A csv, json or parquet file; default: Tatoeba.")
+    validation_file: str | None = option(None, "Default: 10 % of the training data.")
+    test_file: str | None = option(None, "Default: the validation data.")
+    source_lang: str = option("en", "The column to translate, or a multilingual model's code.")
+    target_lang: str = option("sv", "The same for the translations.")
+    source_prefix: str = option("", "Put before every source, as T5 wants it.")
+    max_source_length: int = option(32, "In tokens; longer sources are cut.")
+    max_target_length: int = option(32, "The same for targets.")
+    max_eval_samples: int = option(128, "Validation rows during training; all at the end.")
+
+
+def load_data(args):
+    """Train, validation and test splits, and the names of the two columns."""
+    if args.dataset_name:
+        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+    else:
+        files = (args.train_file, args.validation_file, args.test_file)
+        paths = {split: path for split, path in zip(SPLITS, files, strict=True) if path}
+        if not args.train_file:
+            paths = {split: str(TATOEBA / f"{split}.csv.gz") for split in SPLITS}
+        kind = next((kind for kind in ("csv", "parquet") if f".{kind}" in paths["train"]), "json")
+        options = {"keep_default_na": False} if kind == "csv" else {}  # "null" is a word too
+        data = datasets.load_dataset(kind, data_files=paths, **options)
+    columns = [language.split("_")[0] for language in (args.source_lang, args.target_lang)]
+    if "translation" in data["train"].column_names:  # dictionaries, as on the Hub
+        data, columns = data.flatten(), [f"translation.{name}" for name in columns]
+    found = data["train"].column_names
+    if missing := set(columns) - set(found):
+        raise SystemExit(
+            f"There is no column {', '.join(sorted(missing))}; the data has {', '.join(found)}. "
+            "Name yours with --source_lang and --target_lang."
+        )
+    if "validation" not in data:
+        parts = data["train"].train_test_split(test_size=0.1, seed=0)
+        data["train"], data["validation"] = parts["train"], parts["test"]
+    data.setdefault("test", data["validation"])
+    return data.select_columns(columns), columns
+
+
+def train_tokenizer(texts, vocab_size):
+    """A byte-level BPE tokenizer that ends every text with </s>."""
+    bpe = ByteLevelBPETokenizer()
+    end, padding = special = ["</s>", "<pad>"]
+    bpe.train_from_iterator(texts, vocab_size, show_progress=False, special_tokens=special)
+    ending = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, bpe.token_to_id(end))])
+    bpe._tokenizer.post_processor = ending
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token=end, pad_token=padding, model_input_names=names
+    )
+
+
+def load_model(args, texts):
+    """The model and its tokenizer: those named, or new ones."""
+    if not args.model_name_or_path:
+        tokenizer = train_tokenizer(texts, args.vocab_size)
+        config = M2M100Config(
+            vocab_size=len(tokenizer),
+            d_model=128,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=512,
+            decoder_ffn_dim=512,
+            max_position_embeddings=max(args.max_source_length, args.max_target_length, 128),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.pad_token_id,
+            **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
+            **dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop"), 0.0),
+        )
+        return AutoModelForSeq2SeqLM.from_config(config), tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    model = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path)
+    if hasattr(tokenizer, "tgt_lang"):  # NLLB, mBART, M2M100: a code begins every translation
+        tokenizer.src_lang, tokenizer.tgt_lang = args.source_lang, args.target_lang
+        code = tokenizer.convert_tokens_to_ids(args.target_lang)
+        model.generation_config.forced_bos_token_id = code
+    return model, tokenizer
+
+
+def chrf(written, references):
+    return corpus_chrf(written, [list(references)]).score
+
+
+def simple_methods(train, test, source, target):
+    """What copies reach: of the source, and of the translation of the nearest training source."""
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4))
+    known = vectorizer.fit_transform(train[source])
+    nearest = (vectorizer.transform(test[source]) @ known.T).toarray().argmax(1)
+    found = train[nearest][target]
+    return {
+        "copy of the source": chrf(list(test[source]), test[target]),
+        "translation of the nearest training source": chrf(found, test[target]),
+    }
+
+
+def main():
+    parser = HfArgumentParser((Arguments, Seq2SeqTrainingArguments))
+    parser.set_defaults(
+        output_dir="outputs/translation",
+        optim="normopt",
+        learning_rate=5e-3,
+        weight_decay=0.01,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=128,
+        predict_with_generate=True,
+        max_steps=400,
+        warmup_steps=0.1,
+        logging_steps=20,
+        eval_strategy="steps",
+        eval_steps=0.5,
+        save_strategy="steps",
+        save_steps=0.5,
+        save_total_limit=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+    args, training_args = parser.parse_args_into_dataclasses()
+    push, training_args.push_to_hub = training_args.push_to_hub, False  # trained first, pushed last
+    training_args.generation_max_length = (
+        training_args.generation_max_length or args.max_target_length
+    )
+    set_seed(training_args.seed)
+
+    raw, (source, target) = load_data(args)
+    model, tokenizer = load_model(args, [*raw["train"][source], *raw["train"][target]])
+
+    def encode(batch):
+        sources = tokenizer(
+            [args.source_prefix + text for text in batch[source]],
+            truncation=True,
+            max_length=args.max_source_length,
+        )
+        targets = tokenizer(
+            text_target=batch[target], truncation=True, max_length=args.max_target_length
+        )
+        return {**sources, "labels": targets["input_ids"]}
+
+    def compute_metrics(p):
+        texts = [
+            tokenizer.batch_decode(
+                np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True
+            )
+            for ids in (p.predictions, p.label_ids)
+        ]
+        return {"chrf": chrf(*[[text.strip() for text in column] for column in texts])}
+
+    data = raw.map(encode, batched=True, remove_columns=raw["train"].column_names)
+    shown = range(min(args.max_eval_samples, len(data["validation"])))
+    trainer = Seq2SeqTrainer(
+        model,
+        training_args,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"].select(shown),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        compute_metrics=compute_metrics,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()  # the tokenizer too
+    trainer.save_state()
+    for split in ("validation", "test"):
+        metrics = trainer.evaluate(data[split], metric_key_prefix=split)
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+    given = args.dataset_name or args.train_file
+    name = Path(given).name if given else "Tatoeba, English to Swedish"
+    rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
+    hf_normopt.finish_run(
+        trainer,
+        push_to_hub=push,
+        title=f"{Path(args.model_name_or_path or 'A small M2M100').name} on {name}",
+        task="translation",
+        metric="chrf",
+        dataset=name,
+        dataset_id=args.dataset_name,
+        data=f"{name if given else ABOUT_TATOEBA}. Rows: {rows}.",
+        baselines=simple_methods(raw["train"], raw["test"], source, target),
+        limits="It translates sentences like those that it was trained on, and others badly: what "
+        "it writes may be fluent and mean something else.",
+        base_model=args.model_name_or_path,
+        language=None if given else ["en", "sv"],
+        license=None if given else "apache-2.0",
+    )
+    print(f"test_chrf = {metrics['test_chrf']:.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
