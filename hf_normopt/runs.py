@@ -115,7 +115,7 @@ def compare_runs(
             what = "no run.json" if found is None else " ".join(str(found[key]) for key in same)
             wish = " ".join(str(record[key]) for key in same)
             raise ValueError(f"{other} cannot be compared: it has {what}, {folder} has {wish}.")
-        keys = ("optimizer", "optim_args", "learning_rate", "seed", "steps")
+        keys = ("optimizer", "optim_args", "learning_rate", "seed", "steps", "seconds")
         values = {split: found["metrics"].get(f"{split}_{found['metric']}") for split in _SPLITS}
         compared.append({**{key: found[key] for key in keys}, **values})
     record["compared"] = compared

@@ -1,7 +1,7 @@
 """Compare optimizers in the recipes: rates on one seed, then three seeds at the best rate.
 
     python recipes/compare.py token_classification      # an hour and less for each, see --jobs
-    python recipes/compare.py --table                   # the table of README.md
+    python recipes/compare.py --table                   # into README.md and recipes/README.md
 
 Every optimizer starts with the same three rates, and goes on while the best of its own is at the
 edge; validation data decide. The other seeds run at that rate. Runs that are there are not run
@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
+from statistics import mean, stdev
 
 ROOT = Path(__file__).parent.parent
 RUNS = Path("outputs/compare")  # from the root: commands with relative paths stand in the cards
@@ -99,36 +101,60 @@ def publish(recipe):
         shutil.copyfile(ROOT / folder / name, CARDS / recipe / name)
 
 
-def table():
-    """The results of all recipes, from the records of their cards."""
+def table(recipes="", cards="../model_cards/"):
+    """The results of all recipes, from the records of their cards.
+
+    Args:
+        recipes: where the scripts are, from the file that shows the table.
+        cards: where the cards are.
+    """
     lines = [
-        "| recipe | metric (test) | simple method | AdamW | NormOpt | time |",
+        "| recipe | test metric | simple method | AdamW | NormOpt | seconds, AdamW / NormOpt |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for recipe, (_, _, larger_is_better) in RECIPES.items():
-        if not (CARDS / recipe / "run.json").exists():
+    for name, (argv, _, larger_is_better) in RECIPES.items():
+        if not (CARDS / name / "run.json").exists():
             continue
-        record = json.loads((CARDS / recipe / "run.json").read_text())
-        better = max if larger_is_better else min
-        name = better(record["baselines"], key=record["baselines"].get)
-        columns = [f"{record['baselines'][name]:.3f} ({name})"]
-        for optim in reversed(OPTIMIZERS):
-            columns.append(at_the_best_rate(record, optim))
-        columns.append(f"{record['seconds']:.0f} s")
-        card = f"[{recipe}](../model_cards/{recipe}/README.md)"
-        lines.append(" | ".join([f"| {card}", record["metric"], *columns]) + " |")
+        record = json.loads((CARDS / name / "run.json").read_text())
+        arrow = "↑" if larger_is_better else "↓"
+        best = (max if larger_is_better else min)(record["baselines"].items(), key=itemgetter(1))
+        found = {optim: at_the_best_rate(record, optim) for optim in OPTIMIZERS}
+        cells = [
+            f"[{name}]({recipes}{argv[0]})",
+            f"[{record['metric']}]({cards}{name}/README.md) {arrow}",
+            f"{best[1]:.3g} ({best[0]})",
+            *(
+                f"{found[o]['mean']:.3g} ± {found[o]['spread']:.2g}, rate {found[o]['rate']:g}"
+                for o in reversed(OPTIMIZERS)
+            ),
+            " / ".join(f"{found[o]['seconds']:.0f}" for o in reversed(OPTIMIZERS)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def at_the_best_rate(record, optim):
-    """Mean and range over the seeds at the one rate that has several."""
+    """Mean and standard deviation over the seeds at the one rate that has several."""
     by_rate = {}
-    for found in record["compared"]:
-        if found["optimizer"] == optim:
-            by_rate.setdefault(found["learning_rate"], []).append(found["test"])
-    rate, values = max(by_rate.items(), key=lambda item: len(item[1]))
-    mean = sum(values) / len(values)
-    return f"{mean:.3f} ({min(values):.3f} to {max(values):.3f}), rate {rate:g}"
+    for run in record["compared"]:
+        if run["optimizer"] == optim:
+            by_rate.setdefault(run["learning_rate"], []).append(run)
+    rate, runs = max(by_rate.items(), key=lambda item: len(item[1]))
+    values = [run["test"] for run in runs]
+    seconds = min(run["seconds"] for runs in by_rate.values() for run in runs)
+    return {"rate": rate, "mean": mean(values), "spread": stdev(values), "seconds": seconds}
+
+
+def write_tables():
+    """Put the table into both READMEs."""
+    for file, places in (
+        (ROOT / "README.md", ("recipes/", "model_cards/")),
+        (ROOT / "recipes" / "README.md", ()),
+    ):
+        start, end = "<!-- results -->\n", "<!-- end of results -->"
+        before, _, rest = file.read_text().partition(start)
+        after = rest.partition(end)[2]
+        file.write_text(f"{before}{start}{table(*places)}\n{end}{after}")
 
 
 def main():
@@ -136,7 +162,7 @@ def main():
     parser.add_argument("recipes", nargs="*", choices=[[], *RECIPES], metavar="RECIPE")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--publish", action="store_true", help="only the default run and its card")
-    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args()
     if not args.table:
         for recipe in args.recipes or RECIPES:
@@ -145,7 +171,7 @@ def main():
                 compare(recipe, args.jobs)
                 del os.environ["OMP_NUM_THREADS"]
             publish(recipe)
-    print(table())
+    write_tables()
 
 
 if __name__ == "__main__":

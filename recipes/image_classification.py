@@ -2,7 +2,7 @@
 
     python recipes/image_classification.py
 
-trains a small ConvNeXt from scratch on 1,700 images of Fashion-MNIST (recipes/data/fashion_mnist)
+trains a small ResNet from scratch on 1,700 images of Fashion-MNIST (recipes/data/fashion_mnist)
 in XX on two CPU cores. `--optim adamw_torch` is the same run with AdamW. Other models and data:
 
     python recipes/image_classification.py --model_name_or_path microsoft/resnet-18 \
@@ -25,8 +25,8 @@ from sklearn.metrics import accuracy_score
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    ConvNextConfig,
     HfArgumentParser,
+    ResNetConfig,
     Trainer,
     TrainingArguments,
     ViTImageProcessorPil,
@@ -60,7 +60,7 @@ class Arguments:
     test_file: str | None = option(None, "Default: the validation data.")
     image_column_name: str = option("image", "The column of the images.")
     label_column_name: str = option("label", "The column of the labels.")
-    image_size: int = option(28, "Height and width for the model from scratch.")
+    image_size: int = option(56, "Height and width for the model from scratch.")
     flip: bool = option(True, "Mirror half of the training images, left to right.")
 
 
@@ -129,15 +129,10 @@ def simple_methods(train, test, image):
     }
 
 
-def small_convnext(names, size):
-    """A ConvNeXt from scratch and its image processor."""
-    config = ConvNextConfig(
-        image_size=size,
-        patch_size=4 if size > 32 else 2,
-        num_stages=3,
-        hidden_sizes=[32, 64, 128],
-        depths=[2, 2, 2],
-        **names,
+def small_resnet(names, size):
+    """A ResNet from scratch and its image processor."""
+    config = ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 2, 2], layer_type="basic", **names
     )
     processor = ViTImageProcessorPil(
         size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -178,7 +173,7 @@ def main():
             args.model_name_or_path, ignore_mismatched_sizes=True, **labels
         )
     else:
-        model, processor = small_convnext(labels, args.image_size)
+        model, processor = small_resnet(labels, args.image_size)
 
     def collate(rows):
         images = [row[args.image_column_name].convert("RGB") for row in rows]
@@ -214,7 +209,7 @@ def main():
     hf_normopt.finish_run(
         trainer,
         push_to_hub=push,
-        title=f"{Path(args.model_name_or_path or 'ConvNeXt').name} on {name}",
+        title=f"{Path(args.model_name_or_path or 'ResNet').name} on {name}",
         task="image-classification",
         metric="accuracy",
         dataset=name,

@@ -112,7 +112,7 @@ def token_classification(folder):
 def gpt2(folder):
     ids = save_tokenizer(folder)
     GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **ids)
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **ids)
     ).save_pretrained(folder)
 
 
@@ -126,7 +126,9 @@ def sft_lora(folder):
     gpt2(folder / "model")
     rows = [{"ask": row["text"], "completion": row["label_name"]} for row in sentences()]
     train = write_rows(folder / "train.jsonl", rows)
-    return ["--train_file", train, "--lora_r", "2"], {"--prompt_column": "ask"}
+    return ["--train_file", train, "--lora_r", "2", "--max_length", "64"], {
+        "--prompt_column": "ask"
+    }
 
 
 def image_classification(folder):
@@ -144,20 +146,20 @@ def image_classification(folder):
 
 
 def audio_classification(folder):
-    """A folder with a folder of recordings for each label."""
-    random = np.random.default_rng(0)
-    for label in ("yes", "no"):
-        (folder / "words" / label).mkdir(parents=True)
-        for i in range(12):
-            with wave.open(str(folder / "words" / label / f"{i}.wav"), "wb") as file:
-                file.setnchannels(1), file.setsampwidth(2), file.setframerate(8000)
-                file.writeframes(random.integers(-9000, 9000, 4000, np.int16).tobytes())
+    """A csv with the paths of recordings."""
+    random, rows = np.random.default_rng(0), ["clip,label"]
+    for i in range(24):
+        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            file.writeframes(random.integers(-9000, 9000, 4000, np.int16).tobytes())
+        rows.append(f"{folder / f'{i}.wav'},{'yes' if i % 2 else 'no'}")
+    (folder / "train.csv").write_text("\n".join(rows))
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     conv = {"conv_dim": [16] * 3, "conv_kernel": [10, 3, 3], "conv_stride": [5, 4, 4]}
     config = Wav2Vec2Config(**sizes, **conv, num_attention_heads=2, num_conv_pos_embeddings=16)
     Wav2Vec2Model(config).save_pretrained(folder / "model")
     Wav2Vec2FeatureExtractor().save_pretrained(folder / "model")
-    return ["--train_dir", folder / "words"], {"--audio_column_name": "audio"}
+    return ["--train_file", folder / "train.csv"], {"--audio_column_name": "clip"}
 
 
 def translation(folder):
