@@ -88,12 +88,17 @@ def compare(recipe, jobs):
     print(f"{recipe}: the best rates are {best}", flush=True)
 
 
-def publish(recipe):
-    """The recipe's default as users run it, and its card with all results."""
+def run_default(recipe):
+    """The recipe as users run it."""
     script, *argv = RECIPES[recipe][0]
+    start(script, argv, ROOT / f"outputs/{recipe}.log")
+
+
+def publish(recipe):
+    """The card of the default run with the results of all others."""
     folder = f"outputs/{recipe}"
-    start(script, argv, ROOT / f"{folder}.log")
     others = sorted(path.parent for path in (ROOT / RUNS / recipe).glob("*/run.json"))
+    others = [path.relative_to(ROOT) for path in others]
     card = [sys.executable, "-m", "hf_normopt", "card", folder, "--compare", *map(str, others)]
     subprocess.run(card, cwd=ROOT, check=True)
     (CARDS / recipe).mkdir(parents=True, exist_ok=True)
@@ -164,13 +169,16 @@ def main():
     parser.add_argument("--publish", action="store_true", help="only the default run and its card")
     parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args()
-    if not args.table:
-        for recipe in args.recipes or RECIPES:
-            if not args.publish:
-                os.environ["OMP_NUM_THREADS"] = "1"
-                compare(recipe, args.jobs)
-                del os.environ["OMP_NUM_THREADS"]
-            publish(recipe)
+    recipes = [] if args.table else args.recipes or list(RECIPES)
+    if not args.publish:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        for recipe in recipes:
+            compare(recipe, args.jobs)
+        del os.environ["OMP_NUM_THREADS"]
+    for recipe in recipes:  # before a file changes: their cards name the commit
+        run_default(recipe)
+    for recipe in recipes:
+        publish(recipe)
     write_tables()
 
 

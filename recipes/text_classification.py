@@ -123,7 +123,7 @@ def main():
     parser.set_defaults(
         output_dir="outputs/text_classification",
         optim="normopt",
-        learning_rate=1e-3,
+        learning_rate=5e-4,
         weight_decay=0.01,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=128,

@@ -159,7 +159,7 @@ def main():
     parser.set_defaults(
         output_dir="outputs/translation",
         optim="normopt",
-        learning_rate=5e-3,
+        learning_rate=1e-3,
         weight_decay=0.01,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=128,

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 import wave
@@ -33,7 +34,8 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from hf_normopt import PRESETS
+from hf_normopt import PRESETS, update_model_card
+from recipes.compare import OPTIMIZERS, RECIPES, SEEDS, table
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "recipes" / "data"
@@ -257,3 +259,58 @@ def test_shipped_data_has_its_source_and_licence():
     for folder in DATA.iterdir():
         assert (folder / "SOURCE.txt").exists()
     assert sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file()) < 5e6
+
+
+CARDS = sorted((ROOT / "model_cards").iterdir())
+of_every_card = pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
+
+
+@of_every_card
+def test_a_shipped_card_is_what_its_run_says(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "README.md").unlink()
+    card = update_model_card(tmp_path / "run").read_text()
+    assert card == (folder / "README.md").read_text()
+
+
+@of_every_card
+def test_a_shipped_card_is_valid(folder):
+    card = ModelCard.load(folder / "README.md")
+    record = json.loads((folder / "run.json").read_text())
+    (result,) = card.data.eval_results
+    assert result.metric_value == round(record["metrics"][f"test_{record['metric']}"], 4)
+    assert card.data.pipeline_tag == result.task_type == record["task"]
+    assert card.data.license
+    assert {"hf-normopt", "generated_from_trainer"} <= set(card.data.tags)
+    assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
+    links = re.findall(r"\]\(([^)]*)\)", card.text)
+    assert "norms.png" in links
+    for link in links:
+        assert link.startswith("https://") or (folder / link).is_file(), link
+    assert (folder / "norms.png").read_bytes().startswith(b"\x89PNG")
+    assert "More information needed" not in card.text
+    assert not re.search(r"/(home|root|tmp|usr|work)/", card.content)
+    assert re.fullmatch(r"[0-9a-f]{40}", record["commit"])  # all that ran is in the repository
+    assert record["command"].startswith(f"python recipes/{RECIPES[folder.name][0][0]}")
+
+
+@of_every_card
+def test_a_shipped_comparison_is_fair(folder):
+    """Rates by validation data on one seed, the best of them not at the edge, then three seeds."""
+    record = json.loads((folder / "run.json").read_text())
+    name, larger_is_better = folder.name, RECIPES[folder.name][2]
+    for optim in OPTIMIZERS:
+        runs = [run for run in record["compared"] if run["optimizer"] == optim]
+        assert {run["steps"] for run in runs} == {record["steps"]}
+        rates = {run["learning_rate"]: run["validation"] for run in runs if run["seed"] == SEEDS[0]}
+        best = (max if larger_is_better else min)(rates, key=rates.get)
+        assert min(rates) < best < max(rates), (name, optim, rates)
+        assert {run["seed"] for run in runs if run["learning_rate"] == best} == set(SEEDS)
+        if optim == record["optimizer"]:
+            assert record["learning_rate"] == best  # the recipe's default
+
+
+def test_the_readmes_show_the_results_of_the_cards():
+    assert {folder.name for folder in CARDS} <= set(RECIPES)
+    assert table() in (ROOT / "recipes" / "README.md").read_text()
+    assert table("recipes/", "model_cards/") in (ROOT / "README.md").read_text()
