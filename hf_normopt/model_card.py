@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,13 @@ def _optimizer_line(content: Mapping[str, Any]) -> str:
         f"preset {name}" if name else "a policy of its own",
         f"step size {content['step_size']}",
     ]
-    options = ",".join(f"{k}={v}" for k, v in _options(content).items() if k != "step_size")
+    options = options_text(content, but=("step_size",))
     return ", ".join(words) + (f", options `{options}`" if options else "")
+
+
+def options_text(content: Mapping[str, Any], but: Collection[str] = ()) -> str:
+    """The options of a report as `optim_args` takes them."""
+    return ",".join(f"{key}={v}" for key, v in _options(content).items() if key not in but)
 
 
 def _options(content: Mapping[str, Any]) -> dict[str, str]:

@@ -8,7 +8,10 @@ from typing import Any
 
 from huggingface_hub import upload_folder
 
-from .model_card import update_model_card
+from .arguments import optimizer_name
+from .model_card import has_report, options_text, update_model_card
+from .presets import optimizer_names
+from .report import read_report
 from .runs import record_run
 
 
@@ -71,7 +74,7 @@ def finish_run(
         "license": license,
         "library_name": library_name,
     }
-    record_run(trainer, facts)
+    record_run(trainer, {**facts, **_optimizer(trainer)})
     update_model_card(folder)
     if not push_to_hub:
         return
@@ -92,6 +95,21 @@ def finish_run(
             f"Nothing was pushed to the Hub: {_first_line(error)}. The model, its card and its "
             f"picture are in {folder}; push them later with: {later}"
         ) from None
+
+
+def _optimizer(trainer: Any) -> dict[str, Any]:
+    """What trained, which the training arguments need not say."""
+    args = trainer.args
+    if not has_report(args.output_dir):
+        options, rate = args.optim_args or "", args.learning_rate
+        return {"optimizer": optimizer_name(args), "optim_args": options, "learning_rate": rate}
+    content = read_report(args.output_dir)
+    names = {preset: name for name, preset in optimizer_names().items()}
+    return {
+        "optimizer": names.get(content["preset"]["name"], "NormOpt with a policy of its own"),
+        "optim_args": options_text(content),
+        "learning_rate": content["learning_rate"],
+    }
 
 
 def _first_line(error: Exception) -> str:

@@ -34,7 +34,7 @@ def record_run(trainer: Any, facts: Mapping[str, Any]) -> None:
 
     Args:
         trainer: that has trained and saved its metrics (`save_metrics`).
-        facts: what the script knows, the keyword arguments of [`finish_run`].
+        facts: the keyword arguments of [`finish_run`], and optimizer, optim_args, learning_rate.
     """
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
     metrics = json.loads((folder / "all_results.json").read_text())
@@ -48,9 +48,6 @@ def record_run(trainer: Any, facts: Mapping[str, Any]) -> None:
     record = {
         "run_version": RUN_VERSION,
         **facts,
-        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
-        "optim_args": trainer.args.optim_args or "",
-        "learning_rate": trainer.args.learning_rate,
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
         "hyperparameters": {key: str(value) for key, value in hyperparameters.items()},

@@ -121,10 +121,18 @@ def test_runs_are_compared_by_optimizer_and_rate(tmp_path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:3] == ["adamw_torch", "0.001", "2"]
     assert cells[4] == span
-    assert "| normopt preset=muon | " in card
+    assert "| normopt_muon | " in card
     (tmp_path / "a" / "README.md").unlink()
     update_model_card(tmp_path / "a")
     assert card_of(tmp_path / "a") == card
+
+
+def test_the_record_names_what_trained(tmp_path):
+    """NormOptTrainer makes NormOpt where the arguments have another name by default."""
+    options = {"optim": "adamw_torch_fused", "optim_args": "preset=muon,lr_head=2.0"}
+    finished(tmp_path, **options)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["optimizer"], record["optim_args"]) == ("normopt_muon", "lr_head=2.0")
 
 
 def test_runs_of_other_scripts_are_refused(tmp_path, capsys):
