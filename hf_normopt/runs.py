@@ -37,11 +37,12 @@ def record_run(trainer: Any, facts: Mapping[str, Any]) -> None:
         facts: the keyword arguments of [`finish_run`], and optimizer, optim_args, learning_rate.
     """
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
-    metrics = json.loads((folder / "all_results.json").read_text())
+    saved = folder / "all_results.json"
+    metrics = json.loads(saved.read_text()) if saved.is_file() else {}
     if f"test_{facts['metric']}" not in metrics:
         raise ValueError(
-            f"{folder / 'all_results.json'} has {', '.join(metrics)}, and no "
-            f"test_{facts['metric']}: call trainer.save_metrics('test', ...) before."
+            f"{saved} has {', '.join(metrics) or 'no metrics'}, and no test_{facts['metric']}: "
+            "call trainer.save_metrics('test', ...) before."
         )
     hyperparameters = extract_hyperparameters_from_trainer(trainer)
     hyperparameters["weight_decay"] = trainer.args.weight_decay
@@ -68,7 +69,7 @@ def record_run(trainer: Any, facts: Mapping[str, Any]) -> None:
 
 def write_run(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write a record into a folder."""
-    (Path(folder) / RUN_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    (Path(folder) / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
