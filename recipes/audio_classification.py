@@ -15,6 +15,7 @@ import sys
 import wave
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -171,7 +172,7 @@ def main():
     parser.set_defaults(
         output_dir="outputs/audio_classification",
         optim="normopt",
-        learning_rate=4e-3,
+        learning_rate=5e-3,
         weight_decay=0.01,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=100,
@@ -203,22 +204,29 @@ def main():
     rate = extractor.sampling_rate
     longest = int(args.max_length_seconds * rate)
 
-    def collate(rows):
+    def prepare(batch, augment):
         sounds = []
-        for row in rows:
-            factor, place = torch.rand(2).tolist() if model.training else (0.5, 0.0)
-            speed = 1 + args.speed * (2 * factor - 1)
-            samples = read_wav(row[args.audio_column_name], rate, speed)
+        for sound in batch[args.audio_column_name]:
+            factor, place = torch.rand(2).tolist() if augment else (0.5, 0.0)
+            samples = read_wav(sound, rate, speed=1 + args.speed * (2 * factor - 1))
             start = int(place * (len(samples) - longest))  # negative: silence before it
             sounds.append(np.pad(samples, (max(0, -start), 0))[max(0, start) :][:longest])
+        return {"sound": sounds, "labels": batch["labels"]}
+
+    def collate(rows):
+        sounds = [row["sound"] for row in rows]
         features = extractor.pad(extractor(sounds, sampling_rate=rate), return_tensors="pt")
         return {**features, "labels": torch.tensor([row["labels"] for row in rows])}
 
+    ready = {
+        split: rows.with_transform(partial(prepare, augment=split == "train"))
+        for split, rows in data.items()
+    }
     trainer = Trainer(
         model,
         training_args,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
+        train_dataset=ready["train"],
+        eval_dataset=ready["validation"],
         processing_class=extractor,
         data_collator=collate,
         compute_metrics=lambda p: {
@@ -229,7 +237,7 @@ def main():
     trainer.save_model()  # the feature extractor too
     trainer.save_state()
     for split in ("validation", "test"):
-        metrics = trainer.evaluate(data[split], metric_key_prefix=split)
+        metrics = trainer.evaluate(ready[split], metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
     given = args.dataset_name or args.train_file or args.train_dir

@@ -14,6 +14,7 @@ in XX on two CPU cores. `--optim adamw_torch` is the same run with AdamW. Other 
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -145,7 +146,7 @@ def main():
     parser.set_defaults(
         output_dir="outputs/image_classification",
         optim="normopt",
-        learning_rate=4e-3,
+        learning_rate=1e-3,
         weight_decay=0.01,
         per_device_train_batch_size=50,
         per_device_eval_batch_size=100,
@@ -175,23 +176,26 @@ def main():
     else:
         model, processor = small_resnet(labels, args.image_size)
 
-    def collate(rows):
-        images = [row[args.image_column_name].convert("RGB") for row in rows]
-        if args.flip and model.training:
+    def prepare(batch, flip):
+        images = [image.convert("RGB") for image in batch[args.image_column_name]]
+        if flip:
+            mirrored = torch.rand(len(images)) < 0.5
             images = [
-                ImageOps.mirror(image) if mirrored else image
-                for image, mirrored in zip(images, torch.rand(len(images)) < 0.5, strict=True)
+                ImageOps.mirror(image) if is_mirrored else image
+                for image, is_mirrored in zip(images, mirrored, strict=True)
             ]
-        pixels = processor(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+        return {**processor(images, return_tensors="pt"), "labels": batch["labels"]}
 
+    ready = {
+        split: rows.with_transform(partial(prepare, flip=args.flip and split == "train"))
+        for split, rows in data.items()
+    }
     trainer = Trainer(
         model,
         training_args,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
+        train_dataset=ready["train"],
+        eval_dataset=ready["validation"],
         processing_class=processor,
-        data_collator=collate,
         compute_metrics=lambda p: {
             "accuracy": accuracy_score(p.label_ids, p.predictions.argmax(-1))
         },
@@ -200,7 +204,7 @@ def main():
     trainer.save_model()  # the image processor too
     trainer.save_state()
     for split in ("validation", "test"):
-        metrics = trainer.evaluate(data[split], metric_key_prefix=split)
+        metrics = trainer.evaluate(ready[split], metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
     given = args.dataset_name or args.train_file or args.train_dir
