@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def finish_run(
     *,
     title: str,
     task: str,
+    metrics: Mapping[str, Any],
     metric: str,
     dataset: str,
     data: str,
@@ -34,15 +36,16 @@ def finish_run(
 ) -> None:
     """Write `run.json` and the whole model card into `output_dir`; push the folder, if asked.
 
-    A script that calls this after `trainer.save_model()` and `trainer.save_metrics("test", ...)`
-    can set `push_to_hub=False` in the training arguments and hand the wish to this function: then
-    nothing is asked of the network before all is trained and saved.
+    A script that calls this after `trainer.save_model()` can set `push_to_hub=False` in the
+    training arguments and hand the wish to this function: then nothing is asked of the network
+    before all is trained and saved.
 
     Args:
         trainer: that has trained.
         title: of the card.
         task: a pipeline tag of the Hub, such as `text-classification`.
-        metric: the headline; `test_<metric>` has been saved.
+        metrics: what `trainer.evaluate` gave, with the prefixes `validation` and `test`.
+        metric: the headline: `test_<metric>` is among the metrics.
         dataset: its name for readers.
         data: Markdown: what the data are, how many, from where, under which licence.
         baselines: `test_<metric>` of simple methods on the same data, by their names.
@@ -63,6 +66,7 @@ def finish_run(
     facts = {
         "title": title,
         "task": task,
+        "metrics": dict(metrics),
         "metric": metric,
         "dataset": dataset,
         "dataset_id": dataset_id,
@@ -90,10 +94,12 @@ def finish_run(
         )
     except Exception as error:  # whatever it is, what was trained stands
         repo = trainer.args.hub_model_id or folder.name
-        later = shlex.join(["hf", "upload", repo, str(folder), "--exclude", "checkpoint-*"])
+        later = ["hf", "upload", repo, str(folder), "--exclude", "checkpoint-*"]
+        later += ["--private"] if trainer.args.hub_private_repo else []
+        later += ["--revision", trainer.args.hub_revision] if trainer.args.hub_revision else []
         raise SystemExit(
             f"Nothing was pushed to the Hub: {_first_line(error)}. The model, its card and its "
-            f"picture are in {folder}; push them later with: {later}"
+            f"picture are in {folder}; push them later with: {shlex.join(later)}"
         ) from None
 
 

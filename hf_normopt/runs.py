@@ -33,26 +33,28 @@ def record_run(trainer: Any, facts: Mapping[str, Any]) -> None:
     """Write `run.json` into the trainer's `output_dir`.
 
     Args:
-        trainer: that has trained and saved its metrics (`save_metrics`).
+        trainer: that has trained.
         facts: the keyword arguments of [`finish_run`], and optimizer, optim_args, learning_rate.
+
+    Raises:
+        ValueError: if the headline is not among the metrics.
     """
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
-    saved = folder / "all_results.json"
-    metrics = json.loads(saved.read_text()) if saved.is_file() else {}
-    if f"test_{facts['metric']}" not in metrics:
-        raise ValueError(
-            f"{saved} has {', '.join(metrics) or 'no metrics'}, and no test_{facts['metric']}: "
-            "call trainer.save_metrics('test', ...) before."
-        )
+    headline = f"test_{facts['metric']}"
+    if headline not in facts["metrics"]:
+        raise ValueError(f"The metrics are {', '.join(facts['metrics'])}, and not {headline}.")
     hyperparameters = extract_hyperparameters_from_trainer(trainer)
     hyperparameters["weight_decay"] = trainer.args.weight_decay
+    base = facts["base_model"]
+    is_local = base is not None and Path(base).is_dir()
     record = {
         "run_version": RUN_VERSION,
         **facts,
+        "base_model": Path(base).name if is_local else base,
+        "base_model_is_local": is_local,
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
         "hyperparameters": {key: str(value) for key, value in hyperparameters.items()},
-        "metrics": metrics,
         "evaluations": [
             {key: value for key, value in row.items() if isinstance(value, (int, float))}
             for row in history
@@ -108,17 +110,26 @@ def compare_runs(
     compared = []
     for other in others:
         found = read_run(other)
-        same = ("task", "dataset", "metric")
-        if found is None or any(found[key] != record[key] for key in same):
-            what = "no run.json" if found is None else " ".join(str(found[key]) for key in same)
-            wish = " ".join(str(record[key]) for key in same)
-            raise ValueError(f"{other} cannot be compared: it has {what}, {folder} has {wish}.")
+        if found is None:
+            raise ValueError(f"{other} cannot be compared: it has no {RUN_FILE}.")
+        own, its = _setting(record), _setting(found)
+        if differences := [key for key in {**own, **its} if own.get(key) != its.get(key)]:
+            what = "; ".join(f"{key} is {its.get(key)}, not {own.get(key)}" for key in differences)
+            raise ValueError(f"{other} cannot be compared with {folder}: {what}.")
         keys = ("optimizer", "optim_args", "learning_rate", "seed", "steps", "seconds")
         values = {split: found["metrics"].get(f"{split}_{found['metric']}") for split in _SPLITS}
         compared.append({**{key: found[key] for key in keys}, **values})
     record["compared"] = compared
     write_run(folder, record)
     return record
+
+
+def _setting(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs that are compared have in common."""
+    keys = ("task", "dataset", "metric", "base_model", "steps")
+    free = ("optimizer", "learning_rate", "seed", "eval_batch_size", "total_eval_batch_size")
+    others = {key: value for key, value in record["hyperparameters"].items() if key not in free}
+    return {**{key: record[key] for key in keys}, **others}
 
 
 def test_value(record: Mapping[str, Any]) -> float:
@@ -128,8 +139,7 @@ def test_value(record: Mapping[str, Any]) -> float:
 
 def run_card(record: Mapping[str, Any]) -> ModelCard:
     """The card of a run, all but what NormOpt has to say."""
-    metric, base = record["metric"], record["base_model"]
-    is_local = base is not None and Path(base).is_dir()
+    metric, base, is_local = (record[k] for k in ("metric", "base_model", "base_model_is_local"))
     data = ModelCardData(
         language=record["language"],
         license=record["license"],
@@ -185,7 +195,7 @@ def run_card(record: Mapping[str, Any]) -> ModelCard:
 
 def _link(base: str, is_local: bool) -> str:
     if is_local:
-        return f"the local model `{Path(base).name}`"
+        return f"the local model `{base}`"
     return f"[{base}](https://huggingface.co/{base})"
 
 
@@ -215,16 +225,15 @@ def _comparison(record: Mapping[str, Any]) -> list[str]:
     """Runs with the same steps, by optimizer and rate."""
     groups: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
     for run in record["compared"]:
-        if run["steps"] == record["steps"]:
-            key = (run["optimizer"], run["optim_args"], run["learning_rate"])
-            groups.setdefault(key, []).append(run)
+        key = (run["optimizer"], run["optim_args"], run["learning_rate"])
+        groups.setdefault(key, []).append(run)
     if not groups:
         return []
     rows = [
         (
             f"{optimizer} {args}".strip(),
             f"{rate:g}",
-            str(len(runs)),
+            str(len({run["seed"] for run in runs})),
             *(_mean_and_range([run[split] for run in runs]) for split in _SPLITS),
         )
         for (optimizer, args, rate), runs in sorted(groups.items())
@@ -264,18 +273,28 @@ def _evaluations(record: Mapping[str, Any]) -> list[str]:
 
 
 def _command() -> str:
-    """The command of this process, with the name of the interpreter in place of its path."""
+    """The command of this process, without the interpreter's folder, and without secrets."""
     interpreter, *words = sys.orig_argv
+    for i, word in enumerate(words):
+        flag, equals, _ = word.partition("=")
+        if flag.endswith("_token") and flag.startswith("--"):
+            place, kept = (i, f"{flag}=") if equals else (i + 1, "")
+            words[place : place + 1] = [f"{kept}..."]
     return shlex.join([Path(interpreter).name.rstrip("0123456789."), *words])
 
 
 def _commit() -> str | None:
     """The commit of the script's repository, and whether files differ from it."""
-    git = ["git", "-C", str(Path(sys.argv[0]).resolve().parent)]
+    script = Path(sys.argv[0]).resolve()
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(script.parent), *words]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+
     try:
-        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=-3).strip()
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        changed = subprocess.check_output(status, text=True, stderr=-3).strip()
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = changed or git("status", "--porcelain", str(script))
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit}, with uncommitted changes" if changed else commit

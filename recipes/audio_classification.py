@@ -236,10 +236,12 @@ def main():
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the feature extractor too
     trainer.save_state()
+    results = {}
     for split in ("validation", "test"):
         metrics = trainer.evaluate(ready[split], metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
+        results |= metrics
     given = args.dataset_name or args.train_file or args.train_dir
     name = Path(given).name if given else "spoken digits"
     rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
@@ -248,6 +250,7 @@ def main():
         push_to_hub=push,
         title=f"{Path(args.model_name_or_path or 'Whisper encoder').name} on {name}",
         task="audio-classification",
+        metrics=results,
         metric="accuracy",
         dataset=name,
         dataset_id=args.dataset_name,
@@ -258,7 +261,7 @@ def main():
         language=None if given else "en",
         license=None if given else "cc-by-sa-4.0",
     )
-    print(f"test_accuracy = {metrics['test_accuracy']:.4f}")
+    print(f"test_accuracy = {results['test_accuracy']:.4f}")
 
 
 if __name__ == "__main__":

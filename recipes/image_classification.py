@@ -203,10 +203,12 @@ def main():
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the image processor too
     trainer.save_state()
+    results = {}
     for split in ("validation", "test"):
         metrics = trainer.evaluate(ready[split], metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
+        results |= metrics
     given = args.dataset_name or args.train_file or args.train_dir
     name = Path(given).name if given else "Fashion-MNIST"
     rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
@@ -215,6 +217,7 @@ def main():
         push_to_hub=push,
         title=f"{Path(args.model_name_or_path or 'ResNet').name} on {name}",
         task="image-classification",
+        metrics=results,
         metric="accuracy",
         dataset=name,
         dataset_id=args.dataset_name,
@@ -225,7 +228,7 @@ def main():
         base_model=args.model_name_or_path,
         license=None if given else "apache-2.0",
     )
-    print(f"test_accuracy = {metrics['test_accuracy']:.4f}")
+    print(f"test_accuracy = {results['test_accuracy']:.4f}")
 
 
 if __name__ == "__main__":

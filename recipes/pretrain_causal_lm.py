@@ -239,10 +239,12 @@ def main():
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the tokenizer too
     trainer.save_state()
+    results = {}
     for split in ("validation", "test"):
         metrics = trainer.evaluate(data[split], metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
+        results |= metrics
 
     texts = {split: tokenizer.decode(tokens[split], skip_special_tokens=True) for split in tokens}
     is_default = not (args.dataset_name or args.train_file)
@@ -254,6 +256,7 @@ def main():
         push_to_hub=push,
         title=f"{Path(start).name if start else 'A small Llama'} on {name}",
         task="text-generation",
+        metrics=results,
         metric="bits_per_byte",
         dataset=name,
         dataset_id=args.dataset_name,
@@ -271,7 +274,7 @@ def main():
         prompt, attention_mask=torch.ones_like(prompt), max_length=args.block_size, do_sample=True
     )
     print(tokenizer.decode(sample[0], skip_special_tokens=True))
-    print(f"test_bits_per_byte = {metrics['test_bits_per_byte']:.4f}")
+    print(f"test_bits_per_byte = {results['test_bits_per_byte']:.4f}")
 
 
 if __name__ == "__main__":

@@ -191,10 +191,12 @@ def main():
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the adapter, and the tokenizer
     trainer.save_state()
+    results = {}
     for split in ("validation", "test"):
         metrics = evaluate(split, split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
+        results |= metrics
     is_default = not (args.dataset_name or args.train_file)
     name = "GSM8K" if is_default else args.dataset_name or Path(args.train_file).name
     rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
@@ -203,6 +205,7 @@ def main():
         push_to_hub=push,
         title=f"{Path(checkpoint).name} on {name}, by LoRA",
         task="text-generation",
+        metrics=results,
         metric="mean_token_accuracy",
         dataset=name,
         dataset_id=args.dataset_name,
@@ -223,7 +226,7 @@ def main():
         inputs = tokenizer(row["prompt"], return_tensors="pt").to(model.device)
         answer = model.generate(**inputs, max_new_tokens=100, do_sample=False)
         print(tokenizer.decode(answer[0], skip_special_tokens=True))
-    print(f"test_mean_token_accuracy = {metrics['test_mean_token_accuracy']:.4f}")
+    print(f"test_mean_token_accuracy = {results['test_mean_token_accuracy']:.4f}")
 
 
 if __name__ == "__main__":

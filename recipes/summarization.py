@@ -223,11 +223,13 @@ def main():
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the tokenizer too
     trainer.save_state()
+    results = {}
     for split in ("validation", "test"):
         trainer.eval_dataset = data[split]  # compute_metrics takes its references
         metrics = trainer.evaluate(metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
+        results |= metrics
     given = args.dataset_name or args.train_file
     name = Path(given).name if given else "SciTLDR"
     rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
@@ -236,6 +238,7 @@ def main():
         push_to_hub=push,
         title=f"{Path(args.model_name_or_path or 'MiniLM with a decoder').name} on {name}",
         task="summarization",
+        metrics=results,
         metric="rougeL",
         dataset=name,
         dataset_id=args.dataset_name,
@@ -247,7 +250,7 @@ def main():
         language=None if given else "en",
         license=None if given else "apache-2.0",
     )
-    print(f"test_rougeL = {metrics['test_rougeL']:.4f}")
+    print(f"test_rougeL = {results['test_rougeL']:.4f}")
 
 
 if __name__ == "__main__":

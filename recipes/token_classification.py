@@ -195,10 +195,12 @@ def main():
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the tokenizer too
     trainer.save_state()
+    results = {}
     for split in ("validation", "test"):
         metrics = trainer.evaluate(data[split], metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
+        results |= metrics
     given = args.dataset_name or args.train_file
     name = Path(given).name if given else "Snips slots"
     rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
@@ -207,6 +209,7 @@ def main():
         push_to_hub=push,
         title=f"{Path(args.model_name_or_path or 'MiniLM').name} on {name}",
         task="token-classification",
+        metrics=results,
         metric="f1",
         dataset=name,
         dataset_id=args.dataset_name,
@@ -220,7 +223,7 @@ def main():
         language=None if given else "en",
         license=None if given else "apache-2.0",
     )
-    print(f"test_f1 = {metrics['test_f1']:.4f}")
+    print(f"test_f1 = {results['test_f1']:.4f}")
 
 
 if __name__ == "__main__":

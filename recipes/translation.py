@@ -219,10 +219,12 @@ def main():
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the tokenizer too
     trainer.save_state()
+    results = {}
     for split in ("validation", "test"):
         metrics = trainer.evaluate(data[split], metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
+        results |= metrics
     given = args.dataset_name or args.train_file
     name = Path(given).name if given else "Tatoeba, English to Swedish"
     rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
@@ -231,6 +233,7 @@ def main():
         push_to_hub=push,
         title=f"{Path(args.model_name_or_path or 'A small M2M100').name} on {name}",
         task="translation",
+        metrics=results,
         metric="chrf",
         dataset=name,
         dataset_id=args.dataset_name,
@@ -242,7 +245,7 @@ def main():
         language=None if given else ["en", "sv"],
         license=None if given else "apache-2.0",
     )
-    print(f"test_chrf = {metrics['test_chrf']:.4f}")
+    print(f"test_chrf = {results['test_chrf']:.4f}")
 
 
 if __name__ == "__main__":

@@ -43,9 +43,10 @@ def finished(folder, seed=1, facts=FACTS, **options):
     )
     trainer.train()
     trainer.save_model()
+    metrics = {}
     for split in ("validation", "test"):
-        trainer.save_metrics(split, trainer.evaluate(rows(), metric_key_prefix=split))
-    finish_run(trainer, **facts)
+        metrics |= trainer.evaluate(rows(), metric_key_prefix=split)
+    finish_run(trainer, metrics=metrics, **facts)
     return trainer
 
 
@@ -63,7 +64,7 @@ def test_the_whole_card_is_rebuilt_from_the_run(tmp_path, capsys):
 def test_the_card_says_what_ran(tmp_path):
     trainer = finished(tmp_path, weight_decay=0.1)
     card, history = card_of(tmp_path), trainer.state.log_history
-    results = json.loads((tmp_path / "all_results.json").read_text())
+    results = json.loads((tmp_path / "run.json").read_text())["metrics"]
     value = f"{results['test_accuracy']:.4f}"
     assert f"| this model | {' ' * 7}{value} |" in card
     assert f"| always 0   | {' ' * 7}0.5000 |" in card
@@ -106,14 +107,13 @@ def test_runs_are_compared_by_optimizer_and_rate(tmp_path):
         "b": {"optim": "adamw_torch"},
         "c": {"optim": "adamw_torch", "seed": 2},
         "d": {"optim": "normopt", "optim_args": "preset=muon"},
-        "e": {"optim": "adamw_torch", "max_steps": 1},  # other steps: not to be compared
     }.items():
         finished(tmp_path / name, **options)
         others.append(str(tmp_path / name))
     assert main(["card", str(tmp_path / "a"), "--compare", *others]) == 0
     card = card_of(tmp_path / "a")
     test = [
-        json.loads((tmp_path / name / "all_results.json").read_text())["test_accuracy"]
+        json.loads((tmp_path / name / "run.json").read_text())["metrics"]["test_accuracy"]
         for name in "bc"
     ]
     span = f"{sum(test) / 2:.4f} ({min(test):.4f} to {max(test):.4f})"
@@ -135,20 +135,50 @@ def test_the_record_names_what_trained(tmp_path):
     assert (record["optimizer"], record["optim_args"]) == ("normopt_muon", "lr_head=2.0")
 
 
-def test_runs_of_other_scripts_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"facts": {**FACTS, "dataset": "other"}}, "dataset is other, not nothing"),
+        ({"max_steps": 3}, "steps is 3, not 6"),
+        ({"weight_decay": 0.1}, "weight_decay is 0.1, not 0.0"),
+    ],
+)
+def test_runs_with_other_settings_are_not_compared(tmp_path, capsys, options, complaint):
     finished(tmp_path / "a")
-    finished(tmp_path / "b", facts={**FACTS, "dataset": "other"})
+    finished(tmp_path / "b", **options)
     assert main(["card", str(tmp_path / "a"), "--compare", str(tmp_path / "b")]) == 2
     error = capsys.readouterr().err
-    assert (
-        f"{tmp_path / 'b'} cannot be compared: it has text-classification other accuracy" in error
-    )
+    assert f"{tmp_path / 'b'} cannot be compared with {tmp_path / 'a'}: " in error
+    assert complaint in error
     assert main(["card", str(tmp_path / "a"), "--compare", str(tmp_path)]) == 2
     assert f"{tmp_path} cannot be compared: it has no run.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("secret", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
+def test_the_command_has_no_token(tmp_path, monkeypatch, secret):
+    monkeypatch.setattr(
+        sys, "orig_argv", ["/somewhere/python3.11", "train.py", *secret, "--a", "1"]
+    )
+    finished(tmp_path)
+    card = card_of(tmp_path)
+    assert "hf_secret" not in card + (tmp_path / "run.json").read_text()
+    assert "- command: `python train.py --hub_token" in card
+    assert "... --a 1`" in card
+
+
+def test_a_local_base_model_is_one_wherever_the_card_is_written(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    finished(tmp_path / "out", facts={**FACTS, "base_model": str(tmp_path / "base")})
+    card = card_of(tmp_path / "out")
+    assert "fine-tuned from the local model `base`" in card
+    assert ModelCard(card).data.base_model is None
+    (tmp_path / "base").rmdir()
+    update_model_card(tmp_path / "out")
+    assert card_of(tmp_path / "out") == card
+
+
 def test_a_metric_that_was_not_saved_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"and no test_f1: call trainer\.save_metrics"):
+    with pytest.raises(ValueError, match=r"The metrics are .*, and not test_f1\."):
         finished(tmp_path, facts={**FACTS, "metric": "f1"})
 
 
