@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .arguments import optimizer_name, run_schedule, trainer_schedule
 from .optimizer import NormOpt
+from .plot import PICTURE
 from .presets import optimizer_names
 from .report import FILE_NAME, report, write_report
 from .runs import RUN_FILE
@@ -132,8 +133,8 @@ class NormOptCallback(TrainerCallback):
         if self._optimizer is not None and hasattr(model, "add_model_tags"):
             model.add_model_tags("hf-normopt")
         if state.is_world_process_zero:  # of earlier runs in this folder
-            (Path(str(args.output_dir)) / FILE_NAME).unlink(missing_ok=True)
-            (Path(str(args.output_dir)) / RUN_FILE).unlink(missing_ok=True)
+            for name in (FILE_NAME, RUN_FILE, PICTURE):
+                (Path(str(args.output_dir)) / name).unlink(missing_ok=True)
         self.write(Path(str(args.output_dir)), state)
 
     def write(self, folder: Path, state: TrainerState) -> None:

@@ -44,11 +44,12 @@ def finish_run(
         trainer: that has trained.
         title: of the card.
         task: a pipeline tag of the Hub, such as `text-classification`.
-        metrics: what `trainer.evaluate` gave, with the prefixes `validation` and `test`.
-        metric: the headline: `test_<metric>` is among the metrics.
+        metrics: what `trainer.evaluate` gave, with the prefixes `validation` and, if there are test
+            data, `test`.
+        metric: the headline: `test_<metric>`, without test data `validation_<metric>`.
         dataset: its name for readers.
         data: Markdown: what the data are, how many, from where, under which licence.
-        baselines: `test_<metric>` of simple methods on the same data, by their names.
+        baselines: the headline of simple methods on the same data, by their names.
         limits: Markdown: what the model is not good for.
         dataset_id: of the Hub, if the data come from there.
         base_model: an id of the Hub or a folder; None: the model was trained from scratch.

@@ -25,7 +25,6 @@ from .tables import format_table
 
 RUN_FILE = "run.json"
 RUN_VERSION = 1
-_SPLITS = ("validation", "test")
 HYPERPARAMETERS = "The following hyperparameters were used during training:\n"  # as transformers
 
 
@@ -40,7 +39,8 @@ def record_run(trainer: Any, facts: Mapping[str, Any]) -> None:
         ValueError: if the headline is not among the metrics.
     """
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
-    headline = f"test_{facts['metric']}"
+    final = "test" if any(key.startswith("test_") for key in facts["metrics"]) else "validation"
+    headline = f"{final}_{facts['metric']}"
     if headline not in facts["metrics"]:
         raise ValueError(f"The metrics are {', '.join(facts['metrics'])}, and not {headline}.")
     hyperparameters = extract_hyperparameters_from_trainer(trainer)
@@ -50,6 +50,7 @@ def record_run(trainer: Any, facts: Mapping[str, Any]) -> None:
     record = {
         "run_version": RUN_VERSION,
         **facts,
+        "final_split": final,
         "base_model": Path(base).name if is_local else base,
         "base_model_is_local": is_local,
         "seed": trainer.args.seed,
@@ -117,7 +118,8 @@ def compare_runs(
             what = "; ".join(f"{key} is {its.get(key)}, not {own.get(key)}" for key in differences)
             raise ValueError(f"{other} cannot be compared with {folder}: {what}.")
         keys = ("optimizer", "optim_args", "learning_rate", "seed", "steps", "seconds")
-        values = {split: found["metrics"].get(f"{split}_{found['metric']}") for split in _SPLITS}
+        names = {split: f"{split}_{found['metric']}" for split in _splits(record)}
+        values = {split: found["metrics"].get(name) for split, name in names.items()}
         compared.append({**{key: found[key] for key in keys}, **values})
     record["compared"] = compared
     write_run(folder, record)
@@ -132,9 +134,9 @@ def _setting(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: record[key] for key in keys}, **others}
 
 
-def test_value(record: Mapping[str, Any]) -> float:
+def final_value(record: Mapping[str, Any]) -> float:
     """The headline result of a run."""
-    return float(record["metrics"][f"test_{record['metric']}"])
+    return float(record["metrics"][f"{record['final_split']}_{record['metric']}"])
 
 
 def run_card(record: Mapping[str, Any]) -> ModelCard:
@@ -155,15 +157,16 @@ def run_card(record: Mapping[str, Any]) -> ModelCard:
                 task_type=record["task"],
                 dataset_type=record["dataset_id"] or record["dataset"],
                 dataset_name=record["dataset"],
-                dataset_split="test",
+                dataset_split=record["final_split"],
                 metric_type=metric,
-                metric_value=round(test_value(record), 4),
+                metric_value=round(final_value(record), 4),
             )
         ],
     )
     origin = "trained from scratch" if base is None else f"fine-tuned from {_link(base, is_local)}"
-    name = f"`test_{metric}`"
-    results = [("this model", f"{test_value(record):.4f}")]
+    final = record["final_split"]
+    name = f"`{final}_{metric}`"
+    results = [("this model", f"{final_value(record):.4f}")]
     results += [(what, f"{value:.4f}") for what, value in record["baselines"].items()]
     seconds = record["seconds"]
     facts = {
@@ -175,10 +178,10 @@ def run_card(record: Mapping[str, Any]) -> ModelCard:
     parts = [
         f"# {record['title']}",
         f"A model for {record['task']}, {origin} on {record['dataset']} in {record['steps']:,} "
-        f"steps: {name} is {test_value(record):.4f}.",
+        f"steps: {name} is {final_value(record):.4f}.",
         "## Results",
-        f"On the test data, next to what a simple method reaches ({name}):",
-        format_table(("", f"test {metric}"), results, markdown=True),
+        f"On the {final} data, next to what a simple method reaches ({name}):",
+        format_table(("", f"{final} {metric}"), results, markdown=True),
         _all_metrics(record),
         *_comparison(record),
         "## Data",
@@ -205,16 +208,21 @@ def _hyperparameters(record: Mapping[str, Any]) -> str:
 
 def _all_metrics(record: Mapping[str, Any]) -> str:
     """Validation and test side by side, without what is only about speed."""
-    found = record["metrics"]
+    found, prefix = record["metrics"], f"{record['final_split']}_"
     names = [
-        key.removeprefix("test_")
+        key.removeprefix(prefix)
         for key, value in found.items()
-        if key.startswith("test_")
+        if key.startswith(prefix)
         and isinstance(value, (int, float))
         and not key.endswith(("_runtime", "_per_second", "_preparation_time", "_num_tokens"))
     ]
-    rows = [(name, *(_number(found.get(f"{split}_{name}")) for split in _SPLITS)) for name in names]
-    return format_table(("", *_SPLITS), rows, markdown=True)
+    splits = _splits(record)
+    rows = [(name, *(_number(found.get(f"{split}_{name}")) for split in splits)) for name in names]
+    return format_table(("", *splits), rows, markdown=True)
+
+
+def _splits(record: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(("validation", record["final_split"])))
 
 
 def _number(value: Any) -> str:
@@ -234,11 +242,11 @@ def _comparison(record: Mapping[str, Any]) -> list[str]:
             f"{optimizer} {args}".strip(),
             f"{rate:g}",
             str(len({run["seed"] for run in runs})),
-            *(_mean_and_range([run[split] for run in runs]) for split in _SPLITS),
+            *(_mean_and_range([run[split] for run in runs]) for split in _splits(record)),
         )
         for (optimizer, args, rate), runs in sorted(groups.items())
     ]
-    header = ("optimizer", "learning rate", "seeds", *_SPLITS)
+    header = ("optimizer", "learning rate", "seeds", *_splits(record))
     return [
         f"The same script with other optimizers, rates and seeds at the same number of steps, "
         f"{record['metric']}, mean and range over the seeds:",
@@ -261,7 +269,7 @@ def _evaluations(record: Mapping[str, Any]) -> list[str]:
     names = [
         key
         for key in rows[0]
-        if key.startswith("eval_") and f"test_{key[5:]}" in record["metrics"]
+        if key.startswith("eval_") and f"{record['final_split']}_{key[5:]}" in record["metrics"]
         if not key.endswith(("_runtime", "_per_second", "_num_tokens"))
     ]
     cells = [(f"{row['step']}", *(_number(row.get(name)) for name in names)) for row in rows]

@@ -31,7 +31,7 @@ FACTS = {
 }
 
 
-def finished(folder, seed=1, facts=FACTS, **options):
+def finished(folder, seed=1, facts=FACTS, splits=("validation", "test"), **options):
     """A folder in which a short run was finished."""
     options = {"optim": "normopt", "eval_strategy": "steps", "eval_steps": 3, **options}
     trainer = NormOptTrainer(
@@ -44,7 +44,7 @@ def finished(folder, seed=1, facts=FACTS, **options):
     trainer.train()
     trainer.save_model()
     metrics = {}
-    for split in ("validation", "test"):
+    for split in splits:
         metrics |= trainer.evaluate(rows(), metric_key_prefix=split)
     finish_run(trainer, metrics=metrics, **facts)
     return trainer
@@ -125,6 +125,15 @@ def test_runs_are_compared_by_optimizer_and_rate(tmp_path):
     (tmp_path / "a" / "README.md").unlink()
     update_model_card(tmp_path / "a")
     assert card_of(tmp_path / "a") == card
+
+
+def test_without_test_data_nothing_is_said_of_them(tmp_path):
+    finished(tmp_path, splits=("validation",))
+    card = card_of(tmp_path)
+    assert "On the validation data, next to" in card
+    assert "| test" not in card
+    assert "`test_" not in card
+    assert ModelCard(card).data.eval_results[0].dataset_split == "validation"
 
 
 def test_the_record_names_what_trained(tmp_path):
