@@ -3,8 +3,8 @@
     python recipes/pretrain_causal_lm.py
 
 trains a byte-level BPE tokenizer and a Llama of a million parameters on Shakespeare's plays
-(recipes/data/tinyshakespeare) in XX on two CPU cores. Other data, sizes, architectures, and going
-on from a model:
+(recipes/data/tinyshakespeare) in minutes on two CPU cores. Other data, sizes, architectures, and
+going on from a model:
 
     python recipes/pretrain_causal_lm.py --train_file book.txt --hidden_size 256 --block_size 256
     python recipes/pretrain_causal_lm.py --config_name openai-community/gpt2
@@ -70,7 +70,7 @@ class Arguments:
     dataset_config_name: str | None = option(None, "Its configuration.")
     train_file: str | None = option(None, "A txt, csv, json or parquet file; default: Shakespeare.")
     validation_file: str | None = option(None, "Default: the last 10 % of the training data.")
-    test_file: str | None = option(None, "Default: the validation data.")
+    test_file: str | None = option(None, "Default: only the validation data are scored.")
     text_column_name: str = option("text", "The column of the texts.")
 
 
@@ -85,8 +85,10 @@ def load_data(args):
             raise SystemExit(f"{path} is empty: it needs at least two rows.")
     suffix = Path(files["train"].removesuffix(".gz")).suffix
     loader = None if args.dataset_name else LOADERS.get(suffix)
+    splits = ("train", "validation", "test")
     if args.dataset_name:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+        data = datasets.DatasetDict({s: data[s] for s in splits if s in data})
     elif loader is None:
         raise SystemExit(f"{files['train']} is none of {', '.join(LOADERS)}, .gz or not.")
     else:
@@ -102,7 +104,6 @@ def load_data(args):
     if "validation" not in data:
         parts = data["train"].train_test_split(test_size=0.1, shuffle=False)
         data["train"], data["validation"] = parts["train"], parts["test"]
-    data.setdefault("test", data["validation"])
     return data.select_columns([args.text_column_name]), loader == "text"
 
 
@@ -173,6 +174,7 @@ def main():
         per_device_train_batch_size=16,
         per_device_eval_batch_size=32,
         max_steps=250,
+        num_train_epochs=0.0,
         warmup_steps=0.1,
         logging_steps=20,
         eval_strategy="steps",
@@ -185,9 +187,12 @@ def main():
     )
     args, training_args = parser.parse_args_into_dataclasses()
     push, training_args.push_to_hub = training_args.push_to_hub, False  # trained first, pushed last
+    if training_args.num_train_epochs:  # asked for, in place of the steps
+        training_args.max_steps = -1
     set_seed(training_args.seed)
 
     raw, rows_are_lines = load_data(args)
+    final = "test" if "test" in raw else "validation"
     model, tokenizer = load_model(args, raw)
 
     def encode(batch):
@@ -240,7 +245,7 @@ def main():
     trainer.save_model()  # the tokenizer too
     trainer.save_state()
     results = {}
-    for split in ("validation", "test"):
+    for split in dict.fromkeys(("validation", final)):
         metrics = trainer.evaluate(data[split], metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
@@ -261,20 +266,20 @@ def main():
         dataset=name,
         dataset_id=args.dataset_name,
         data=f"{ABOUT_SHAKESPEARE if is_default else name}. Tokens: {sizes}.",
-        baselines=compressed(texts["train"], texts["test"]),
+        baselines=compressed(texts["train"], texts[final]),
         limits="It writes text that looks like its training data, and means nothing. Less is "
         "better: bits_per_byte is the loss of all tokens of the split, in bits, over the bytes of "
         f"their text; a token is predicted from at most {args.block_size - 1} tokens before it.",
         base_model=args.model_name_or_path,
         language="en" if is_default else None,
-        license="apache-2.0" if is_default else None,
+        license="apache-2.0" if is_default and not start else None,
     )
-    prompt = torch.tensor([[tokenizer.eos_token_id, *tokens["test"][:8]]], device=model.device)
+    prompt = torch.tensor([[tokenizer.eos_token_id, *tokens[final][:8]]], device=model.device)
     sample = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_length=args.block_size, do_sample=True
     )
     print(tokenizer.decode(sample[0], skip_special_tokens=True))
-    print(f"test_bits_per_byte = {results['test_bits_per_byte']:.4f}")
+    print(f"{final}_bits_per_byte = {results[f'{final}_bits_per_byte']:.4f}")
 
 
 if __name__ == "__main__":

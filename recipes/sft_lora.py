@@ -3,8 +3,8 @@
     python recipes/sft_lora.py
 
 teaches the model of pretrain_causal_lm.py (which runs first, if outputs/pretrain_causal_lm is not
-there) the form of answers to school problems (recipes/data/gsm8k) in XX on two CPU cores. The flags
-are those of TRL's own scripts, `--config FILE.yaml` included. Other models and data:
+there) the form of answers to school problems (recipes/data/gsm8k) in minutes on two CPU cores. The
+flags are those of TRL's own scripts, `--config FILE.yaml` included. Other models and data:
 
     python recipes/sft_lora.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name trl-lib/Capybara --learning_rate 5e-4 --output_dir outputs/capybara
@@ -61,7 +61,7 @@ class Arguments:
     dataset_config_name: str | None = option(None, "Its configuration.")
     train_file: str | None = option(None, "A json, csv, parquet or txt file; default: GSM8K.")
     validation_file: str | None = option(None, "Default: 10 percent of the training data.")
-    test_file: str | None = option(None, "Default: the validation data.")
+    test_file: str | None = option(None, "Default: only the validation data are scored.")
     prompt_column: str = option("prompt", "The prompts; `messages` or `text` go without.")
     completion_column: str = option("completion", "The completions.")
 
@@ -73,15 +73,17 @@ def load_data(args):
     for path in files.values():
         if Path(path).is_file() and not Path(path).stat().st_size:
             raise SystemExit(f"{path} is empty: it needs at least two rows.")
+    splits = ("train", "validation", "test")
     if args.dataset_name:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+        data = datasets.DatasetDict({s: data[s] for s in splits if s in data})
     elif args.train_file:
         suffix = Path(args.train_file.removesuffix(".gz")).suffix
         if suffix not in LOADERS:
             raise SystemExit(f"{args.train_file} is none of {', '.join(LOADERS)}.")
         data = datasets.load_dataset(LOADERS[suffix], data_files=files)
     else:
-        files = {s: str(GSM8K / f"{s}.jsonl.gz") for s in ("train", "validation", "test")} | files
+        files = {s: str(GSM8K / f"{s}.jsonl.gz") for s in splits} | files
         data = datasets.load_dataset("json", data_files=files)
         return data.map(
             lambda row: {"prompt": row["question"] + "\n", "completion": row["answer"]},
@@ -98,7 +100,6 @@ def load_data(args):
     if "validation" not in data:
         parts = data["train"].train_test_split(test_size=0.1, seed=0)
         data["train"], data["validation"] = parts["train"], parts["test"]
-    data.setdefault("test", data["validation"])
     data = data.select_columns(known)
     names = dict(zip(pair, ("prompt", "completion"), strict=True)) if known == pair else {}
     return data.rename_columns({old: new for old, new in names.items() if old != new})
@@ -125,6 +126,7 @@ def main():
         per_device_train_batch_size=8,
         per_device_eval_batch_size=32,
         max_steps=50,
+        num_train_epochs=0.0,
         max_length=512,
         warmup_steps=0.1,
         logging_steps=5,
@@ -142,9 +144,12 @@ def main():
     )
     args, training_args, model_args = parser.parse_args_and_config()
     push, training_args.push_to_hub = training_args.push_to_hub, False  # trained first, pushed last
+    if training_args.num_train_epochs:  # asked for, in place of the steps
+        training_args.max_steps = -1
     set_seed(training_args.seed)
 
     data = load_data(args)
+    final = "test" if "test" in data else "validation"
     checkpoint = model_args.model_name_or_path or str(PRETRAINED)
     if not model_args.model_name_or_path:
         if not (PRETRAINED / "model.safetensors").exists():
@@ -167,7 +172,7 @@ def main():
         checkpoint,
         training_args,
         train_dataset=data["train"],
-        eval_dataset={split: data[split] for split in ("validation", "test")},
+        eval_dataset={split: data[split] for split in dict.fromkeys(("validation", final))},
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
@@ -183,16 +188,14 @@ def main():
         }
 
     baselines = {
-        "most frequent token": most_frequent_token(
-            trainer, trainer.train_dataset, prepared["test"]
-        ),
-        "the model before": evaluate("test", "before")["before_mean_token_accuracy"],
+        "most frequent token": most_frequent_token(trainer, trainer.train_dataset, prepared[final]),
+        "the model before": evaluate(final, "before")["before_mean_token_accuracy"],
     }
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the adapter, and the tokenizer
     trainer.save_state()
     results = {}
-    for split in ("validation", "test"):
+    for split in dict.fromkeys(("validation", final)):
         metrics = evaluate(split, split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
@@ -217,16 +220,16 @@ def main():
         "an answer is right.",
         base_model=checkpoint,
         language="en" if is_default else None,
-        license="apache-2.0" if is_default else None,
+        license="apache-2.0" if is_default and not model_args.model_name_or_path else None,
         library_name="peft",
     )
-    row = data["test"][0]
+    row = data[final][0]
     if isinstance(row.get("prompt"), str):  # one answer, to look at
         tokenizer, model = trainer.processing_class, trainer.model
         inputs = tokenizer(row["prompt"], return_tensors="pt").to(model.device)
         answer = model.generate(**inputs, max_new_tokens=100, do_sample=False)
         print(tokenizer.decode(answer[0], skip_special_tokens=True))
-    print(f"test_mean_token_accuracy = {results['test_mean_token_accuracy']:.4f}")
+    print(f"{final}_mean_token_accuracy = {results[f'{final}_mean_token_accuracy']:.4f}")
 
 
 if __name__ == "__main__":

