@@ -3,7 +3,7 @@
     python recipes/pretrain_causal_lm.py
 
 trains a byte-level BPE tokenizer and a Llama of a million parameters on Shakespeare's plays
-(recipes/data/tinyshakespeare) in two minutes on two CPU cores. Other data, sizes, architectures, and
+(recipes/data/tinyshakespeare) in 2 minutes on two CPU cores. Other data, sizes, architectures, and
 going on from a model:
 
     python recipes/pretrain_causal_lm.py --train_file book.txt --hidden_size 256 --block_size 256

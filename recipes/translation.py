@@ -3,7 +3,7 @@
     python recipes/translation.py
 
 trains a tokenizer and a small encoder-decoder from scratch on short English sentences and their
-Swedish translations (recipes/data/tatoeba) in two minutes on two CPU cores. `--optim adamw_torch` is
+Swedish translations (recipes/data/tatoeba) in 2 minutes on two CPU cores. `--optim adamw_torch` is
 the same run with AdamW. Other models and data:
 
     python recipes/translation.py --model_name_or_path Helsinki-NLP/opus-mt-en-de \
