@@ -156,15 +156,22 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{folder} has no {FILE_NAME}: it was not trained with hf_normopt, or not by a Trainer "
             "with its callback."
         )
+    return read_versioned(path, "format_version", FORMAT_VERSION)
+
+
+def read_versioned(path: Path, key: str, version: int) -> dict[str, Any]:
+    """What a JSON file holds, whose version stands under a key.
+
+    Raises:
+        ValueError: if it is not whole, or of another version.
+    """
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}. Is it whole?") from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    found = content.get(key) if isinstance(content, dict) else None
+    if found != version:
         raise ValueError(
-            f"{path} has the format_version {version!r}; this version of hf_normopt reads "
-            f"{FORMAT_VERSION}."
+            f"{path} has the {key} {found!r}; this version of hf_normopt reads {version}."
         )
-    report: dict[str, Any] = content
-    return report
+    return content

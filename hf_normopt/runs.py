@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
+from .report import read_versioned
 from .tables import format_table
 
 RUN_FILE = "run.json"
@@ -84,22 +85,10 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     path = Path(folder) / RUN_FILE
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}. Is it whole?") from None
-    version = record.get("run_version") if isinstance(record, dict) else None
-    if version != RUN_VERSION:
-        raise ValueError(
-            f"{path} has the run_version {version!r}; this version of hf_normopt reads "
-            f"{RUN_VERSION}."
-        )
-    return record
+    return read_versioned(path, "run_version", RUN_VERSION)
 
 
-def compare_runs(
-    folder: str | os.PathLike[str], others: Sequence[str | os.PathLike[str]]
-) -> dict[str, Any]:
+def compare_runs(folder: str | os.PathLike[str], others: Sequence[str | os.PathLike[str]]) -> None:
     """Take the results of other runs of the same script into a run's record.
 
     Raises:
@@ -123,7 +112,6 @@ def compare_runs(
         compared.append({**{key: found[key] for key in keys}, **values})
     record["compared"] = compared
     write_run(folder, record)
-    return record
 
 
 def _setting(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,17 +196,24 @@ def _hyperparameters(record: Mapping[str, Any]) -> str:
 
 def _all_metrics(record: Mapping[str, Any]) -> str:
     """Validation and test side by side, without what is only about speed."""
-    found, prefix = record["metrics"], f"{record['final_split']}_"
-    names = [
+    found, splits = record["metrics"], _splits(record)
+    rows = [
+        (name, *(_number(found.get(f"{split}_{name}")) for split in splits))
+        for name in _metric_names(record)
+    ]
+    return format_table(("", *splits), rows, markdown=True)
+
+
+def _metric_names(record: Mapping[str, Any]) -> list[str]:
+    """The metrics of the final split, without those about speed and size."""
+    prefix = f"{record['final_split']}_"
+    return [
         key.removeprefix(prefix)
-        for key, value in found.items()
+        for key, value in record["metrics"].items()
         if key.startswith(prefix)
         and isinstance(value, (int, float))
         and not key.endswith(("_runtime", "_per_second", "_preparation_time", "_num_tokens"))
     ]
-    splits = _splits(record)
-    rows = [(name, *(_number(found.get(f"{split}_{name}")) for split in splits)) for name in names]
-    return format_table(("", *splits), rows, markdown=True)
 
 
 def _splits(record: Mapping[str, Any]) -> list[str]:
@@ -266,17 +261,13 @@ def _evaluations(record: Mapping[str, Any]) -> list[str]:
     rows = record["evaluations"]
     if not rows:
         return []
-    names = [
-        key
-        for key in rows[0]
-        if key.startswith("eval_") and f"{record['final_split']}_{key[5:]}" in record["metrics"]
-        if not key.endswith(("_runtime", "_per_second", "_num_tokens"))
+    names = [name for name in _metric_names(record) if f"eval_{name}" in rows[0]]
+    cells = [
+        (f"{row['step']}", *(_number(row.get(f"eval_{name}")) for name in names)) for row in rows
     ]
-    cells = [(f"{row['step']}", *(_number(row.get(name)) for name in names)) for row in rows]
-    header = ("step", *(name[5:] for name in names))
     return [
         "On the validation data during training:",
-        format_table(header, cells, markdown=True),
+        format_table(("step", *names), cells, markdown=True),
     ]
 
 

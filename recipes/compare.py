@@ -28,16 +28,16 @@ SEEDS = (42, 43, 44)
 LADDER = [digit * 10.0**power for power in range(-5, 0) for digit in (1, 2, 5)]
 KEPT = ("README.md", "norms.png", "run.json", "normopt.json")
 
-# The script with its arguments, the rates to start with, and whether a larger metric is better.
+# The rates to start with, and whether a larger metric is better.
 RECIPES = {
-    "text_classification": (["text_classification.py"], (5e-4, 1e-3, 2e-3), True),
-    "token_classification": (["token_classification.py"], (5e-4, 1e-3, 2e-3), True),
-    "pretrain_causal_lm": (["pretrain_causal_lm.py"], (2e-3, 5e-3, 1e-2), False),
-    "sft_lora": (["sft_lora.py"], (1e-3, 2e-3, 5e-3), True),
-    "image_classification": (["image_classification.py"], (1e-3, 2e-3, 5e-3), True),
-    "audio_classification": (["audio_classification.py"], (1e-3, 2e-3, 5e-3), True),
-    "translation": (["translation.py"], (1e-3, 2e-3, 5e-3), True),
-    "summarization": (["summarization.py"], (1e-3, 2e-3, 5e-3), True),
+    "text_classification": ((5e-4, 1e-3, 2e-3), True),
+    "token_classification": ((5e-4, 1e-3, 2e-3), True),
+    "pretrain_causal_lm": ((2e-3, 5e-3, 1e-2), False),
+    "sft_lora": ((1e-3, 2e-3, 5e-3), True),
+    "image_classification": ((1e-3, 2e-3, 5e-3), True),
+    "audio_classification": ((1e-3, 2e-3, 5e-3), True),
+    "translation": ((1e-3, 2e-3, 5e-3), True),
+    "summarization": ((1e-3, 2e-3, 5e-3), True),
 }
 
 
@@ -45,26 +45,25 @@ def run(recipe, optim, rate, seed):
     """Run a recipe unless it has been; its record."""
     folder = RUNS / recipe / f"{optim}-{rate:g}-{seed}"
     if not (ROOT / folder / "run.json").exists():
-        script, *argv = RECIPES[recipe][0]
-        argv += ["--output_dir", folder, "--optim", optim, "--learning_rate", f"{rate:g}"]
+        argv = ["--output_dir", folder, "--optim", optim, "--learning_rate", f"{rate:g}"]
         argv += ["--seed", seed, "--save_strategy", "no", "--disable_tqdm", "True"]
         argv += ["--eval_strategy", "no", "--logging_strategy", "no"]  # validation at the end only
-        start(script, argv, ROOT / f"{folder}.log")
+        start(recipe, argv, ROOT / f"{folder}.log")
     return json.loads((ROOT / folder / "run.json").read_text())
 
 
-def start(script, argv, log):
+def start(recipe, argv, log):
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, Path("recipes") / script, *argv]
+    command = [sys.executable, f"recipes/{recipe}.py", *argv]
     with log.open("w") as output:
         done = subprocess.run([*map(str, command)], cwd=ROOT, stdout=output, stderr=output)
     if done.returncode:
-        raise SystemExit(f"{script} failed, see {log}: {log.read_text().splitlines()[-1:]}")
+        raise SystemExit(f"{recipe} failed, see {log}: {log.read_text().splitlines()[-1:]}")
 
 
 def search(recipe, optim, pool):
     """The best rate on the first seed, with a worse one on either side of it."""
-    _, rates, larger_is_better = RECIPES[recipe]
+    rates, larger_is_better = RECIPES[recipe]
     places = [min(range(len(LADDER)), key=lambda i: abs(LADDER[i] - rate)) for rate in rates]
     values = {}
     while True:
@@ -80,7 +79,7 @@ def search(recipe, optim, pool):
 
 
 def compare(recipe, jobs):
-    """All runs of a recipe, and its card."""
+    """All runs of a recipe."""
     with ThreadPoolExecutor(jobs) as pool:
         best = {optim: search(recipe, optim, pool) for optim in OPTIMIZERS}
         wanted = [(recipe, optim, best[optim], seed) for optim in OPTIMIZERS for seed in SEEDS]
@@ -90,8 +89,7 @@ def compare(recipe, jobs):
 
 def run_default(recipe):
     """The recipe as users run it."""
-    script, *argv = RECIPES[recipe][0]
-    start(script, argv, ROOT / f"outputs/{recipe}.log")
+    start(recipe, [], ROOT / f"outputs/{recipe}.log")
 
 
 def publish(recipe):
@@ -117,7 +115,7 @@ def table(recipes="", cards="../model_cards/"):
         "| recipe | test metric | simple method | AdamW | NormOpt | seconds, AdamW / NormOpt |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name, (argv, _, larger_is_better) in RECIPES.items():
+    for name, (_, larger_is_better) in RECIPES.items():
         if not (CARDS / name / "run.json").exists():
             continue
         record = json.loads((CARDS / name / "run.json").read_text())
@@ -125,7 +123,7 @@ def table(recipes="", cards="../model_cards/"):
         best = (max if larger_is_better else min)(record["baselines"].items(), key=itemgetter(1))
         found = {optim: at_the_best_rate(record, optim) for optim in OPTIMIZERS}
         cells = [
-            f"[{name}]({recipes}{argv[0]})",
+            f"[{name}]({recipes}{name}.py)",
             f"[{record['metric']}]({cards}{name}/README.md) {arrow}",
             f"{best[1]:.3g} ({best[0]})",
             *(

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -698,6 +699,32 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def hub():
+    """The stand-in, while it serves."""
+    Hub.files, Hub.validated = {}, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def pushed(code, folder, home, endpoint):
+    """The process of a script that pushes a folder."""
+    here = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env={**os.environ, **here, "HF_HOME": str(home)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
 PUSH = """
 import sys
 from huggingface_hub import ModelCard
@@ -720,23 +747,8 @@ ModelCard.load(path).push_to_hub("me/plain", token="hf_dummy")
 
 @pytest.mark.slow
 def test_what_the_hub_receives(tmp_path):
-    Hub.files, Hub.validated = {}, []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", PUSH, str(tmp_path)]
-        done = subprocess.run(
-            command,
-            env={**os.environ, **here, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-    finally:
-        server.shutdown()
-        server.server_close()
+    with hub() as endpoint:
+        done = pushed(PUSH, tmp_path, tmp_path / "home", endpoint)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("mixed", "plain"):
         received = Hub.files[f"me/{name}/README.md"].decode()

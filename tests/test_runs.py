@@ -1,12 +1,7 @@
 """What a script leaves of its run, and the card that is written from it."""
 
 import json
-import os
-import subprocess
 import sys
-import threading
-from http.server import ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -14,10 +9,9 @@ from huggingface_hub import ModelCard
 from hf_normopt import NormOptTrainer, finish_run, update_model_card
 from hf_normopt.cli import main
 
-from .test_model_card import Hub, card_of
+from .test_model_card import Hub, card_of, hub, pushed
 from .test_trainer import arguments, bert, rows
 
-ROOT = Path(__file__).parents[1]
 FACTS = {
     "title": "Tiny on nothing",
     "task": "text-classification",
@@ -219,27 +213,13 @@ finished(
 
 
 def push(folder, endpoint):
-    here = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-    return subprocess.run(
-        [sys.executable, "-c", PUSH, str(folder / "out")],
-        env={**os.environ, **here, "HF_HOME": str(folder / "home")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return pushed(PUSH, folder / "out", folder / "home", endpoint)
 
 
 @pytest.mark.slow
 def test_the_hub_receives_weights_card_and_picture(tmp_path):
-    Hub.files, Hub.validated = {}, []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        done = push(tmp_path, f"http://127.0.0.1:{server.server_port}")
-    finally:
-        server.shutdown()
-        server.server_close()
+    with hub() as endpoint:
+        done = push(tmp_path, endpoint)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("README.md", "norms.png", "run.json", "normopt.json"):
         assert Hub.files[f"me/tiny/{name}"] == (tmp_path / "out" / name).read_bytes()
