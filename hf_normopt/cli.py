@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .arguments import parse_roles
 from .launch import run
@@ -222,7 +223,8 @@ def _presets(args: argparse.Namespace) -> int:
 
 def _card(args: argparse.Namespace) -> int:
     if args.compare:
-        compare_runs(args.folder, args.compare)
+        folder = Path(args.folder)
+        compare_runs(folder.parent if folder.is_file() else folder, args.compare)
     print(update_model_card(args.folder))
     return 0
 

@@ -51,7 +51,7 @@ def finish_run(
         data: Markdown: what the data are, how many, from where, under which licence.
         baselines: the headline of simple methods on the same data, by their names.
         limits: Markdown: what the model is not good for.
-        dataset_id: of the Hub, if the data come from there.
+        dataset_id: of the Hub, if the data come from there; a folder is none.
         base_model: an id of the Hub or a folder; None: the model was trained from scratch.
         language: of the data, as ISO 639-1; several as a list.
         license: of the model, as the Hub writes it.

@@ -48,9 +48,11 @@ def record_run(trainer: Any, facts: Mapping[str, Any]) -> None:
     hyperparameters["weight_decay"] = trainer.args.weight_decay
     base = facts["base_model"]
     is_local = base is not None and Path(base).is_dir()
+    dataset_id = facts["dataset_id"]
     record = {
         "run_version": RUN_VERSION,
         **facts,
+        "dataset_id": None if dataset_id and Path(dataset_id).exists() else dataset_id,
         "final_split": final,
         "base_model": Path(base).name if is_local else base,
         "base_model_is_local": is_local,

@@ -76,6 +76,10 @@ def search(recipe, optim, pool):
         if min(values) < best < max(values):
             return LADDER[best]
         places = [best - 1, best + 1]
+        if not 0 < best < len(LADDER) - 1:
+            raise SystemExit(
+                f"{recipe}, {optim}: {LADDER[best]:g} is best, and at the ladder's end."
+            )
 
 
 def compare(recipe, jobs):

