@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .arguments import parse_roles
+from .cost import cost_report
 from .launch import run
 from .model_card import update_model_card
 from .picture import Total, check_file, count_roles, save_picture, tied_names
@@ -50,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect.add_argument(
         "--heads", action="store_true", help="make each attention head an operator of its own"
     )
+    inspect.add_argument(
+        "--cost", action="store_true", help="show how the spectral steps are computed, and the work"
+    )
+    inspect.add_argument(
+        "--tokens", type=int, default=8192, help="of a training step, for --cost (8192)"
+    )
+    inspect.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for --cost")
     inspect.add_argument("--why", action="store_true", help="show the reason for each role")
     inspect.add_argument(
         "--plot", metavar="FILE", help="also draw the model with its norms, as .html or .png"
@@ -111,6 +119,8 @@ def _inspect(args: argparse.Namespace) -> int:
         print(json.dumps(_report(args, type(model).__name__, specs, rules, totals), indent=1))
     else:
         print(_table(specs, norms, args.why, markdown), _totals_table(totals, markdown), sep="\n\n")
+        if args.cost:
+            print("", cost_report(specs, rules, args.tokens, args.device, markdown), sep="\n")
         if others:
             print(f"\nother: {'; '.join(f'{name}: {reason}' for name, reason in others)}")
     if not (others and args.strict):

@@ -24,8 +24,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .moves import Move
 from .norms import Spectral
-from .optimizer import Move, NormOpt
+from .optimizer import NormOpt
 from .orthogonalize import POLYNOMIALS
 from .sharding import gathered
 

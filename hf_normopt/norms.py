@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,9 @@ class Norm:
 
     input: Vector | None = None
     output: Vector | None = None
+
+    independent: ClassVar[tuple[str, ...]] = ("batch",)
+    """Axes along which the LMO of a part is the part of the LMO: also "in" for columns, ..."""
 
     def __post_init__(self) -> None:
         if self.input is not None and self.output is not None:
@@ -191,6 +195,8 @@ class MaxColumn(Norm):
     input: Vector = "l1"
     output: Vector = "l2"
 
+    independent = ("batch", "in")
+
     def _norm(self, w: Tensor) -> Tensor:
         return torch.linalg.vector_norm(w, _exponent(self.output), dim=-2).amax(-1)
 
@@ -224,6 +230,8 @@ class MaxRow(Norm):
     input: Vector = "l2"
     output: Vector = "linf"
 
+    independent = ("batch", "out")
+
     def _norm(self, w: Tensor) -> Tensor:
         return torch.linalg.vector_norm(w, _conjugate(_exponent(self.input)), dim=-1).amax(-1)
 
@@ -248,6 +256,8 @@ class MaxEntry(Norm):
     dual_norm(G) = Σ_ij |G_ij|
     lmo(G)       = sign(G)
     """
+
+    independent = ("batch", "in", "out")
 
     input: Vector = "l1"
     output: Vector = "linf"

@@ -10,8 +10,8 @@ group's `weight_decay` is the optimizer's times the rule's `decay`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from .checkpoints import ON_MISMATCH, describe, matched, some
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
+from .moves import Move, advance_inplace, apply_inplace, moves_of, parts, state_dtype
 from .roles import ROLES, ParamSpec
-from .rules import SCALES, Policy, Rule, bias_correction, check_total, policy_key
-from .sharding import NEEDS_WHOLE_MATRICES, gathered, sharded_like
+from .rules import Policy, Rule, check_total, policy_key
+from .sharding import NEEDS_WHOLE_MATRICES
 from .step_sizes import Fixed, StepSize
 from .tables import fold_names, format_table
 
@@ -178,20 +179,26 @@ class NormOpt(torch.optim.Optimizer):
     def _step_inplace(self, groups: list[dict[str, Any]]) -> None:
         """Move the parameters of groups that share one η, whose memory is in the first of them."""
         size, memory = self.step_size, groups[0]["memory"]
-        moves = self._moves(groups)
+        moves = [
+            many for group in groups for many in moves_of(group, self.rule_of(group), self.state)
+        ]
         weight = size.weight(memory)
         if size.needs_dual:
-            for move in moves:
-                move.advance_inplace(weight, weight)
-        seen = [measured for m in moves if (measured := size.observe(m, weight)) is not None]
+            for many in moves:
+                advance_inplace(many, weight, weight)
+        seen = [
+            measured for m in chain(*moves) if (measured := size.observe(m, weight)) is not None
+        ]
         sums = sum(measured.to(seen[0].device) for measured in seen) if seen else None
         eta = size.advance_inplace(memory, sums) if isinstance(sums, Tensor) else weight
-        for move in moves:
+        whole = size.needs_dual or self.observer is not None
+        for many in moves if whole else chain(*map(parts, moves)):
             if not size.needs_dual:
-                move.advance_inplace(weight, size.weight(memory))
+                advance_inplace(many, weight, size.weight(memory))
             if self.observer is not None:
-                self.observer(move, eta)
-            move.apply_inplace(eta)
+                for move in many:
+                    self.observer(move, eta)
+            apply_inplace(many, eta)
 
     def _count_inplace(self) -> None:
         """Count the step, unless it is torch's rehearsal that creates the state: all is 0."""
@@ -216,16 +223,6 @@ class NormOpt(torch.optim.Optimizer):
         """Where the run went on from a checkpoint that did not fit, and in what way."""
         resets: list[str] = self.param_groups[0]["resets"]
         return resets
-
-    def _moves(self, groups: list[dict[str, Any]]) -> list[Move]:
-        """A move for every parameter with a gradient."""
-        moves = []
-        for group in groups:
-            rule = self.rule_of(group)
-            for p, layout in zip(group["params"], group["layouts"], strict=True):
-                if p.grad is not None and p.numel() > 0:
-                    moves.append(Move(p, group, rule, Layout(layout), self.state[p]))
-        return moves
 
     def _check_shapes(self) -> None:
         for group in self.param_groups:
@@ -268,7 +265,7 @@ class NormOpt(torch.optim.Optimizer):
         for i, saved in state_dict["state"].items():
             for key, value in saved.items():
                 if key != "step" and isinstance(value, Tensor):  # torch has cast it to p's dtype
-                    dtype, device = _state_dtype(params[i]), params[i].device
+                    dtype, device = state_dtype(params[i]), params[i].device
                     self.state[params[i]][key] = value.to(device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -296,86 +293,6 @@ class NormOpt(torch.optim.Optimizer):
             f"{format_table(header, rows)}\nother: {names}. hf-normopt inspect --why tells why; "
             'optim_args="roles=ROLE:REGEX" corrects.'
         )
-
-
-@dataclass
-class Move:
-    """One parameter's update, not yet made."""
-
-    param: Tensor
-    group: dict[str, Any]
-    rule: Rule
-    layout: Layout
-    state: dict[str, Any]
-    smooth: Tensor = field(init=False)
-    direction: Tensor = field(init=False)
-
-    @property
-    def grad(self) -> Tensor:
-        """The gradient, dense and in the state's dtype."""
-        grad = self.param.grad
-        assert grad is not None
-        return (grad.to_dense() if grad.is_sparse else grad).to(_state_dtype(self.param))
-
-    def advance_inplace(self, weight: Tensor | float, unit: Tensor | float) -> None:
-        """Advance momentum and statistic by the weighted gradient; find the direction.
-
-        `unit` is what the weights amount to in the step, for the statistic's eps.
-        """
-        grad = self.grad if isinstance(weight, float) and weight == 1 else self.grad * weight
-        self.smooth = gathered(_momentum_inplace(self.rule, grad, self.state))
-        operators = self.layout.to_operators(self.smooth)
-        if self.rule.statistic is None:
-            ratios: Iterable[Tensor] = map(self.rule.norm.lmo, operators)
-        else:
-            ratios = self._over_statistic_inplace(operators, gathered(grad), unit)
-        directions = (ratio * self.scale(ratio) for ratio in ratios)
-        self.direction = self.layout.from_operators(tuple(directions), tuple(self.param.shape))
-
-    def dual(self, tensor: Tensor | None = None) -> Tensor:
-        """Scale · multiplier · dual norm: a part of the network's dual norm (Prop. 7)."""
-        if tensor is None:  # what the direction was made of: ⟨M, lmo(M)⟩
-            return (self.smooth * self.direction).sum() * self.group["multiplier"]
-        duals = [
-            (self.rule.norm.dual_norm(operator) * self.scale(operator)).sum()
-            for operator in self.layout.to_operators(gathered(tensor))
-        ]
-        return torch.stack(duals).sum() * self.group["multiplier"]
-
-    def apply_inplace(self, eta: Tensor | float) -> None:
-        """Move the parameter, and let go of the direction: only one is alive where one suffices."""
-        step = self.group["lr"] * eta
-        if self.group["weight_decay"]:
-            self.param.mul_(1 - step * self.group["weight_decay"])
-        update = self.direction * (step * self.group["multiplier"])
-        self.param.sub_(sharded_like(update, self.param))
-        del self.smooth, self.direction
-
-    def scale(self, operator: Tensor) -> float:
-        """What multiplies the LMO of an operator."""
-        fan_out, fan_in = operator.shape[-2:]
-        taps = self.layout.taps
-        return SCALES[self.rule.scale](self.rule.norm, fan_out, fan_in, taps) / taps
-
-    def _over_statistic_inplace(
-        self, operators: tuple[Tensor, ...], grad: Tensor, unit: Tensor | float
-    ) -> Iterator[Tensor]:
-        """The momentum over the norm's statistic, for each operator."""
-        statistic, state = self.rule.statistic, self.state
-        assert statistic is not None
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=grad.device)
-        step = state["step"].add_(1)
-        for i, (m, g) in enumerate(zip(operators, self.layout.to_operators(grad), strict=True)):
-            moments = {}
-            for name, moment in self.rule.norm.moments(g).items():
-                key = f"{name}_{i}" if i else name
-                if key not in state:
-                    state[key] = torch.zeros_like(moment)
-                moments[name] = statistic.update_inplace(state[key], moment, step)
-            if statistic.bias_correction:  # m's weights sum to 1 - momentum^t, Nesterov's one ahead
-                m = m / bias_correction(self.rule.momentum, step + self.rule.nesterov)
-            yield self.rule.norm.precondition(m, moments, statistic.eps * unit)
 
 
 def parameter_groups(
@@ -413,18 +330,3 @@ def parameter_groups(
         }
         for (_, role, kind), members in sorted(by_rule.items(), key=lambda item: item[0])
     ]
-
-
-def _state_dtype(p: Tensor) -> torch.dtype:
-    """Momenta and statistics are kept in float32 at least."""
-    return torch.promote_types(p.dtype, torch.float32)
-
-
-def _momentum_inplace(rule: Rule, grad: Tensor, state: dict[str, Any]) -> Tensor:
-    """Advance the moving average of the gradients; return it, or its Nesterov form."""
-    if not rule.momentum:
-        return grad
-    if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(grad)
-    buffer = state["momentum_buffer"].lerp_(grad, 1 - rule.momentum)
-    return grad.lerp(buffer, rule.momentum) if rule.nesterov else buffer

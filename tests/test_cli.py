@@ -135,6 +135,27 @@ def test_inspect_as_json(capsys, tmp_path):
     }
 
 
+def test_inspect_tells_the_cost(capsys, llama):
+    _, out, _ = run(capsys, "inspect", llama, "--cost", "--tokens", "1000")
+    lines = out[out.index("operators ") :].splitlines()
+    shares = re.match(
+        r"oracle: (.*) GFLOP a step; .* 1,000 tokens: (.*) GFLOP; .*: (.*)%", lines[-1]
+    )
+    work, training, share = (float(number.replace(",", "")) for number in shares.groups())
+    rows = [line.split() for line in lines if re.match(r" *\d+ +\d+ x", line)]
+    assert [" ".join(row[:4]) for row in rows] == [
+        "88 4096 x 4096",
+        "44 11008 x 4096",
+        "22 4096 x 11008",
+    ]
+    assert work == pytest.approx(sum(float(row[-1].replace(",", "")) for row in rows), rel=1e-6)
+    parameters = 22 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+    assert training == pytest.approx(6 * parameters * 1000 / 1e9, abs=1)
+    assert share == pytest.approx(100 * work / (work + training), abs=0.1)
+    _, out, _ = run(capsys, "inspect", llama, "--cost", "--device", "cuda")
+    assert "polar_express, 12 steps" in out
+
+
 def test_inspect_as_markdown(capsys, llama):
     _, out, _ = run(capsys, "inspect", llama, "--format", "markdown")
     assert out.splitlines()[0].startswith("| parameter")

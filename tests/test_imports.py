@@ -26,6 +26,7 @@ ROWS = [
     {"heads", "matchers"},
     {"roles"},
     {"rules", "step_sizes", "picture", "skeletons"},
+    {"moves", "cost"},
     {"optimizer"},
     {"presets"},
     {"schedules"},

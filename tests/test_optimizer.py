@@ -16,6 +16,7 @@ from hf_normopt import (
     Rule,
     classify,
     create_normopt_optimizer,
+    moves,
     operator_norm,
 )
 from hf_normopt.optimizer import parameter_groups
@@ -604,3 +605,39 @@ def test_print_shows_the_groups():
         line.split() == ["head", "rms->linf", "1", "2,048", "0.002", "0.1"]
         for line in text.splitlines()
     )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_tensors_that_move_together_or_in_parts_move_as_alone(preset, monkeypatch):
+    """Stacks of equal shapes, and parts of large tensors, change nothing but rounding."""
+    ends = []
+    for small, part in ((0, 2**30), (2**16, 2**30), (0, 100), (2**8, 100)):
+        monkeypatch.setattr(moves, "SMALL", small)
+        monkeypatch.setattr(moves, "PART", part)
+        torch.manual_seed(0)
+        model = llama()
+        optimizer = create_normopt_optimizer(model, lr=1e-2, preset=preset, weight_decay=0.1)
+        losses = train(model, optimizer, batches(3))
+        ends.append((losses, [p.detach() for p in model.parameters()]))
+    for losses, params in ends[1:]:
+        torch.testing.assert_close(losses, ends[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(params, ends[0][1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_moves_at_a_time(monkeypatch):
+    def shapes(role, shape, count, policy=PRESETS["normopt"].policy, **options):
+        params = [nn.Parameter(torch.randn(shape)) for _ in range(count)]
+        for p in params:
+            p.grad = torch.randn(shape)
+        optimizer = NormOpt([{"params": params, "role": role, **options}], policy, lr=0.1)
+        group = optimizer.param_groups[0]
+        many = moves.moves_of(group, optimizer.rule_of(group), optimizer.state)
+        return [[tuple(m.param.shape) for m in part] for ms in many for part in moves.parts(ms)]
+
+    assert shapes("linear", (64, 64), 300) == [[(64, 64)] * 256, [(64, 64)] * 44]
+    assert shapes("linear", (512, 512), 2) == [[(512, 512)]] * 2  # one operator cannot be divided
+    assert shapes("embedding", (5000, 128), 1) == [[(2048, 128)], [(2048, 128)], [(904, 128)]]
+    assert shapes("head", (5000, 128), 1) == [[(2048, 128)], [(2048, 128)], [(904, 128)]]
+    assert shapes("head", (128, 5000), 1, layouts=["in out"]) == [[(128, 5000)]]
+    experts = shapes("linear", (4, 256, 512), 1, layouts=["expert out in"])
+    assert experts == [[(2, 256, 512)], [(2, 256, 512)]]
