@@ -170,7 +170,7 @@ def main():
     parser.set_defaults(
         output_dir="outputs/summarization",
         optim="normopt",
-        learning_rate=2e-3,
+        learning_rate=5e-3,
         weight_decay=0.01,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
