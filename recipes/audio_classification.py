@@ -3,7 +3,7 @@
     python recipes/audio_classification.py
 
 trains a small Whisper encoder from scratch on 400 recordings of spoken digits
-(recipes/data/spoken_digits) in minutes on two CPU cores. Other models and data:
+(recipes/data/spoken_digits) in one minute on two CPU cores. Other models and data:
 
     python recipes/audio_classification.py --model_name_or_path facebook/wav2vec2-base \
         --train_dir clips --validation_dir more_clips --learning_rate 5e-4   # clips/LABEL/*.wav

@@ -3,7 +3,8 @@
     python recipes/image_classification.py
 
 trains a small ResNet from scratch on 1,700 images of Fashion-MNIST (recipes/data/fashion_mnist) in
-minutes on two CPU cores. `--optim adamw_torch` is the same run with AdamW. Other models and data:
+one minute on two CPU cores. `--optim adamw_torch` is the same run with AdamW. Other models and
+data:
 
     python recipes/image_classification.py --model_name_or_path microsoft/resnet-18 \
         --dataset_name AI-Lab-Makerere/beans --image_column_name image --label_column_name labels \

