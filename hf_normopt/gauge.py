@@ -125,7 +125,7 @@ class Gauge:
 
 
 def _size_of_lmo(move: Move) -> Tensor | None:
-    """‖direction‖ by theory, where it is an LMO that is computed exactly, or 0; else None."""
+    """‖direction‖ by theory, to 1 %, where it is an LMO of our own methods, or 0; else None."""
     if move.rule.statistic is not None or getattr(move.rule.norm, "method", "") in POLYNOMIALS:
         return None
     scales = [move.scale(operator) for operator in move.layout.to_operators(move.direction)]

@@ -2,7 +2,7 @@
 
 Small tensors of one shape and rule move together: their momenta are stacked, and one call of the
 LMO serves all. Large ones whose parts do not need each other (the vectors of an embedding, the rows
-of a head, entries under the sign, experts) move part by part. So a step holds at most [`MANY`]
+of a head, entries under the sign, experts) move part by part. So a step holds a few times [`PART`]
 entries beside the state, or one operator where that is more, but for step sizes that need all
 directions at once.
 """
@@ -24,7 +24,7 @@ from .sharding import gathered, sharded_like
 
 SMALL = 2**16  # entries: a tensor up to this size moves together with others of its shape
 PART = 2**18  # entries of a part of a large tensor
-MANY = 2**20  # entries that move together
+MANY = 2**17  # entries that move together: what passes through them stays in a core's cache
 
 
 @dataclass

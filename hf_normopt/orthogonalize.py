@@ -287,33 +287,32 @@ def _iterate(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
     For long X the factors q are multiplied among themselves, with R ← q R q in place of X Xᵀ (as
     the package gram-newton-schulz does), and X is multiplied every few steps.
     """
-    if x.ndim > 2 and x.device.type == "cpu":  # few enough at a time for a core's cache
-        count = max(1, _CACHE // (x.shape[-2] * x.shape[-1]))
-        flat = x.flatten(0, -3)
-        return torch.cat([_iterate_part(part, polynomials) for part in flat.split(count)]).reshape(
-            x.shape
-        )
-    return _iterate_part(x.flatten(0, -3) if x.ndim > 2 else x[None], polynomials).reshape(x.shape)
+    flat = x.flatten(0, -3) if x.ndim > 2 else x[None]
+    count = max(1, _CACHE // (flat.shape[-2] * flat.shape[-1])) if x.device.type == "cpu" else 0
+    if count and count < len(flat):
+        parts = [_iterate_part(part, polynomials) for part in flat.split(count)]
+        return torch.cat(parts).reshape(x.shape)
+    return _iterate_part(flat, polynomials).reshape(x.shape)
 
 
-_CACHE = 2**16  # entries
+_CACHE = 2**17  # entries that a core's cache holds
 
 
 def _iterate_part(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
     """[`_iterate`] for a batch (k, m, n)."""
     if not _by_gram(*x.shape[-2:]):
         for a, b, c in polynomials:
-            gram = x @ x.mT
+            gram = torch.bmm(x, x.mT)
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             x = torch.baddbmm(x, factor, x, beta=a)
         return x
     size = math.ceil(len(polynomials) / math.ceil(len(polynomials) / _RESTART))
     for start in range(0, len(polynomials), size):
-        gram = factor = whole = x @ x.mT
+        gram = factor = whole = torch.bmm(x, x.mT)
         for i, (a, b, c) in enumerate(polynomials[start : start + size]):
-            gram = factor @ gram @ factor if i else gram
+            gram = torch.bmm(factor, torch.bmm(gram, factor)) if i else gram
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
-            whole = whole @ factor if i else factor
-        x = whole @ x
+            whole = torch.bmm(whole, factor) if i else factor
+        x = torch.bmm(whole, x)
     return x

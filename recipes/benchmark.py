@@ -5,8 +5,8 @@
 prints the machine, and for each model a table: the median time of a step, the median of its ratio
 to the first of `--against` in the same round, the optimizer's state, the peak memory of a step
 above that before it, the least efficiency of a step as a spectral oracle, and the step's share of a
-training step. At the end it draws the ratios into `benchmark.png`. About ten minutes on an idle
-CPU core; on a busy machine the times mean nothing.
+training step. At the end it draws the ratios into `outputs/benchmark.png`. About ten minutes on an
+idle CPU core; on a busy machine the times mean nothing.
 
 Models have random weights, gradients are Gaussian and the same for all, weight decay is 0.01. Other
 packages' Muon gets the matrices that NormOpt gives a spectral norm, and AdamW gets the rest.
@@ -281,6 +281,7 @@ def draw(ratios, baseline, path):
     axes.set_xticks(range(len(ratios)), list(ratios))
     axes.set_ylabel(f"time of a step, times {baseline}")
     figure.legend(loc="outside right upper", frameon=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -304,7 +305,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--as_shipped", action="store_true", help="Muon in bfloat16 on CPUs too")
-    parser.add_argument("--plot", default="benchmark.png", help="path of the picture")
+    parser.add_argument("--plot", default="outputs/benchmark.png", help="path of the picture")
     args = parser.parse_args()
     for option, known in (("models", MODELS), ("against", OPTIMIZERS)):
         names = getattr(args, option).split(",")
