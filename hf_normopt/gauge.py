@@ -8,7 +8,8 @@
 | `certificate`     | ⟨M, D⟩ / (‖D‖ ‖M‖†) of momentum and direction | of one parameter, in turn    |
 
 The certificate is at most 1, by Hölder's inequality, and 1 just if the direction is an LMO of the
-momentum. With a statistic (Adam's, Shampoo's) it is less.
+momentum; a spectral direction's norm is taken as 1, which it is to 0.7 %. With a statistic (Adam's,
+Shampoo's) the certificate is less.
 
 Closed forms take a pass over the tensor. Singular values cost more: of a large model they are
 found for one matrix in [`PERIOD`], in turn; of the others the Frobenius norm is measured, and the
@@ -125,7 +126,7 @@ class Gauge:
 
 
 def _size_of_lmo(move: Move) -> Tensor | None:
-    """‖direction‖ by theory, to 1 %, where it is an LMO of our own methods, or 0; else None."""
+    """‖direction‖ by theory, to 0.7 %, where it is an LMO of our own methods, or 0; else None."""
     if move.rule.statistic is not None or getattr(move.rule.norm, "method", "") in POLYNOMIALS:
         return None
     scales = [move.scale(operator) for operator in move.layout.to_operators(move.direction)]

@@ -2,9 +2,10 @@
 
 Small tensors of one shape and rule move together: their momenta are stacked, and one call of the
 LMO serves all. Large ones whose parts do not need each other (the vectors of an embedding, the rows
-of a head, entries under the sign, experts) move part by part. So a step holds a few times [`PART`]
-entries beside the state, or one operator where that is more, but for step sizes that need all
-directions at once.
+of a head, entries under the sign, experts) move part by part. So the directions of a step take a
+few times [`PART`] entries, or one operator where that is more. All are held where the step size
+needs them at once; a parameter is taken whole under a statistic, when it is watched, and where its
+layout divides the first axis.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def parts(moves: list[Move]) -> Iterator[list[Move]]:
     """The same in parts along the first stored axis, where they are large and independent."""
     move, (p, rule) = moves[0], (moves[0].param, moves[0].rule)
     plain = not isinstance(p, DTensor) and not move.gradient.is_sparse and rule.statistic is None
-    count = PART * len(p) // p.numel() if plain and p.numel() > PART else 0
+    count = max(1, PART * len(p) // p.numel()) if plain and p.numel() > PART else 0
     if not count or move.layout.first not in rule.norm.independent or rule.scale == "muon":
         yield moves  # the scale of Muon asks for the whole shape
         return
@@ -128,6 +129,7 @@ def apply_inplace(moves: Sequence[Move], eta: Tensor | float) -> None:
     """Move the parameters, and let go of the directions."""
     group, params = moves[0].group, [move.param for move in moves]
     step = group["lr"] * eta
+    step = step.reshape(()) if isinstance(step, Tensor) else step
     if group["weight_decay"]:
         torch._foreach_mul_(params, 1 - step * group["weight_decay"])
     rate = step * group["multiplier"]
@@ -156,7 +158,11 @@ def _momenta_inplace(
             state["momentum_buffer"] = torch.zeros_like(grad)
     buffers = [state["momentum_buffer"] for state in states]
     torch._foreach_lerp_(buffers, grads, 1 - rule.momentum)
-    return list(torch._foreach_lerp(grads, buffers, rule.momentum)) if rule.nesterov else buffers
+    if not rule.nesterov:
+        return buffers
+    if len(grads) == 1:  # maybe a DTensor, which had no such foreach before torch 2.13
+        return [grads[0].lerp(buffers[0], rule.momentum)]
+    return list(torch._foreach_lerp(grads, buffers, rule.momentum))
 
 
 def _over_statistic_inplace(

@@ -80,7 +80,10 @@ class Norm:
         return _homogeneous(self._norm, _wide(w)) * self.unit(*w.shape[-2:])
 
     def lmo(self, g: Tensor) -> Tensor:
-        """The unit-norm operator of largest inner product with g, in g's dtype; 0 for g = 0."""
+        """The unit-norm operator of largest inner product with g, in g's dtype; 0 for g = 0.
+
+        For [`Spectral`] to the accuracy of its method.
+        """
         return (self._lmo(_wide(g)) / self.unit(*g.shape[-2:])).to(g.dtype)
 
     def dual_norm(self, g: Tensor) -> Tensor:

@@ -112,18 +112,18 @@ def plan(
     """What [`orthogonalize`] does with matrices of a shape (..., m, n); the arguments are its."""
     *batch, rows, columns = shape
     m, n, count = min(rows, columns), max(rows, columns), math.prod(batch)
+    on_cpu = torch.device(device).type == "cpu"
     if method == "auto":
-        exact = dtype == torch.float64 or (accuracy or 0) > EFFICIENCY or m == 1
+        exact = dtype == torch.float64 or (accuracy or 0) > EFFICIENCY or m <= 1
         if exact:
             method = "svd" if dtype == torch.float64 else "gram"
-        elif torch.device(device).type != "cpu":
-            method = "polar_express"
         else:
-            method = min(("polar_express", "rational"), key=lambda name: _work(name, m, n))
+            methods = ("polar_express", "rational") if on_cpu else ("polar_express",)
+            method = min(methods, key=lambda name: _work(name, m, n, _steps(m), on_cpu))
         steps = _steps(m) if method == "polar_express" else 0
     else:
         steps = len(POLYNOMIALS.get(method, ()))
-    return Plan(method, steps, count * _work(method, m, n, steps))
+    return Plan(method, steps, count * _work(method, m, n, steps, on_cpu))
 
 
 def _steps(m: int) -> int:
@@ -136,13 +136,14 @@ def _steps(m: int) -> int:
     return min(7 + more, len(POLYNOMIALS["polar_express"]))
 
 
-def _work(method: str, m: int, n: int, steps: int | None = None) -> float:
+def _work(method: str, m: int, n: int, steps: int, on_cpu: bool) -> float:
     product, square = 2.0 * m * m * n, 2.0 * m**3
     if method in POLYNOMIALS:
-        steps = _steps(m) if steps is None else steps
-        if not _by_gram(m, n):
+        if not (on_cpu and _by_gram(m, n)):
             return steps * (2 * product + square)
         return math.ceil(steps / _RESTART) * 2 * product + steps * 4 * square
+    if m == 1:
+        return 2 * product  # its length
     a, b = WORK["inverse" if method == "rational" else "eigh"]
     if method == "rational":
         return 2 * product + len(POLES) * (a * m**3 + b * m**2)
@@ -203,12 +204,14 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
 def _over_length(x: Tensor) -> Tensor:
     """Each matrix over its Frobenius norm, so that all singular values are in [0, 1]; 0 for 0."""
     length = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    if x.device.type == "cpu" and ((length > 1e-15) & (length < 1e15)).all():
+    sound = (length > 1e-15) & (length < 1e15)
+    if x.device.type == "cpu" and sound.all():
         return x / length
     largest = x.abs().amax((-2, -1), keepdim=True)  # squares may have overflowed, or underflowed
-    x = x / torch.where(largest == 0, 1, largest)
-    length = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return x / torch.where(length == 0, 1, length)
+    scaled = x / torch.where(largest == 0, 1, largest)
+    length_scaled = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    scaled = scaled / torch.where(length_scaled == 0, 1, length_scaled)
+    return torch.where(sound, x / length, scaled)  # no matrix depends on the others
 
 
 def _inverse(singular: Tensor, tolerance: float) -> Tensor:
@@ -256,7 +259,7 @@ def _rational_of_one(x: Tensor, least: float) -> Tensor:
         return torch.full_like(x, torch.nan)
     if size == 0:
         return torch.zeros_like(x)
-    gram /= size
+    gram = gram / size
     root, inner, small = torch.zeros_like(gram), 0.0, []
     for t, w in POLES:
         shifted = gram.clone()
@@ -268,7 +271,7 @@ def _rational_of_one(x: Tensor, least: float) -> Tensor:
         small.append(t * inverse.diagonal().sum(dtype=torch.float64).item())  # Σ t / (σ² + t)
         inner += w * (len(gram) - small[-1])
         root.add_(inverse, alpha=w)
-    if inner / (1 + _DELTA) < least * (inner / (1 - _DELTA) + _LOST * small[0]):
+    if inner / (1 + _DELTA) < least * (inner + _LOST * small[0]) / (1 - _DELTA):
         return _gram(x).to(x.dtype)
     return (root @ x).div_(size.sqrt())
 
@@ -277,15 +280,18 @@ _RESTART = 4  # steps after which rounding in a Gram matrix would begin to show
 
 
 def _by_gram(m: int, n: int) -> bool:
-    """Whether a step costs less on the Gram matrix: four products of m x m for two of m x n."""
+    """Whether a step costs less on the Gram matrix: four products of m x m for two of m x n.
+
+    Only on CPUs: in TF32, which other devices may use for float32, rounding would be amplified.
+    """
     return 2 * n > 5 * m
 
 
 def _iterate(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
     """Odd polynomials of wide X, each one p(X) = a X + (b X Xᵀ + c (X Xᵀ)²) X = q(X Xᵀ) X.
 
-    For long X the factors q are multiplied among themselves, with R ← q R q in place of X Xᵀ (as
-    the package gram-newton-schulz does), and X is multiplied every few steps.
+    For long X on a CPU the factors q are multiplied among themselves, with R ← q R q in place of
+    X Xᵀ (as the package gram-newton-schulz does), and X is multiplied every few steps.
     """
     flat = x.flatten(0, -3) if x.ndim > 2 else x[None]
     count = max(1, _CACHE // (flat.shape[-2] * flat.shape[-1])) if x.device.type == "cpu" else 0
@@ -300,7 +306,7 @@ _CACHE = 2**17  # entries that a core's cache holds
 
 def _iterate_part(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
     """[`_iterate`] for a batch (k, m, n)."""
-    if not _by_gram(*x.shape[-2:]):
+    if not (x.device.type == "cpu" and _by_gram(*x.shape[-2:])):
         for a, b, c in polynomials:
             gram = torch.bmm(x, x.mT)
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -641,3 +641,28 @@ def test_what_moves_at_a_time(monkeypatch):
     assert shapes("head", (128, 5000), 1, layouts=["in out"]) == [[(128, 5000)]]
     experts = shapes("linear", (4, 256, 512), 1, layouts=["expert out in"])
     assert experts == [[(2, 256, 512)], [(2, 256, 512)]]
+    assert shapes("linear", (2, 512, 1024), 1, layouts=["expert out in"]) == [[(1, 512, 1024)]] * 2
+
+
+def test_who_is_watched_moves_as_who_is_not(monkeypatch):
+    """Bit for bit, also where the one moves in parts and the other whole."""
+    monkeypatch.setattr(moves, "PART", 2**10)
+    for shape, role, layout in (
+        ((6, 40, 70), "linear", "expert out in"),
+        ((100, 30), "embedding", "in out"),
+        ((100, 30), "head", "out in"),
+        ((3000,), "norm", "out"),
+    ):
+        ends = []
+        for observer in (None, lambda move, eta: None):
+            torch.manual_seed(0)
+            p = nn.Parameter(torch.randn(shape))
+            groups = [{"params": [p], "role": role, "layouts": [layout]}]
+            optimizer = NormOpt(groups, PRESETS["normopt"].policy, lr=0.1)
+            optimizer.observer = observer
+            for _ in range(3):
+                p.grad = torch.randn(shape)
+                p.grad[0] = 0  # an expert that no token reached
+                optimizer.step()
+            ends.append(p.detach())
+        assert torch.equal(*ends), role

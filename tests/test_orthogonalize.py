@@ -171,7 +171,38 @@ def test_what_would_lose_too_much_is_computed_exactly():
         assert efficiency(g[0], orthogonalize(g[0])) > 0.9999
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_matrix_does_not_depend_on_its_neighbours(method):
+    g = torch.randn(4, 20, 70)
+    before = orthogonalize(g, method)[1]
+    g[0], g[2], g[3] = 0, 1e-30 * g[2], torch.nan
+    assert torch.equal(orthogonalize(g, method)[1], before)
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (200, 200), (1, 9)])
+def test_it_is_differentiable(shape):
+    g = torch.randn(shape, requires_grad=True)
+    orthogonalize(g).sum().backward()
+    assert g.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(16, 2048), (64, 768)])
+def test_devices_with_rounded_products_iterate_on_the_matrix_itself(shape, monkeypatch):
+    """TF32 rounds factors to 10 bits: on the Gram matrix that would be amplified."""
+    bmm = torch.bmm
+    calls = []
+    monkeypatch.setattr(torch, "bmm", lambda *factors: calls.append(1) or bmm(*factors))
+    steps = plan(shape, device="cuda").steps
+    g = torch.randn(shape, device="meta")
+    assert orthogonalize(g).shape == g.shape
+    assert len(calls) == steps  # a product of X and its transpose in each
+    orthogonalize(torch.randn(shape))
+    assert len(calls) > 2 * steps
+
+
 def test_plan_counts_the_work_and_chooses_the_least():
+    assert plan((0, 5)).work == plan((3, 0, 5)).work == 0
+    assert plan((1, 4096)).work < 2e4
     assert plan((512, 512), torch.float64).method == "svd"
     assert plan((512, 512), accuracy=0.999).method == "gram"
     assert plan((512, 512), device="cuda").method == "polar_express"
