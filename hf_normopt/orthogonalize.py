@@ -70,11 +70,12 @@ _LOST = 3.01e-4  # max over σ of σ (1 - _DELTA - f) (σ² + t) / t, for the sm
 
 METHODS = ("auto", "svd", "gram", "rational", *POLYNOMIALS)
 
-# Work as (a, b) of a m³ + b m², in operations of a float32 product, which are the unit: an m x m
+# Work as (a, b, c) of a m³ + b m² + c, in operations of a float32 product, which are the unit: an m x m
 # by m x n product has 2 m² n. Measured on one core (Zen 3, torch 2.13 with MKL, m = 64 to 768):
 # an inverse by Cholesky takes 1.9 products of m x m at m = 384 and 1.6 at 768, the
 # eigendecomposition in float64 16 and 13. A product in float64 takes two in float32.
-WORK = {"inverse": (3.2, 1000.0), "eigh": (25.0, 2500.0)}
+# The constants are 10 µs and 25 µs of calls, for matrices so small that nothing else counts.
+WORK = {"inverse": (3.2, 1000.0, 8e5), "eigh": (25.0, 2500.0, 2e6)}
 
 # Singular values below this fraction of the largest count as 0. For float64 input: above the
 # rounding of an SVD. For all else, in float32 at best: above the rounding of a product of
@@ -144,10 +145,10 @@ def _work(method: str, m: int, n: int, steps: int, on_cpu: bool) -> float:
         return math.ceil(steps / _RESTART) * 2 * product + steps * 4 * square
     if m == 1:
         return 2 * product  # its length
-    a, b = WORK["inverse" if method == "rational" else "eigh"]
+    a, b, c = WORK["inverse" if method == "rational" else "eigh"]
     if method == "rational":
-        return 2 * product + len(POLES) * (a * m**3 + b * m**2)
-    return 4 * product + 2 * square + a * m**3 + b * m**2  # an SVD of float64 is no less
+        return 2 * product + len(POLES) * (a * m**3 + b * m**2 + c)
+    return 4 * product + 2 * square + a * m**3 + b * m**2 + c  # an SVD of float64 is no less
 
 
 def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None) -> Tensor:

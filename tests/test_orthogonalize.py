@@ -197,7 +197,7 @@ def test_devices_with_rounded_products_iterate_on_the_matrix_itself(shape, monke
     assert orthogonalize(g).shape == g.shape
     assert len(calls) == steps  # a product of X and its transpose in each
     orthogonalize(torch.randn(shape))
-    assert len(calls) > 2 * steps
+    assert len(calls) > 3 * steps
 
 
 def test_plan_counts_the_work_and_chooses_the_least():
