@@ -70,11 +70,11 @@ _LOST = 3.01e-4  # max over σ of σ (1 - _DELTA - f) (σ² + t) / t, for the sm
 
 METHODS = ("auto", "svd", "gram", "rational", *POLYNOMIALS)
 
-# Work as (a, b, c) of a m³ + b m² + c, in operations of a float32 product, which are the unit: an m x m
-# by m x n product has 2 m² n. Measured on one core (Zen 3, torch 2.13 with MKL, m = 64 to 768):
-# an inverse by Cholesky takes 1.9 products of m x m at m = 384 and 1.6 at 768, the
-# eigendecomposition in float64 16 and 13. A product in float64 takes two in float32.
-# The constants are 10 µs and 25 µs of calls, for matrices so small that nothing else counts.
+# Work as (a, b, c) of a m³ + b m² + c, in operations of a float32 product, which are the unit: an
+# m x m by m x n product has 2 m² n. Measured on one core (Zen 3, torch 2.13 with MKL, m = 64 to
+# 768): an inverse by Cholesky takes 1.9 products of m x m at m = 384 and 1.6 at 768, the
+# eigendecomposition in float64 16 and 13. A product in float64 takes two in float32. The constants
+# are 10 µs and 25 µs of calls, for matrices so small that nothing else counts.
 WORK = {"inverse": (3.2, 1000.0, 8e5), "eigh": (25.0, 2500.0, 2e6)}
 
 # Singular values below this fraction of the largest count as 0. For float64 input: above the
@@ -143,7 +143,7 @@ def _work(method: str, m: int, n: int, steps: int, on_cpu: bool) -> float:
         if not (on_cpu and _by_gram(m, n)):
             return steps * (2 * product + square)
         return math.ceil(steps / _RESTART) * 2 * product + steps * 4 * square
-    if m == 1:
+    if m <= 1:
         return 2 * product  # its length
     a, b, c = WORK["inverse" if method == "rational" else "eigh"]
     if method == "rational":

@@ -108,7 +108,7 @@ def compare_runs(folder: str | os.PathLike[str], others: Sequence[str | os.PathL
         if differences := [key for key in {**own, **its} if own.get(key) != its.get(key)]:
             what = "; ".join(f"{key} is {its.get(key)}, not {own.get(key)}" for key in differences)
             raise ValueError(f"{other} cannot be compared with {folder}: {what}.")
-        keys = ("optimizer", "optim_args", "learning_rate", "seed", "steps", "seconds")
+        keys = ("optimizer", "optim_args", "learning_rate", "seed", "steps", "seconds", "commit")
         names = {split: f"{split}_{found['metric']}" for split in _splits(record)}
         values = {split: found["metrics"].get(name) for split, name in names.items()}
         compared.append({**{key: found[key] for key in keys}, **values})

@@ -36,6 +36,7 @@ from transformers import (
 
 import hf_normopt
 
+SPLITS = ("train", "validation", "test")
 SPOKEN_DIGITS = Path(__file__).parent / "data" / "spoken_digits"
 ABOUT_SPOKEN_DIGITS = (
     "English digits spoken by four people, a balanced part of the [Free Spoken Digit Dataset]"
@@ -57,7 +58,7 @@ class Arguments:
     validation_dir: str | None = option(None, "The same, for validation.")
     test_dir: str | None = option(None, "The same, for the test.")
     train_file: str | None = option(None, "A parquet, csv or json file of WAV files or paths.")
-    validation_file: str | None = option(None, "Default: 10 % of the training data.")
+    validation_file: str | None = option(None, "Default: 10 percent of the training data.")
     test_file: str | None = option(None, "Default: only the validation data are scored.")
     audio_column_name: str = option("audio", "The column of the recordings.")
     label_column_name: str = option("label", "The column of the labels.")
@@ -68,12 +69,24 @@ class Arguments:
 def load_data(args):
     """Train, validation and test splits of sounds and labels' numbers, and the labels' names."""
     audio, label, data = args.audio_column_name, args.label_column_name, {}
+    paths = {s: getattr(args, f"{s}_file") or getattr(args, f"{s}_dir") for s in SPLITS}
+    if any(paths.values()) and (args.dataset_name or not paths["train"]):
+        raise SystemExit(
+            "Name --train_dir or --train_file, with the same for validation and test, or "
+            "--dataset_name."
+        )
     if args.dataset_name:
-        data = dict(datasets.load_dataset(args.dataset_name, args.dataset_config_name))
-    for split in ("train", "validation", "test"):
-        path = getattr(args, f"{split}_file") or getattr(args, f"{split}_dir")
-        if not (args.dataset_name or args.train_file or args.train_dir):
-            path = path or SPOKEN_DIGITS / f"{split}.parquet"
+        try:
+            found = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise SystemExit(
+                f"{args.dataset_name} cannot be read ({error.__cause__ or error}); a folder of WAV "
+                "files goes with --train_dir."
+            ) from None
+        data = {split: found[split] for split in SPLITS if split in found}
+    elif not paths["train"]:
+        paths = {split: SPOKEN_DIGITS / f"{split}.parquet" for split in SPLITS}
+    for split, path in paths.items():
         if path:
             if not Path(path).exists():
                 raise SystemExit(f"There is no {path}, given for the {split} data.")

@@ -37,6 +37,7 @@ from transformers import (
 
 import hf_normopt
 
+SPLITS = ("train", "validation", "test")
 FASHION_MNIST = Path(__file__).parent / "data" / "fashion_mnist"
 ABOUT_FASHION_MNIST = (
     "Grey images of clothes, 28 x 28, ten kinds, a balanced part of "
@@ -59,7 +60,7 @@ class Arguments:
     validation_dir: str | None = option(None, "The same, for validation.")
     test_dir: str | None = option(None, "The same, for the test.")
     train_file: str | None = option(None, "A parquet, csv or json file of images or their paths.")
-    validation_file: str | None = option(None, "Default: 10 % of the training data.")
+    validation_file: str | None = option(None, "Default: 10 percent of the training data.")
     test_file: str | None = option(None, "Default: only the validation data are scored.")
     image_column_name: str = option("image", "The column of the images.")
     label_column_name: str = option("label", "The column of the labels.")
@@ -70,12 +71,18 @@ class Arguments:
 def load_data(args):
     """Train, validation and test splits of images and of labels' numbers, and the labels' names."""
     image, label, data = args.image_column_name, args.label_column_name, {}
+    paths = {s: getattr(args, f"{s}_file") or getattr(args, f"{s}_dir") for s in SPLITS}
+    if any(paths.values()) and (args.dataset_name or not paths["train"]):
+        raise SystemExit(
+            "Name --train_dir or --train_file, with the same for validation and test, or "
+            "--dataset_name."
+        )
     if args.dataset_name:
-        data = dict(datasets.load_dataset(args.dataset_name, args.dataset_config_name))
-    for split in ("train", "validation", "test"):
-        path = getattr(args, f"{split}_file") or getattr(args, f"{split}_dir")
-        if not (args.dataset_name or args.train_file or args.train_dir):
-            path = path or FASHION_MNIST / f"{split}.parquet"
+        found = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+        data = {split: found[split] for split in SPLITS if split in found}
+    elif not paths["train"]:
+        paths = {split: FASHION_MNIST / f"{split}.parquet" for split in SPLITS}
+    for split, path in paths.items():
         if path:
             if not Path(path).exists():
                 raise SystemExit(f"There is no {path}, given for the {split} data.")

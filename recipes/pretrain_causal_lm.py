@@ -69,7 +69,7 @@ class Arguments:
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
     dataset_config_name: str | None = option(None, "Its configuration.")
     train_file: str | None = option(None, "A txt, csv, json or parquet file; default: Shakespeare.")
-    validation_file: str | None = option(None, "Default: the last 10 % of the training data.")
+    validation_file: str | None = option(None, "Default: the last 10 percent of the training data.")
     test_file: str | None = option(None, "Default: only the validation data are scored.")
     text_column_name: str = option("text", "The column of the texts.")
 
@@ -77,8 +77,12 @@ class Arguments:
 def load_data(args):
     """Train, validation and test splits, and whether a row is a line, not a document."""
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+    if any(files.values()) and (args.dataset_name or not files["train"]):
+        raise SystemExit(
+            "Name --train_file, with --validation_file and --test_file, or --dataset_name."
+        )
     if not args.train_file:
-        files = {s: path or str(SHAKESPEARE / f"{s}.txt.gz") for s, path in files.items()}
+        files = {split: str(SHAKESPEARE / f"{split}.txt.gz") for split in files}
     files = {split: path for split, path in files.items() if path}
     for path in files.values():
         if Path(path).is_file() and not Path(path).stat().st_size:

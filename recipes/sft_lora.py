@@ -71,6 +71,10 @@ def load_data(args):
     """Train, validation and test splits, with the columns that TRL knows."""
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     files = {split: path for split, path in files.items() if path}
+    if files and (args.dataset_name or "train" not in files):
+        raise SystemExit(
+            "Name --train_file, with --validation_file and --test_file, or --dataset_name."
+        )
     for path in files.values():
         if Path(path).is_file() and not Path(path).stat().st_size:
             raise SystemExit(f"{path} is empty: it needs at least two rows.")
@@ -85,7 +89,7 @@ def load_data(args):
         options = {"keep_default_na": False} if suffix == ".csv" else {}  # "null" is a word too
         data = datasets.load_dataset(LOADERS[suffix], data_files=files, **options)
     else:
-        files = {s: str(GSM8K / f"{s}.jsonl.gz") for s in splits} | files
+        files = {s: str(GSM8K / f"{s}.jsonl.gz") for s in splits}
         data = datasets.load_dataset("json", data_files=files)
         return data.map(
             lambda row: {"prompt": row["question"] + "\n", "completion": row["answer"]},
@@ -93,7 +97,9 @@ def load_data(args):
         )
     columns = data["train"].column_names
     pair = [args.prompt_column, args.completion_column]
-    known = next((c for c in (pair, ["messages"], ["text"]) if {*c} <= {*columns}), None)
+    named = pair != [Arguments.prompt_column, Arguments.completion_column]
+    kinds = (pair,) if named else (pair, ["messages"], ["text"])
+    known = next((c for c in kinds if {*c} <= {*columns}), None)
     if known is None:
         raise SystemExit(
             f"The data has the columns {', '.join(columns)}, and neither {' and '.join(pair)}, nor "

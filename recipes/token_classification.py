@@ -35,6 +35,7 @@ from transformers import (
 import hf_normopt
 
 SPLITS = ("train", "validation", "test")
+LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SNIPS = Path(__file__).parent / "data" / "snips"
 ABOUT_SNIPS = (
     "Requests to a voice assistant whose words are tagged with 39 kinds of slots, from "
@@ -53,7 +54,7 @@ class Arguments:
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
     dataset_config_name: str | None = option(None, "Its configuration.")
     train_file: str | None = option(None, "A json or parquet file; default: Snips.")
-    validation_file: str | None = option(None, "Default: 10 % of the training data.")
+    validation_file: str | None = option(None, "Default: 10 percent of the training data.")
     test_file: str | None = option(None, "Default: only the validation data are scored.")
     text_column_name: str = option("tokens", "The column of the lists of words.")
     label_column_name: str = option("ner_tags", "The lists of tags: O, B-x, I-x.")
@@ -70,8 +71,10 @@ def load_data(args):
     """Train, validation and test splits, with tags as text, and the list of tags."""
     words, tags = args.text_column_name, args.label_column_name
     files = {split: getattr(args, f"{split}_file") for split in SPLITS}
-    if any(files.values()) and not files["train"]:
-        raise SystemExit("--validation_file and --test_file go with --train_file.")
+    if any(files.values()) and (args.dataset_name or not files["train"]):
+        raise SystemExit(
+            "Name --train_file, with --validation_file and --test_file, or --dataset_name."
+        )
     if args.dataset_name:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
         data = datasets.DatasetDict({s: data[s] for s in SPLITS if s in data})
@@ -79,7 +82,9 @@ def load_data(args):
         if not files["train"]:
             files = {split: str(SNIPS / f"{split}.jsonl.gz") for split in SPLITS}
         files = {split: path for split, path in files.items() if path}
-        kind = next((kind for kind in ("csv", "parquet") if f".{kind}" in files["train"]), "json")
+        kind = LOADERS.get(Path(files["train"].removesuffix(".gz")).suffix)
+        if kind is None:
+            raise SystemExit(f"{files['train']} is none of {', '.join(LOADERS)}, .gz or not.")
         options = {"keep_default_na": False} if kind == "csv" else {}  # "null" is a word too
         data = datasets.load_dataset(kind, data_files=files, **options)
     columns = data["train"].column_names
@@ -88,6 +93,9 @@ def load_data(args):
             f"There is no column {', '.join(sorted(missing))}; the data has {', '.join(columns)}. "
             "Name yours with --text_column_name and --label_column_name."
         )
+    for split, rows in data.items():
+        if any(None in rows[column] for column in (words, tags)):
+            raise SystemExit(f"The {split} data has rows without {words} or {tags}: remove them.")
     if "validation" not in data:
         parts = data["train"].train_test_split(test_size=0.1, seed=0)
         data["train"], data["validation"] = parts["train"], parts["test"]
@@ -163,6 +171,7 @@ def main():
     numbers = {name: i for i, name in enumerate(names)}
     checkpoint = args.model_name_or_path or bundled_minilm()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, add_prefix_space=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none
     model = AutoModelForTokenClassification.from_pretrained(
         checkpoint,
         id2label=dict(enumerate(names)),

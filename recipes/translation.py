@@ -6,8 +6,9 @@ trains a tokenizer and a small encoder-decoder from scratch on short English sen
 Swedish translations (recipes/data/tatoeba) in 2 minutes on two CPU cores. `--optim adamw_torch` is
 the same run with AdamW. Other models and data:
 
-    python recipes/translation.py --model_name_or_path Helsinki-NLP/opus-mt-en-de \
-        --dataset_name wmt16 --dataset_config_name de-en --target_lang de --learning_rate 5e-4
+    python recipes/translation.py --model_name_or_path google-t5/t5-small --target_lang de \
+        --source_prefix "translate English to German: " --dataset_name wmt/wmt16 \
+        --dataset_config_name de-en --learning_rate 5e-4
     python recipes/translation.py --train_file pairs.csv --source_lang en --target_lang fr
 """
 
@@ -39,6 +40,7 @@ from transformers import (
 import hf_normopt
 
 SPLITS = ("train", "validation", "test")
+LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 TATOEBA = Path(__file__).parent / "data" / "tatoeba"
 ABOUT_TATOEBA = (
     "Sentences of at most five English words and their Swedish translations, from the "
@@ -59,7 +61,7 @@ class Arguments:
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
     dataset_config_name: str | None = option(None, "Its configuration.")
     train_file: str | None = option(None, "A csv, json or parquet file; default: Tatoeba.")
-    validation_file: str | None = option(None, "Default: 10 % of the training data.")
+    validation_file: str | None = option(None, "Default: 10 percent of the training data.")
     test_file: str | None = option(None, "Default: only the validation data are scored.")
     source_lang: str = option("en", "The column to translate, or a multilingual model's code.")
     target_lang: str = option("sv", "The same for the translations.")
@@ -72,8 +74,10 @@ class Arguments:
 def load_data(args):
     """Train, validation and test splits, and the names of the two columns."""
     files = {split: getattr(args, f"{split}_file") for split in SPLITS}
-    if any(files.values()) and not files["train"]:
-        raise SystemExit("--validation_file and --test_file go with --train_file.")
+    if any(files.values()) and (args.dataset_name or not files["train"]):
+        raise SystemExit(
+            "Name --train_file, with --validation_file and --test_file, or --dataset_name."
+        )
     if args.dataset_name:
         data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
         data = datasets.DatasetDict({s: data[s] for s in SPLITS if s in data})
@@ -81,7 +85,9 @@ def load_data(args):
         if not files["train"]:
             files = {split: str(TATOEBA / f"{split}.csv.gz") for split in SPLITS}
         files = {split: path for split, path in files.items() if path}
-        kind = next((kind for kind in ("csv", "parquet") if f".{kind}" in files["train"]), "json")
+        kind = LOADERS.get(Path(files["train"].removesuffix(".gz")).suffix)
+        if kind is None:
+            raise SystemExit(f"{files['train']} is none of {', '.join(LOADERS)}, .gz or not.")
         options = {"keep_default_na": False} if kind == "csv" else {}  # "null" is a word too
         data = datasets.load_dataset(kind, data_files=files, **options)
     found = data["train"].column_names
@@ -96,6 +102,9 @@ def load_data(args):
             f"There is no column {', '.join(sorted(missing))}; the data has {', '.join(found)}. "
             "Name yours with --source_lang and --target_lang."
         )
+    for split, rows in data.items():
+        if any(None in rows[column] for column in columns):
+            raise SystemExit(f"The {split} data has rows without a translation: remove them.")
     if "validation" not in data:
         parts = data["train"].train_test_split(test_size=0.1, seed=0)
         data["train"], data["validation"] = parts["train"], parts["test"]
@@ -143,6 +152,11 @@ def load_model(args, texts):
         tokenizer.src_lang, tokenizer.tgt_lang = args.source_lang, args.target_lang
         number = getattr(tokenizer, "get_lang_id", tokenizer.convert_tokens_to_ids)
         model.generation_config.forced_bos_token_id = number(args.target_lang)
+        if tokenizer.unk_token_id in map(number, (args.source_lang, args.target_lang)):
+            raise SystemExit(
+                f"{args.source_lang} and {args.target_lang} are not both languages of the model: "
+                f"it has {', '.join(map(str, tokenizer.additional_special_tokens))}."
+            )
     return model, tokenizer
 
 
@@ -196,6 +210,8 @@ def main():
     training_args.generation_max_length = (
         training_args.generation_max_length or args.max_target_length
     )
+    if not training_args.predict_with_generate:
+        raise SystemExit("chrF is of texts that are written: leave --predict_with_generate True.")
     if training_args.train_sampling_strategy == "group_by_length":
         raise SystemExit(
             "--train_sampling_strategy group_by_length sorts the validation data too, and their "

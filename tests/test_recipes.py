@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import wave
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers import (
     ElectraModel,
     GPT2Config,
     GPT2LMHeadModel,
+    HfArgumentParser,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetModel,
@@ -246,23 +248,57 @@ def test_other_data_and_another_model(tmp_path, recipe):
     assert "Traceback" not in failed.stderr
 
 
-@pytest.mark.slow
+def load(recipe, **given):
+    module = import_module(f"recipes.{recipe}")
+    return module.load_data(module.Arguments(**{key: str(value) for key, value in given.items()}))
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_every_recipe_explains_its_flags(recipe):
+    flags = HfArgumentParser(import_module(f"recipes.{recipe}").Arguments).format_help()
+    assert "--train_file" in flags
+
+
+@pytest.mark.parametrize("recipe", CASES)
+@pytest.mark.parametrize("other", [{}, {"dataset_name": "d", "train_file": "t.csv"}])
+def test_data_that_would_be_left_out_are_refused(recipe, other):
+    with pytest.raises(SystemExit, match="Name --train_"):
+        load(recipe, validation_file="x.csv", **other)
+
+
 @pytest.mark.parametrize(
-    ("recipe", "argv", "complaint"),
+    ("recipe", "row", "given", "complaint"),
     [
-        ("text_classification", ["--test_file", "x.csv"], "go with --train_file"),
-        ("token_classification", ["--label_column_name", "numbers"], "numbers has 0, 1"),
-        ("translation", ["--train_sampling_strategy", "group_by_length"], "in the order of"),
+        ("text_classification", {"text": None, "label": "a"}, {}, "rows without text or label"),
+        ("token_classification", {"tokens": ["a"], "ner_tags": [1]}, {}, "ner_tags has 1"),
+        ("translation", {"en": "a", "sv": None}, {}, "rows without a translation"),
+        ("summarization", {"document": "a", "summary": None}, {}, "rows without text or summary"),
+        (
+            "summarization",
+            {"document": "a", "summary": "b"},
+            {"references_column": "c"},
+            "column c",
+        ),
+        ("sft_lora", {"text": "a"}, {"prompt_column": "ask"}, "neither ask and completion"),
     ],
 )
-def test_what_would_go_wrong_in_silence_is_refused(tmp_path, recipe, argv, complaint):
-    if recipe == "token_classification":
-        rows = [{"tokens": ["a", "b"], "numbers": [0, 1]}] * 9
-        argv = [*argv, "--train_file", write_rows(tmp_path / "train.jsonl", rows)]
-    failed = start(recipe, *argv, "--output_dir", tmp_path / "out")
-    assert failed.returncode == 1
-    assert complaint in failed.stderr
-    assert "Traceback" not in failed.stderr
+def test_what_would_go_wrong_in_silence_is_refused(tmp_path, recipe, row, given, complaint):
+    with pytest.raises(SystemExit, match=complaint):
+        load(recipe, train_file=write_rows(tmp_path / "train.jsonl", [row] * 20), **given)
+    if recipe != "sft_lora":
+        (tmp_path / "train.tsv").write_text("a")
+        with pytest.raises(SystemExit, match=r"train\.tsv is none of \.csv"):
+            load(recipe, train_file=tmp_path / "train.tsv")
+
+
+def test_a_single_reference_is_not_a_list_of_letters(tmp_path):
+    rows = [{"document": "a b", "summaries": "a"}] * 20
+    given = {"train_file": write_rows(tmp_path / "train.jsonl", rows)}
+    assert load("summarization", **given, summary_column="summaries")["train"][0] == {
+        "text": "a b",
+        "summary": "a",
+        "references": ["a"],
+    }
 
 
 @pytest.mark.slow
