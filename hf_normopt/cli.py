@@ -6,12 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from .arguments import parse_roles
 from .cost import cost_report
 from .launch import run
-from .model_card import update_model_card
+from .model_card import card_file, update_model_card
 from .picture import Total, check_file, count_roles, save_picture, tied_names
 from .presets import PRESETS
 from .roles import ROLES, ParamSpec, classify
@@ -233,8 +232,7 @@ def _presets(args: argparse.Namespace) -> int:
 
 def _card(args: argparse.Namespace) -> int:
     if args.compare:
-        folder = Path(args.folder)
-        compare_runs(folder.parent if folder.is_file() else folder, args.compare)
+        compare_runs(card_file(args.folder).parent, args.compare)
     print(update_model_card(args.folder))
     return 0
 

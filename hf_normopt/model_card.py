@@ -66,7 +66,7 @@ def update_model_card(path: str | os.PathLike[str]) -> Path:
         FileNotFoundError: if the folder has neither `normopt.json` nor `run.json`.
         ValueError: if the card's metadata cannot be read.
     """
-    file = _card_file(path)
+    file = card_file(path)
     run = read_run(file.parent)
     if run is not None:
         card = run_card(run)
@@ -101,7 +101,7 @@ def say_optimizer(path: str | os.PathLike[str], what: str) -> None:
         path: as for [`update_model_card`].
         what: the value of the line.
     """
-    file = _card_file(path)
+    file = card_file(path)
     card = _loaded(file)
     card.text = _corrected(card.text, "optimizer", what)
     card.save(file)
@@ -109,10 +109,11 @@ def say_optimizer(path: str | os.PathLike[str], what: str) -> None:
 
 def has_report(path: str | os.PathLike[str]) -> bool:
     """Whether [`update_model_card`] has something to write from."""
-    return (_card_file(path).parent / FILE_NAME).is_file()
+    return (card_file(path).parent / FILE_NAME).is_file()
 
 
-def _card_file(path: str | os.PathLike[str]) -> Path:
+def card_file(path: str | os.PathLike[str]) -> Path:
+    """The card of a folder, or the card that is named itself."""
     path = Path(path)
     return path if path.suffix == ".md" and not path.is_dir() else path / "README.md"
 

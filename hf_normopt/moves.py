@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .layouts import Layout
+from .orthogonalize import CACHE
 from .rules import SCALES, Rule, bias_correction
 from .sharding import gathered, sharded_like
 
-SMALL = 2**16  # entries: a tensor up to this size moves together with others of its shape
+SMALL = 2**16  # entries: tensors of one shape up to this size move together, CACHE at a time
 PART = 2**18  # entries of a part of a large tensor
-MANY = 2**17  # entries that move together: what passes through them stays in a core's cache
 
 
 @dataclass
@@ -78,24 +77,24 @@ def moves_of(
         else:
             alike.setdefault((layout, p.shape, p.dtype, p.device), []).append(move)
     for moves in alike.values():
-        count = max(1, MANY // moves[0].param.numel())
+        count = max(1, CACHE // moves[0].param.numel())
         yield from (moves[i : i + count] for i in range(0, len(moves), count))
 
 
 def parts(moves: list[Move]) -> Iterator[list[Move]]:
     """The same in parts along the first stored axis, where they are large and independent."""
-    move, (p, rule) = moves[0], (moves[0].param, moves[0].rule)
+    move = moves[0]  # what moves together is small
+    p, rule = move.param, move.rule
     plain = not isinstance(p, DTensor) and not move.gradient.is_sparse and rule.statistic is None
     count = max(1, PART * len(p) // p.numel()) if plain and p.numel() > PART else 0
     if not count or move.layout.first not in rule.norm.independent or rule.scale == "muon":
         yield moves  # the scale of Muon asks for the whole shape
         return
-    if rule.momentum and "momentum_buffer" not in move.state:
-        move.state["momentum_buffer"] = torch.zeros_like(p, dtype=state_dtype(p))
-    gradients = move.gradient.split(count)
-    buffers = move.state["momentum_buffer"].split(count) if rule.momentum else repeat(None)
-    for part, gradient, buffer in zip(p.split(count), gradients, buffers, strict=False):
-        yield [replace(move, param=part, gradient=gradient, state={"momentum_buffer": buffer})]
+    whole = _momentum_buffer(move.state, p) if rule.momentum else None
+    for i in range(0, len(p), count):
+        at = slice(i, i + count)
+        state = {} if whole is None else {"momentum_buffer": whole[at]}
+        yield [replace(move, param=p[at], gradient=move.gradient[at], state=state)]
 
 
 def advance_inplace(moves: Sequence[Move], weight: Tensor | float, unit: Tensor | float) -> None:
@@ -153,16 +152,21 @@ def _momenta_inplace(
     """Advance the moving averages of gradients; return them, or their Nesterov form."""
     if not rule.momentum:
         return grads
-    for grad, state in zip(grads, states, strict=True):
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
-    buffers = [state["momentum_buffer"] for state in states]
+    buffers = [_momentum_buffer(state, g) for state, g in zip(states, grads, strict=True)]
     torch._foreach_lerp_(buffers, grads, 1 - rule.momentum)
     if not rule.nesterov:
         return buffers
     if len(grads) == 1:  # maybe a DTensor, which had no such foreach before torch 2.13
         return [grads[0].lerp(buffers[0], rule.momentum)]
     return list(torch._foreach_lerp(grads, buffers, rule.momentum))
+
+
+def _momentum_buffer(state: dict[str, Any], like: Tensor) -> Tensor:
+    """The moving average, which starts at 0."""
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(like, dtype=state_dtype(like))
+    buffer: Tensor = state["momentum_buffer"]
+    return buffer
 
 
 def _over_statistic_inplace(

@@ -84,6 +84,9 @@ WORK = {"inverse": (3.2, 1000.0, 8e5), "eigh": (25.0, 2500.0, 2e6)}
 _NULL_FLOAT64 = 1e-13
 _NULL_FLOAT32 = 8 * torch.finfo(torch.float32).eps
 
+CACHE = 2**17
+"""Entries that a core's cache holds: small matrices are computed so many at a time."""
+
 EFFICIENCY = 0.98
 """The least efficiency of `auto`, on every spectrum."""
 
@@ -140,7 +143,7 @@ def _steps(m: int) -> int:
 def _work(method: str, m: int, n: int, steps: int, on_cpu: bool) -> float:
     product, square = 2.0 * m * m * n, 2.0 * m**3
     if method in POLYNOMIALS:
-        if not (on_cpu and _by_gram(m, n)):
+        if not _by_gram(m, n, on_cpu):
             return steps * (2 * product + square)
         return math.ceil(steps / _RESTART) * 2 * product + steps * 4 * square
     if m <= 1:
@@ -280,12 +283,12 @@ def _rational_of_one(x: Tensor, least: float) -> Tensor:
 _RESTART = 4  # steps after which rounding in a Gram matrix would begin to show
 
 
-def _by_gram(m: int, n: int) -> bool:
+def _by_gram(m: int, n: int, on_cpu: bool) -> bool:
     """Whether a step costs less on the Gram matrix: four products of m x m for two of m x n.
 
     Only on CPUs: in TF32, which other devices may use for float32, rounding would be amplified.
     """
-    return 2 * n > 5 * m
+    return on_cpu and 2 * n > 5 * m
 
 
 def _iterate(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
@@ -294,20 +297,18 @@ def _iterate(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
     For long X on a CPU the factors q are multiplied among themselves, with R ← q R q in place of
     X Xᵀ (as the package gram-newton-schulz does), and X is multiplied every few steps.
     """
-    flat = x.flatten(0, -3) if x.ndim > 2 else x[None]
-    count = max(1, _CACHE // (flat.shape[-2] * flat.shape[-1])) if x.device.type == "cpu" else 0
-    if count and count < len(flat):
-        parts = [_iterate_part(part, polynomials) for part in flat.split(count)]
-        return torch.cat(parts).reshape(x.shape)
-    return _iterate_part(flat, polynomials).reshape(x.shape)
-
-
-_CACHE = 2**17  # entries that a core's cache holds
+    flat = x.reshape(-1, *x.shape[-2:])
+    count = max(1, CACHE // flat[0].numel()) if x.device.type == "cpu" else len(flat)
+    if count < len(flat):
+        flat = torch.cat([_iterate_part(part, polynomials) for part in flat.split(count)])
+    else:
+        flat = _iterate_part(flat, polynomials)
+    return flat.reshape(x.shape)
 
 
 def _iterate_part(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
     """[`_iterate`] for a batch (k, m, n)."""
-    if not (x.device.type == "cpu" and _by_gram(*x.shape[-2:])):
+    if not _by_gram(x.shape[-2], x.shape[-1], on_cpu=x.device.type == "cpu"):
         for a, b, c in polynomials:
             gram = torch.bmm(x, x.mT)
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

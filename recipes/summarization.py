@@ -105,7 +105,10 @@ def load_data(args):
             "Name yours with --text_column and --summary_column."
         )
     for split, rows in data.items():
-        if any(None in rows[column] for column in (args.text_column, args.summary_column)):
+        if any(
+            rows.data.column(column).null_count
+            for column in (args.text_column, args.summary_column)
+        ):
             raise SystemExit(f"The {split} data has rows without text or summary: remove them.")
     if "validation" not in data:
         parts = data["train"].train_test_split(test_size=0.1, seed=0)

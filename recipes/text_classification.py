@@ -95,7 +95,10 @@ def load_data(args):
             "Name yours with --text_column_name and --label_column_name."
         )
     for split, rows in data.items():
-        if any(None in rows[column] for column in (args.text_column_name, args.label_column_name)):
+        if any(
+            rows.data.column(column).null_count
+            for column in (args.text_column_name, args.label_column_name)
+        ):
             raise SystemExit(f"The {split} data has rows without text or label: remove them.")
     if "validation" not in data:
         parts = data["train"].train_test_split(test_size=0.1, seed=0)

@@ -103,7 +103,7 @@ def load_data(args):
             "Name yours with --source_lang and --target_lang."
         )
     for split, rows in data.items():
-        if any(None in rows[column] for column in columns):
+        if any(rows.data.column(column).null_count for column in columns):
             raise SystemExit(f"The {split} data has rows without a translation: remove them.")
     if "validation" not in data:
         parts = data["train"].train_test_split(test_size=0.1, seed=0)
