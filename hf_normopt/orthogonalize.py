@@ -54,19 +54,23 @@ POLYNOMIALS: dict[str, tuple[Polynomial, ...]] = {
     ),
 }
 
-# (t, w) of f(σ) = σ Σ w / (σ² + t), Zolotarev's best rational approximation of 1 with five poles on
-# σ in [2e-3, 1] (Hale, Higham & Trefethen 2008, SIAM J. Numer. Anal. 46, method 3). There |f - 1|
-# is at most _DELTA, and below f falls to 0 with σ. The smallest t is 47 times what float32 rounds
-# at 1, so that a Gram matrix in float32 does.
-POLES = (
-    (2.79173154352e-06, 0.00252210132446),
-    (9.36502212178e-05, 0.00956375889822),
-    (0.002, 0.0433665014952),
-    (0.0427121254812, 0.204244235067),
-    (1.43280252332, 1.80683657088),
+# f(σ) = σ (c₀ + c₁ σ² + Σ w / (σ² + t)) with the first two, three and four of these poles t: near 1
+# from the second number on. Found by minimizing the greatest |f - 1|, _DELTA, over all of t, c and
+# w at once; with the poles given, each row is the best (Remez). Below the range f falls to 0 with
+# σ. The smallest t is 75 times what float32 rounds at 1, so that a Gram matrix in float32 does.
+POLES = (7.163e-02, 3.362e-03, 1.536e-04, 4.472e-06)
+WEIGHTS = (  # least σ, (c₀, c₁), w of each pole, and see `_inverse_root`
+    (0.1, (0.95843414, -0.27994015), (0.25381281, 0.07843791), 1.185e-2),
+    (0.025, (0.9206887, -0.24586229), (0.27264265, 0.05405733, 0.016731005), 2.554e-3),
+    (
+        0.0025,
+        (0.94931479, -0.27504484),
+        (0.26506514, 0.056528361, 0.0123584, 0.003202248),
+        3.81e-4,
+    ),
 )
-_DELTA = 0.0061  # |f - 1| on [2e-3, 1]
-_LOST = 3.01e-4  # max over σ of σ (1 - _DELTA - f) (σ² + t) / t, for the smallest t
+_DELTA = 0.0065  # |f - 1| in each range
+_NARROWED = 1.3e-3  # σ / f(σ) with four poles, where f(σ) < 0.1
 
 METHODS = ("auto", "svd", "gram", "rational", *POLYNOMIALS)
 
@@ -133,11 +137,11 @@ def plan(
 def _steps(m: int) -> int:
     """Polynomials of Polar Express that m singular values need.
 
-    After seven of them f is 1 to five digits for σ >= 1e-3, and σ (1 - f(σ)) <= 7.9e-5 below it, of
-    which m values may amount to 7.9e-5 m next to one of 1. Each further one almost halves that.
+    After six of them f is in 0.994 to 1.0012 for σ >= 1e-3, and σ (1 - f(σ)) <= 1.5e-4 below it, of
+    which m values may amount to 1.5e-4 m next to one of 1. Each further one almost halves that.
     """
-    more = max(0, math.ceil(math.log(m / 190, 1.875)))
-    return min(7 + more, len(POLYNOMIALS["polar_express"]))
+    more = max(0, math.ceil(math.log(m / 100, 1.875)))
+    return min(_FEW + more, len(POLYNOMIALS["polar_express"]))
 
 
 def _work(method: str, m: int, n: int, steps: int, on_cpu: bool) -> float:
@@ -145,12 +149,12 @@ def _work(method: str, m: int, n: int, steps: int, on_cpu: bool) -> float:
     if method in POLYNOMIALS:
         if not _by_gram(m, n, on_cpu):
             return steps * (2 * product + square)
-        return math.ceil(steps / _RESTART) * 2 * product + steps * 4 * square
+        return _segments(steps) * 2 * product + steps * 4 * square
     if m <= 1:
         return 2 * product  # its length
     a, b, c = WORK["inverse" if method == "rational" else "eigh"]
     if method == "rational":
-        return 2 * product + len(POLES) * (a * m**3 + b * m**2 + c)
+        return 2 * product + 3 * (a * m**3 + b * m**2 + c)  # two to seven
     return 4 * product + 2 * square + a * m**3 + b * m**2 + c  # an SVD of float64 is no less
 
 
@@ -191,24 +195,21 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
     x = g.to(torch.promote_types(g.dtype, torch.float32))
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
-    wide = _over_length(wide)
-    if chosen.method not in POLYNOMIALS and wide.shape[-2] == 1:
-        polar = wide  # depthwise kernels: thousands of them
-    elif chosen.method == "svd":
-        polar = _svd(wide)
-    elif chosen.method == "gram":
-        polar = _gram(wide)
-    elif chosen.method == "rational":
-        polar = _rational(wide, least=EFFICIENCY if method == "auto" else 0)
-    else:
+    if chosen.method in POLYNOMIALS:
         polar = _iterate(wide, POLYNOMIALS[chosen.method][: chosen.steps])
+    elif wide.shape[-2] == 1:
+        polar = _over_length(wide)  # depthwise kernels: thousands of them
+    elif chosen.method == "rational":
+        polar = _rational(wide)
+    else:
+        polar = (_svd if chosen.method == "svd" else _gram)(_over_length(wide))
     return (polar.mT if tall else polar).to(g.dtype)
 
 
 def _over_length(x: Tensor) -> Tensor:
     """Each matrix over its Frobenius norm, so that all singular values are in [0, 1]; 0 for 0."""
     length = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    sound = (length > 1e-15) & (length < 1e15)
+    sound = _is_sound(length)
     if x.device.type == "cpu" and sound.all():
         return x / length
     largest = x.abs().amax((-2, -1), keepdim=True)  # squares may have overflowed, or underflowed
@@ -216,6 +217,11 @@ def _over_length(x: Tensor) -> Tensor:
     length_scaled = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
     scaled = scaled / torch.where(length_scaled == 0, 1, length_scaled)
     return torch.where(sound, x / length, scaled)  # no matrix depends on the others
+
+
+def _is_sound(length: Tensor) -> Tensor:
+    """Whether no square of a float32 has overflowed in a length, or underflowed."""
+    return (length > 1e-15) & (length < 1e15)
 
 
 def _inverse(singular: Tensor, tolerance: float) -> Tensor:
@@ -244,43 +250,83 @@ def _gram(x: Tensor) -> Tensor:
     return torch.where(finite, (q * inverse[..., None, :]) @ q.mT @ x, torch.nan)
 
 
-def _rational(x: Tensor, least: float) -> Tensor:
-    """Σ w (X Xᵀ + t)^(-1) X for wide X, one matrix at a time; `_gram` if it may lose too much.
-
-    With A = X Xᵀ over its own norm, ⟨X, O⟩ = Σ_j w_j tr(A (A + t_j)^(-1)) is known from the
-    traces of the inverses, and so is a bound on what the singular values below 2e-3 lose.
-    """
+def _rational(x: Tensor) -> Tensor:
+    """f(X) for wide X, one matrix at a time, with as few poles as its spectrum allows."""
     if x.ndim == 2:
-        return _rational_of_one(x, least)
-    polar = [_rational_of_one(matrix, least) for matrix in x.flatten(0, -3)]
-    return torch.stack(polar).reshape(x.shape)
+        return _rational_of_one(x)
+    return torch.stack([_rational_of_one(one) for one in x.flatten(0, -3)]).reshape(x.shape)
 
 
-def _rational_of_one(x: Tensor, least: float) -> Tensor:
+def _rational_of_one(x: Tensor) -> Tensor:
     gram = x @ x.mT
     size = torch.linalg.matrix_norm(gram)
-    if not size.isfinite():
-        return torch.full_like(x, torch.nan)
-    if size == 0:
-        return torch.zeros_like(x)
-    gram = gram / size
-    root, inner, small = torch.zeros_like(gram), 0.0, []
-    for t, w in POLES:
-        shifted = gram.clone()
-        shifted.diagonal().add_(t)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if failed:
-            return _gram(x).to(x.dtype)
-        inverse = torch.cholesky_inverse(factor)
-        small.append(t * inverse.diagonal().sum(dtype=torch.float64).item())  # Σ t / (σ² + t)
-        inner += w * (len(gram) - small[-1])
+    if not _is_sound(size.sqrt()):
+        x = _over_length(x)
+        gram = x @ x.mT
+        size = torch.linalg.matrix_norm(gram)
+        if size == 0 or not size.isfinite():
+            return x
+    root, inner, is_enough = _inverse_root(gram / size)
+    if is_enough:
+        return (root @ x).div_(size.sqrt())
+    # The spectrum is too broad for the poles, but they have narrowed it: f(X) has the same U Vᵀ.
+    narrow = (root @ x).div_(size.sqrt() * (1 + _DELTA))
+    root, _, is_enough = _inverse_root(narrow @ narrow.mT, inner)
+    return root @ narrow if is_enough else _gram(x).to(x.dtype)
+
+
+def _inverse_root(gram: Tensor, inner: float | None = None) -> tuple[Tensor, float, bool]:
+    """c₀ + c₁ A + Σ w (A + t)^(-1), with as few poles as lose little, for A of norm 1 at most.
+
+    ⟨X, f(X)⟩ = tr(c₀ A + c₁ A² + Σ w A (A + t)^(-1)) is known from the traces of the inverses, and
+    so is a bound on what singular values below f's range lose. While that is too much the next
+    pole is added.
+
+    Args:
+        gram: A = X Xᵀ, of Frobenius norm 1; or that of an X which f has narrowed.
+        inner: in the latter case, ⟨X, f(X)⟩ of the first X.
+
+    Returns:
+        The root, ⟨X, f(X)⟩, and whether the efficiency is certain to be [`EFFICIENCY`].
+    """
+    lost_share = 1.0 if inner is None else _NARROWED
+    trace = gram.diagonal().sum(dtype=torch.float64).item()
+    inverses: list[Tensor] = []
+    small: list[float] = []  # Σ t / (σ² + t)
+    for _, (c0, c1), weights, lost in WEIGHTS:
+        for t in POLES[len(inverses) : len(weights)]:
+            shifted = gram.clone()
+            shifted.diagonal().add_(t)
+            factor, failed = torch.linalg.cholesky_ex(shifted)
+            if failed:
+                return torch.zeros_like(gram), 0.0, False
+            inverses.append(torch.cholesky_inverse(factor))
+            small.append(t * inverses[-1].diagonal().sum(dtype=torch.float64).item())
+        if lost_share == 1:
+            inner = (
+                c0 * trace
+                + c1
+                + sum(w * (len(gram) - s) for w, s in zip(weights, small, strict=True))
+            )
+        u, t = POLES[len(weights) - 2 : len(weights)]
+        below = (u * small[-1] - t * small[-2]) / (u - t)  # Σ t u / (σ² + t) (σ² + u)
+        bound = inner / (inner + lost_share * lost * below) * (1 - _DELTA) / (1 + _DELTA)
+        if bound >= EFFICIENCY:
+            break
+    root = c1 * gram
+    root.diagonal().add_(c0)
+    for w, inverse in zip(weights, inverses, strict=True):
         root.add_(inverse, alpha=w)
-    if inner / (1 + _DELTA) < least * (inner + _LOST * small[0]) / (1 - _DELTA):
-        return _gram(x).to(x.dtype)
-    return (root @ x).div_(size.sqrt())
+    return root, inner, bound >= EFFICIENCY
 
 
 _RESTART = 4  # steps after which rounding in a Gram matrix would begin to show
+_FEW = 6  # steps that can do without, if the rounding makes no eigenvalue negative
+
+
+def _segments(steps: int) -> int:
+    """How often an iteration on Gram matrices starts anew."""
+    return 1 if steps <= _FEW else math.ceil(steps / _RESTART)
 
 
 def _by_gram(m: int, n: int, on_cpu: bool) -> bool:
@@ -292,35 +338,48 @@ def _by_gram(m: int, n: int, on_cpu: bool) -> bool:
 
 
 def _iterate(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
-    """Odd polynomials of wide X, each one p(X) = a X + (b X Xᵀ + c (X Xᵀ)²) X = q(X Xᵀ) X.
-
-    For long X on a CPU the factors q are multiplied among themselves, with R ← q R q in place of
-    X Xᵀ (as the package gram-newton-schulz does), and X is multiplied every few steps.
-    """
+    """Odd polynomials of wide X, each one p(X) = a X + (b X Xᵀ + c (X Xᵀ)²) X = q(X Xᵀ) X."""
     flat = x.reshape(-1, *x.shape[-2:])
-    count = max(1, CACHE // flat[0].numel()) if x.device.type == "cpu" else len(flat)
-    if count < len(flat):
-        flat = torch.cat([_iterate_part(part, polynomials) for part in flat.split(count)])
-    else:
-        flat = _iterate_part(flat, polynomials)
-    return flat.reshape(x.shape)
-
-
-def _iterate_part(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
-    """[`_iterate`] for a batch (k, m, n)."""
-    if not _by_gram(x.shape[-2], x.shape[-1], on_cpu=x.device.type == "cpu"):
+    on_cpu = x.device.type == "cpu"
+    if _by_gram(*flat.shape[-2:], on_cpu):
+        return _iterate_by_gram(flat, polynomials).reshape(x.shape)
+    parts = flat.split(max(1, CACHE // flat[0].numel())) if on_cpu else [flat]
+    done = []
+    for part in parts:
+        part = _over_length(part)
         for a, b, c in polynomials:
-            gram = torch.bmm(x, x.mT)
+            gram = torch.bmm(part, part.mT)
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            x = torch.baddbmm(x, factor, x, beta=a)
-        return x
-    size = math.ceil(len(polynomials) / math.ceil(len(polynomials) / _RESTART))
+            part = torch.baddbmm(part, factor, part, beta=a)
+        done.append(part)
+    return (done[0] if len(done) == 1 else torch.cat(done)).reshape(x.shape)
+
+
+def _iterate_by_gram(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
+    """The same for a batch (k, m, n) of long X: the factors q are multiplied among themselves.
+
+    R ← q R q takes the place of X Xᵀ (as in the package gram-newton-schulz), and X is multiplied
+    every few steps.
+    """
+    gram = torch.bmm(x, x.mT)
+    length = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
+    sound = _is_sound(length)
+    if not sound.all():
+        x = torch.where(sound, x, _over_length(x))
+        gram = torch.bmm(x, x.mT)
+        length = torch.where(sound, length, 1)
+    gram = gram / length.square()
+    if len(polynomials) <= _FEW:
+        gram.diagonal(dim1=-2, dim2=-1).add_(2 * torch.finfo(gram.dtype).eps)
+    count = _segments(len(polynomials))
+    size = math.ceil(len(polynomials) / count)
     for start in range(0, len(polynomials), size):
-        gram = factor = whole = torch.bmm(x, x.mT)
+        gram = torch.bmm(x, x.mT) if start else gram
+        factor = whole = gram
         for i, (a, b, c) in enumerate(polynomials[start : start + size]):
             gram = torch.bmm(factor, torch.bmm(gram, factor)) if i else gram
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
             whole = torch.bmm(whole, factor) if i else factor
-        x = torch.bmm(whole, x)
+        x = torch.bmm(whole if start else whole / length, x)
     return x
