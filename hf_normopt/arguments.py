@@ -90,6 +90,13 @@ class NormOptArguments(TrainingArguments):
             "help": "What to do with an optimizer checkpoint that does not fit: error, reset."
         },
     )
+    momentum_dtype: str | None = field(
+        default=None, metadata={"help": "How momenta are kept: float32, bfloat16 or 8bit."}
+    )
+    rounding: str | None = field(
+        default=None,
+        metadata={"help": "How weights in 16 bits take a step: nearest, stochastic or kahan."},
+    )
     telemetry: bool | None = field(
         default=None, metadata={"help": "Log norms by role; on unless false."}
     )
@@ -98,7 +105,7 @@ class NormOptArguments(TrainingArguments):
 # The fields that are options under the same name.
 _PLAIN_FIELDS = (
     *("preset", "momentum", "nesterov", "scale", "heads", "step_size", "schedule"),
-    *("on_mismatch", "telemetry"),
+    *("on_mismatch", "momentum_dtype", "rounding", "telemetry"),
 )
 
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # What a group is, as opposed to its options (lr, weight_decay, ...), which checkpoints may change.
 IDENTITY = ("param_names", "param_shapes", "role", "kind", "rule", "layouts")
 ON_MISMATCH = ("error", "reset")
-_OF_THE_RULE = ("schedule", "multiplier", "label")
+_OWN = ("schedule", "multiplier", "label", "momentum_dtype", "rounding")
 
 Group = Mapping[str, Any]
 
@@ -104,7 +104,7 @@ def matched(
     for group in groups:
         names = [canonical_name(name) for name in group["param_names"]]
         options = next((fitting[name].group for name in names if name in fitting), group)
-        kept = {key: group[key] for key in (*IDENTITY, *_OF_THE_RULE)}
+        kept = {key: group[key] for key in (*IDENTITY, *_OWN)}
         made.append({**group, **options, **kept, "params": [own[name].number for name in names]})
     return {**state_dict, "state": state, "param_groups": made}, complaints
 

@@ -1,17 +1,22 @@
 """One step of the parameters: momentum, direction, and the move itself.
 
-Small tensors of one shape and rule move together: their momenta are stacked, and one call of the
-LMO serves all. Large ones whose parts do not need each other (the vectors of an embedding, the rows
-of a head, entries under the sign, experts) move part by part. So the directions of a step take a
-few times [`PART`] entries, or one operator where that is more. All are held where the step size
-needs them at once; a parameter is taken whole under a statistic, when it is watched, and where its
-layout divides the first axis.
+Small tensors of one shape and rule move together: they are stacked, and one call of the LMO serves
+all. Large ones whose parts do not need each other (the vectors of an embedding, the rows of a head,
+entries under the sign, experts) move part by part. So a step takes a few times [`PART`] or
+[`TOGETHER`] entries for itself, or a few times one tensor where that is more. All directions are
+held where the step size needs them at once; a parameter is taken whole when it is watched, and
+where its layout divides the first axis.
+
+Momenta are kept in the group's `momentum_dtype`, and weights in 16 bits are written as its
+`rounding` says; all arithmetic is in float32 at least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,12 +24,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .layouts import Layout
-from .orthogonalize import CACHE
+from .precision import BLOCK, is_low, new_momentum, state_dtype, widened, write_inplace
 from .rules import SCALES, Rule, bias_correction
 from .sharding import gathered, sharded_like
 
-SMALL = 2**16  # entries: tensors of one shape up to this size move together, CACHE at a time
+SMALL = 2**16  # entries: tensors of one shape up to this size move together,
+TOGETHER = 2**19  # so many entries at a time
 PART = 2**18  # entries of a part of a large tensor
+
+_layout = cache(Layout)
 
 
 @dataclass
@@ -37,14 +45,14 @@ class Move:
     rule: Rule
     layout: Layout
     state: dict[str, Any]
+    rows: tuple[Tensor, Tensor] | None = None  # `param` is a copy of these rows of a parameter
     smooth: Tensor = field(init=False)
     direction: Tensor = field(init=False)
 
     @property
     def grad(self) -> Tensor:
         """The gradient, dense and in the state's dtype."""
-        grad = self.gradient.to_dense() if self.gradient.is_sparse else self.gradient
-        return grad.to(state_dtype(self.param))
+        return _dense(self.gradient).to(state_dtype(self.param))
 
     def dual(self, tensor: Tensor | None = None) -> Tensor:
         """Scale · multiplier · dual norm: a part of the network's dual norm (Prop. 7)."""
@@ -71,30 +79,46 @@ def moves_of(
     for p, layout in zip(group["params"], group["layouts"], strict=True):
         if p.grad is None or p.numel() == 0:
             continue
-        move = Move(p, p.grad, group, rule, Layout(layout), states[p])
-        if p.numel() > SMALL or isinstance(p, DTensor) or rule.statistic is not None:
+        move = Move(p, p.grad, group, rule, _layout(layout), states[p])
+        if p.numel() > SMALL or isinstance(p, DTensor):
             yield [move]
         else:
             alike.setdefault((layout, p.shape, p.dtype, p.device), []).append(move)
     for moves in alike.values():
-        count = max(1, CACHE // moves[0].param.numel())
+        count = max(1, TOGETHER // moves[0].param.numel())
         yield from (moves[i : i + count] for i in range(0, len(moves), count))
 
 
 def parts(moves: list[Move]) -> Iterator[list[Move]]:
     """The same in parts along the first stored axis, where they are large and independent."""
     move = moves[0]  # what moves together is small
-    p, rule = move.param, move.rule
-    plain = not isinstance(p, DTensor) and not move.gradient.is_sparse and rule.statistic is None
-    count = max(1, PART * len(p) // p.numel()) if plain and p.numel() > PART else 0
-    if not count or move.layout.first not in rule.norm.independent or rule.scale == "muon":
-        yield moves  # the scale of Muon asks for the whole shape
+    p, rule, gradient = move.param, move.rule, move.gradient
+    if (
+        isinstance(p, DTensor)
+        or (p.numel() <= PART and not gradient.is_sparse)
+        or rule.statistic is not None
+        or rule.scale == "muon"  # asks for the whole shape
+        or move.layout.first not in rule.norm.independent
+    ):
+        yield moves
         return
-    whole = _momentum_buffer(move.state, p) if rule.momentum else None
+    if gradient.is_sparse:
+        touched = gradient.coalesce()
+        moves_others = rule.momentum or move.group["weight_decay"] or _kept(move)
+        if touched.sparse_dim() == 1 and not moves_others:
+            rows = touched.indices()[0]
+            yield [replace(move, param=p[rows], gradient=touched.values(), rows=(p, rows))]
+        else:
+            yield moves
+        return
+    row = p.numel() // len(p)
+    aligned = BLOCK // math.gcd(BLOCK, row)  # rows that make up whole blocks
+    count = max(1, PART // row // aligned) * aligned
+    whole = _kept(move)
     for i in range(0, len(p), count):
-        at = slice(i, i + count)
-        state = {} if whole is None else {"momentum_buffer": whole[at]}
-        yield [replace(move, param=p[at], gradient=move.gradient[at], state=state)]
+        at = slice(i, min(i + count, len(p)))
+        state = {key: value[at] for key, value in whole.items()}
+        yield [replace(move, param=p[at], gradient=gradient[at], state=state)]
 
 
 def advance_inplace(moves: Sequence[Move], weight: Tensor | float, unit: Tensor | float) -> None:
@@ -103,89 +127,135 @@ def advance_inplace(moves: Sequence[Move], weight: Tensor | float, unit: Tensor 
     `unit` is what the weights amount to in the step, for the statistic's eps.
     """
     rule, layout = moves[0].rule, moves[0].layout
-    grads = [move.grad for move in moves]
+    alone = len(moves) == 1
+    gradients = [_dense(move.gradient) for move in moves]
+    grad = (gradients[0] if alone else torch.stack(gradients)).to(state_dtype(moves[0].param))
     if not (isinstance(weight, float) and weight == 1):
-        grads = [grad * weight for grad in grads]
-    smooth = _momenta_inplace(rule, grads, [move.state for move in moves])
-    if len(moves) == 1:
-        (move,), whole = moves, gathered(smooth[0])
-        smooth, shape = [whole], tuple(move.param.shape)
-    else:
-        whole = torch.stack(smooth)
-        layout, smooth, shape = Layout(f"many {layout}"), list(whole.unbind()), tuple(whole.shape)
-    operators = layout.to_operators(whole)
+        grad = grad * weight
+    is_needed = rule.statistic is not None  # as it is
+    smooth = gathered(_momenta_inplace(moves, grad.clone() if is_needed else grad))
+    layout = layout if alone else _layout(f"many {layout}")
+    operators = layout.to_operators(smooth)
     if rule.statistic is None:
         ratios: Iterable[Tensor] = map(rule.norm.lmo, operators)
     else:
-        ratios = _over_statistic_inplace(moves[0], operators, gathered(grads[0]), unit)
-    direction = layout.from_operators(tuple(r * moves[0].scale(r) for r in ratios), shape)
-    directions = [direction] if len(moves) == 1 else direction.unbind()
-    for move, received, found in zip(moves, smooth, directions, strict=True):
+        ratios = _over_statistics_inplace(
+            moves, operators, layout.to_operators(gathered(grad)), unit
+        )
+    ratios = tuple(ratio.mul_(moves[0].scale(ratio)) for ratio in ratios)
+    direction = layout.from_operators(ratios, tuple(smooth.shape))
+    if alone:
+        moves[0].smooth, moves[0].direction = smooth, direction
+        return
+    for move, received, found in zip(moves, smooth.unbind(), direction.unbind(), strict=True):
         move.smooth, move.direction = received, found
 
 
-def apply_inplace(moves: Sequence[Move], eta: Tensor | float) -> None:
+def apply_inplace(
+    moves: Sequence[Move], eta: Tensor | float, noise: Callable[[torch.device], torch.Generator]
+) -> None:
     """Move the parameters, and let go of the directions."""
     group, params = moves[0].group, [move.param for move in moves]
     step = group["lr"] * eta
     step = step.reshape(()) if isinstance(step, Tensor) else step
-    if group["weight_decay"]:
-        torch._foreach_mul_(params, 1 - step * group["weight_decay"])
-    rate = step * group["multiplier"]
+    kept, rate = 1 - step * group["weight_decay"], step * group["multiplier"]
     updates = [sharded_like(move.direction, move.param) for move in moves]
-    if isinstance(rate, Tensor):
-        torch._foreach_sub_(params, [update * rate for update in updates])
+    if is_low(params[0]):
+        for move, update in zip(moves, updates, strict=True):
+            state, generator = _kept(move), noise(move.param.device)
+            write_inplace(move.param, update, rate, kept, group["rounding"], state, generator)
     else:
-        torch._foreach_add_(params, updates, alpha=-rate)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, kept)
+        if isinstance(rate, Tensor):
+            torch._foreach_sub_(params, [update * rate for update in updates])
+        else:
+            torch._foreach_add_(params, updates, alpha=-rate)
     for move in moves:
+        if move.rows is not None:
+            parameter, rows = move.rows
+            parameter.index_copy_(0, rows, move.param)
         del move.smooth, move.direction
 
 
-def state_dtype(p: Tensor) -> torch.dtype:
-    """Momenta and statistics are kept in float32 at least."""
-    return torch.promote_types(p.dtype, torch.float32)
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
-def _momenta_inplace(
-    rule: Rule, grads: list[Tensor], states: Sequence[dict[str, Any]]
-) -> list[Tensor]:
-    """Advance the moving averages of gradients; return them, or their Nesterov form."""
+def _kept(move: Move) -> dict[str, Tensor]:
+    """The momentum of a parameter and what its rounding keeps, both of which start at 0."""
+    state, p, group = move.state, move.param, move.group
+    kept = {}
+    if move.rule.momentum:
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = new_momentum(p, group["momentum_dtype"])
+        kept["momentum_buffer"] = state["momentum_buffer"]
+    if group["rounding"] == "kahan" and is_low(p):
+        if "compensation" not in state:
+            state["compensation"] = torch.zeros_like(p)
+        kept["compensation"] = state["compensation"]
+    return kept
+
+
+def _momenta_inplace(moves: Sequence[Move], grad: Tensor) -> Tensor:
+    """Advance the moving averages of gradients; return them, or their Nesterov form.
+
+    `grad` is the gradient of one move, or the stacked ones of several, which are overwritten.
+    """
+    rule, alone = moves[0].rule, len(moves) == 1
     if not rule.momentum:
-        return grads
-    buffers = [_momentum_buffer(state, g) for state, g in zip(states, grads, strict=True)]
-    torch._foreach_lerp_(buffers, grads, 1 - rule.momentum)
-    if not rule.nesterov:
-        return buffers
-    if len(grads) == 1:  # maybe a DTensor, which had no such foreach before torch 2.13
-        return [grads[0].lerp(buffers[0], rule.momentum)]
-    return list(torch._foreach_lerp(grads, buffers, rule.momentum))
+        return grad
+    grads = [grad] if alone else list(grad.unbind())
+    buffers = [_kept(move)["momentum_buffer"] for move in moves]
+    smooth = [widened(buffer, grad.dtype) for buffer in buffers]
+    torch._foreach_lerp_(smooth, grads, 1 - rule.momentum)
+    for buffer, wide in zip(buffers, smooth, strict=True):
+        if wide is not buffer:
+            buffer.copy_(wide)
+    if alone:  # maybe a DTensor, which had no such foreach before torch 2.13
+        return grad.lerp(smooth[0], rule.momentum) if rule.nesterov else smooth[0]
+    if rule.nesterov:
+        torch._foreach_lerp_(grads, smooth, rule.momentum)
+    else:
+        torch._foreach_copy_(grads, smooth)
+    return grad
 
 
-def _momentum_buffer(state: dict[str, Any], like: Tensor) -> Tensor:
-    """The moving average, which starts at 0."""
-    if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(like, dtype=state_dtype(like))
-    buffer: Tensor = state["momentum_buffer"]
-    return buffer
-
-
-def _over_statistic_inplace(
-    move: Move, operators: tuple[Tensor, ...], grad: Tensor, unit: Tensor | float
+def _over_statistics_inplace(
+    moves: Sequence[Move],
+    operators: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    unit: Tensor | float,
 ) -> Iterator[Tensor]:
     """The momentum over the norm's statistic, for each operator."""
-    rule, state = move.rule, move.state
+    rule = moves[0].rule
     statistic = rule.statistic
     assert statistic is not None
-    if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=grad.device)
-    step = state["step"].add_(1)
-    for i, (m, g) in enumerate(zip(operators, move.layout.to_operators(grad), strict=True)):
+    alone = len(moves) == 1
+    steps = _states(
+        moves,
+        "step",
+        [torch.zeros((), dtype=torch.float32, device=gradients[0].device)] * len(moves),
+    )
+    torch._foreach_add_(steps, 1)
+    step = steps[0] if alone else torch.stack(steps)
+    for i, (m, g) in enumerate(zip(operators, gradients, strict=True)):
+        step = step if alone else step.reshape(-1, *[1] * (m.ndim - 1))
         moments = {}
         for name, moment in rule.norm.moments(g).items():
-            key = f"{name}_{i}" if i else name
-            if key not in state:
-                state[key] = torch.zeros_like(moment)
-            moments[name] = statistic.update_inplace(state[key], moment, step)
+            states = _states(moves, f"{name}_{i}" if i else name, [moment] if alone else moment)
+            whole = states[0] if alone else torch.stack(states)
+            moments[name] = statistic.update_inplace(whole, moment, step)
+            if not alone:
+                torch._foreach_copy_(states, whole.unbind())
         if statistic.bias_correction:  # m's weights sum to 1 - momentum^t, Nesterov's one ahead
             m = m / bias_correction(rule.momentum, step + rule.nesterov)
         yield rule.norm.precondition(m, moments, statistic.eps * unit)
+
+
+def _states(moves: Sequence[Move], key: str, likes: Iterable[Tensor]) -> list[Tensor]:
+    """What the parameters keep under a key, which starts at 0."""
+    for move, like in zip(moves, likes, strict=True):
+        if key not in move.state:
+            move.state[key] = torch.zeros_like(like)
+    return [move.state[key] for move in moves]

@@ -39,7 +39,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .orthogonalize import METHODS, orthogonalize
+from .orthogonalize import METHODS, orthogonalize, over_length
 
 Vector = str | float
 """A vector norm: "l1", "l2", "linf", "rms", or a real number p in [1, ∞] for ‖·‖_p."""
@@ -84,7 +84,7 @@ class Norm:
 
         For [`Spectral`] to the accuracy of its method.
         """
-        return (self._lmo(_wide(g)) / self.unit(*g.shape[-2:])).to(g.dtype)
+        return self._lmo(_wide(g)).div_(self.unit(*g.shape[-2:])).to(g.dtype)
 
     def dual_norm(self, g: Tensor) -> Tensor:
         """The dual norm of each operator, ⟨g, lmo(g)⟩: `(..., fan_out, fan_in)` to `(...)`."""
@@ -269,7 +269,8 @@ class MaxEntry(Norm):
         return w.abs().amax((-2, -1))
 
     def _lmo(self, g: Tensor) -> Tensor:
-        return torch.where(g.isnan(), g, g.sign())  # torch.sign(NaN) is 0 and would hide it
+        most = torch.finfo(g.dtype).max
+        return (g * most).mul_(most).clamp_(-1, 1)  # torch.sign(NaN) is 0 and would hide it
 
     def _dual(self, g: Tensor) -> Tensor:
         return g.abs().sum((-2, -1))
@@ -297,7 +298,7 @@ class Frobenius(Norm):
         return torch.linalg.matrix_norm(w)
 
     def _lmo(self, g: Tensor) -> Tensor:
-        return _dual_vector(g.flatten(-2), 2.0, dim=-1).unflatten(-1, g.shape[-2:])
+        return over_length(g, (-2, -1))
 
     def _dual(self, g: Tensor) -> Tensor:
         return torch.linalg.matrix_norm(g)
@@ -420,6 +421,8 @@ def _singular_values(x: Tensor) -> Tensor:
 
 def _dual_vector(g: Tensor, p: float, dim: int) -> Tensor:
     """The maximiser of ⟨g, t⟩ over ‖t‖_p <= 1 along one axis; 0 for g = 0."""
+    if p == 2:
+        return over_length(g, dim)
     largest = g.abs().amax(dim, keepdim=True)
     g = g / torch.where(largest == 0, 1, largest)  # so that no power under- or overflows
     if p == 1:
@@ -427,9 +430,6 @@ def _dual_vector(g: Tensor, p: float, dim: int) -> Tensor:
         return first * g  # the first largest entry, which is ±1
     if p == math.inf:
         return MaxEntry()._lmo(g)
-    if p == 2:
-        length = torch.linalg.vector_norm(g, dim=dim, keepdim=True)
-        return g / torch.where(length == 0, 1, length)
     q = _conjugate(p)
     length = torch.linalg.vector_norm(g, q, dim=dim, keepdim=True)
     return g.sign() * (g.abs() / torch.where(length == 0, 1, length)) ** (q - 1)

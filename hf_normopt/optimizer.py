@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .checkpoints import ON_MISMATCH, describe, matched, some
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
-from .moves import Move, advance_inplace, apply_inplace, moves_of, parts, state_dtype
+from .moves import Move, advance_inplace, apply_inplace, moves_of, parts
+from .precision import check_precision, new_momentum, state_dtype, widened
 from .roles import ROLES, ParamSpec
 from .rules import Policy, Rule, check_total, policy_key
 from .sharding import NEEDS_WHOLE_MATRICES
@@ -42,14 +43,18 @@ class NormOpt(torch.optim.Optimizer):
         step_size: η: [`Fixed`], or a number that depends on all gradients.
         on_mismatch: what to do with a checkpoint that does not fit: "error", or "reset": parameters
             that it does not know under the same name, shape and rule start without state.
+        momentum_dtype: how momenta are kept: "float32", "bfloat16", or "8bit", which needs torchao.
+        rounding: how weights in 16 bits take a step: "nearest", which loses steps below a weight's
+            last bit, "stochastic" (bfloat16 only), or "kahan", for two more bytes a weight.
 
     Attributes:
         origin: the arguments of `create_normopt_optimizer` that made it, for records.
         observer: called with each [`Move`] and η before the move is made; for telemetry.
 
-    Each parameter's state is one momentum buffer, in float32 at least; none where the rule's
-    momentum is 0; and the norm's statistic where the rule has one. Groups hold plain data only.
-    Sparse gradients are made dense.
+    Each parameter's state is one momentum buffer; none where the rule's momentum is 0; and the
+    norm's statistic where the rule has one. Groups hold plain data only. Under a sparse gradient
+    only its rows are moved where neither momentum nor weight decay moves others and the norm allows
+    it; else it is made dense.
 
     Raises:
         ValueError: for a negative learning rate, a role without a rule, complex parameters, two
@@ -68,6 +73,8 @@ class NormOpt(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         step_size: StepSize = Fixed(),  # noqa: B008 (immutable)
         on_mismatch: str = "error",
+        momentum_dtype: str = "float32",
+        rounding: str = "nearest",
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not isinstance(value, (int, float, Tensor)) or not 0 <= value < math.inf:
@@ -87,7 +94,8 @@ class NormOpt(torch.optim.Optimizer):
         self.step_size = step_size
         self.on_mismatch = on_mismatch
         self.complaints: list[str] = []  # about the last checkpoint, under "reset"
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        bits = {"momentum_dtype": momentum_dtype, "rounding": rounding}
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **bits})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see the class; fills in what it leaves out."""
@@ -113,6 +121,8 @@ class NormOpt(torch.optim.Optimizer):
             if p.is_complex():
                 raise ValueError(f"{name} is complex ({p.dtype}); NormOpt takes real parameters.")
 
+        bits = {key: group.get(key, self.defaults[key]) for key in ("momentum_dtype", "rounding")}
+        check_precision([p for _, p in pairs], **bits)
         rule = self.rule_of(group)
         shapes = [tuple(p.shape) for _, p in pairs]
         layouts = group.get("layouts") or [usual_layout(group["role"], shape) for shape in shapes]
@@ -171,6 +181,7 @@ class NormOpt(torch.optim.Optimizer):
 
         self._check_shapes()
         self._count_inplace()
+        self._noises: dict[torch.device, torch.Generator] = {}
         groups = self.param_groups
         for scope in [[group] for group in groups] if self.step_size.per_role else [groups]:
             self._step_inplace(scope)
@@ -198,7 +209,13 @@ class NormOpt(torch.optim.Optimizer):
             if self.observer is not None:
                 for move in many:
                     self.observer(move, eta)
-            apply_inplace(many, eta)
+            apply_inplace(many, eta, self._noise)
+
+    def _noise(self, device: torch.device) -> torch.Generator:
+        """What a rounding draws from: the same in every process, and when a run is resumed."""
+        if device not in self._noises:
+            self._noises[device] = torch.Generator(device).manual_seed(self.steps)
+        return self._noises[device]
 
     def _count_inplace(self) -> None:
         """Count the step, unless it is torch's rehearsal that creates the state: all is 0."""
@@ -261,15 +278,19 @@ class NormOpt(torch.optim.Optimizer):
         """
         state_dict, self.complaints = matched(state_dict, self.param_groups, self.on_mismatch)
         super().load_state_dict(state_dict)
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, saved in state_dict["state"].items():
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        for i, saved in state_dict["state"].items():  # torch has cast it to the parameter's dtype
+            p, group = pairs[i]
             for key, value in saved.items():
-                if key != "step" and isinstance(value, Tensor):  # torch has cast it to p's dtype
-                    dtype, device = state_dtype(params[i]), params[i].device
-                    self.state[params[i]][key] = value.to(device, dtype, copy=True)
+                if key == "momentum_buffer":
+                    momentum = new_momentum(p, group["momentum_dtype"])
+                    self.state[p][key] = momentum.copy_(widened(value, state_dtype(p)))
+                elif key != "step" and isinstance(value, Tensor):
+                    dtype = p.dtype if key == "compensation" else state_dtype(p)
+                    self.state[p][key] = value.to(p.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")
+        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")  # and no generators
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __repr__(self) -> str:

@@ -88,8 +88,8 @@ WORK = {"inverse": (3.2, 1000.0, 8e5), "eigh": (25.0, 2500.0, 2e6)}
 _NULL_FLOAT64 = 1e-13
 _NULL_FLOAT32 = 8 * torch.finfo(torch.float32).eps
 
-CACHE = 2**17
-"""Entries that a core's cache holds: small matrices are computed so many at a time."""
+CACHE = 2**16
+"""Entries that stay in a core's cache: small matrices are computed so many at a time."""
 
 EFFICIENCY = 0.98
 """The least efficiency of `auto`, on every spectrum."""
@@ -139,9 +139,12 @@ def _steps(m: int) -> int:
 
     After six of them f is in 0.994 to 1.0012 for σ >= 1e-3, and σ (1 - f(σ)) <= 1.5e-4 below it, of
     which m values may amount to 1.5e-4 m next to one of 1. Each further one almost halves that.
+    With the seventh f is 1 to five digits, for matrices so small that it costs next to nothing.
     """
+    if m <= 32:
+        return 7
     more = max(0, math.ceil(math.log(m / 100, 1.875)))
-    return min(_FEW + more, len(POLYNOMIALS["polar_express"]))
+    return min(6 + more, len(POLYNOMIALS["polar_express"]))
 
 
 def _work(method: str, m: int, n: int, steps: int, on_cpu: bool) -> float:
@@ -149,7 +152,7 @@ def _work(method: str, m: int, n: int, steps: int, on_cpu: bool) -> float:
     if method in POLYNOMIALS:
         if not _by_gram(m, n, on_cpu):
             return steps * (2 * product + square)
-        return _segments(steps) * 2 * product + steps * 4 * square
+        return _segments(method, m, steps) * 2 * product + steps * 4 * square
     if m <= 1:
         return 2 * product  # its length
     a, b, c = WORK["inverse" if method == "rational" else "eigh"]
@@ -196,27 +199,27 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
     if chosen.method in POLYNOMIALS:
-        polar = _iterate(wide, POLYNOMIALS[chosen.method][: chosen.steps])
+        polar = _iterate(wide, chosen)
     elif wide.shape[-2] == 1:
-        polar = _over_length(wide)  # depthwise kernels: thousands of them
+        polar = over_length(wide)  # depthwise kernels: thousands of them
     elif chosen.method == "rational":
         polar = _rational(wide)
     else:
-        polar = (_svd if chosen.method == "svd" else _gram)(_over_length(wide))
+        polar = (_svd if chosen.method == "svd" else _gram)(over_length(wide))
     return (polar.mT if tall else polar).to(g.dtype)
 
 
-def _over_length(x: Tensor) -> Tensor:
-    """Each matrix over its Frobenius norm, so that all singular values are in [0, 1]; 0 for 0."""
-    length = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+def over_length(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
+    """A tensor over its Euclidean length along some axes; 0 for 0."""
+    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     sound = _is_sound(length)
     if x.device.type == "cpu" and sound.all():
         return x / length
-    largest = x.abs().amax((-2, -1), keepdim=True)  # squares may have overflowed, or underflowed
+    largest = x.abs().amax(dim, keepdim=True)  # squares may have overflowed, or underflowed
     scaled = x / torch.where(largest == 0, 1, largest)
-    length_scaled = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    length_scaled = torch.linalg.vector_norm(scaled, dim=dim, keepdim=True)
     scaled = scaled / torch.where(length_scaled == 0, 1, length_scaled)
-    return torch.where(sound, x / length, scaled)  # no matrix depends on the others
+    return torch.where(sound, x / length, scaled)  # none depends on the others
 
 
 def _is_sound(length: Tensor) -> Tensor:
@@ -261,18 +264,23 @@ def _rational_of_one(x: Tensor) -> Tensor:
     gram = x @ x.mT
     size = torch.linalg.matrix_norm(gram)
     if not _is_sound(size.sqrt()):
-        x = _over_length(x)
+        x = over_length(x)
         gram = x @ x.mT
         size = torch.linalg.matrix_norm(gram)
         if size == 0 or not size.isfinite():
             return x
     root, inner, is_enough = _inverse_root(gram / size)
     if is_enough:
-        return (root @ x).div_(size.sqrt())
+        return _times(root, x).div_(size.sqrt())
     # The spectrum is too broad for the poles, but they have narrowed it: f(X) has the same U Vᵀ.
-    narrow = (root @ x).div_(size.sqrt() * (1 + _DELTA))
+    narrow = _times(root, x).div_(size.sqrt() * (1 + _DELTA))
     root, _, is_enough = _inverse_root(narrow @ narrow.mT, inner)
-    return root @ narrow if is_enough else _gram(x).to(x.dtype)
+    return _times(root, narrow) if is_enough else _gram(x).to(x.dtype)
+
+
+def _times(root: Tensor, x: Tensor) -> Tensor:
+    """Root X, in X's order in memory, so that what is stored as Xᵀ is moved by whole lines."""
+    return root @ x if x.stride(-1) == 1 else (x.mT @ root.mT).mT
 
 
 def _inverse_root(gram: Tensor, inner: float | None = None) -> tuple[Tensor, float, bool]:
@@ -289,7 +297,7 @@ def _inverse_root(gram: Tensor, inner: float | None = None) -> tuple[Tensor, flo
     Returns:
         The root, ⟨X, f(X)⟩, and whether the efficiency is certain to be [`EFFICIENCY`].
     """
-    lost_share = 1.0 if inner is None else _NARROWED
+    share, total = (1.0, 0.0) if inner is None else (_NARROWED, inner)
     trace = gram.diagonal().sum(dtype=torch.float64).item()
     inverses: list[Tensor] = []
     small: list[float] = []  # Σ t / (σ² + t)
@@ -302,31 +310,33 @@ def _inverse_root(gram: Tensor, inner: float | None = None) -> tuple[Tensor, flo
                 return torch.zeros_like(gram), 0.0, False
             inverses.append(torch.cholesky_inverse(factor))
             small.append(t * inverses[-1].diagonal().sum(dtype=torch.float64).item())
-        if lost_share == 1:
-            inner = (
-                c0 * trace
-                + c1
-                + sum(w * (len(gram) - s) for w, s in zip(weights, small, strict=True))
-            )
+        if inner is None:
+            parts = (w * (len(gram) - s) for w, s in zip(weights, small, strict=True))
+            total = c0 * trace + c1 + sum(parts)
         u, t = POLES[len(weights) - 2 : len(weights)]
         below = (u * small[-1] - t * small[-2]) / (u - t)  # Σ t u / (σ² + t) (σ² + u)
-        bound = inner / (inner + lost_share * lost * below) * (1 - _DELTA) / (1 + _DELTA)
+        bound = total / (total + share * lost * below) * (1 - _DELTA) / (1 + _DELTA)
         if bound >= EFFICIENCY:
             break
     root = c1 * gram
     root.diagonal().add_(c0)
     for w, inverse in zip(weights, inverses, strict=True):
         root.add_(inverse, alpha=w)
-    return root, inner, bound >= EFFICIENCY
+    return root, total, bound >= EFFICIENCY
 
 
 _RESTART = 4  # steps after which rounding in a Gram matrix would begin to show
-_FEW = 6  # steps that can do without, if the rounding makes no eigenvalue negative
 
 
-def _segments(steps: int) -> int:
-    """How often an iteration on Gram matrices starts anew."""
-    return 1 if steps <= _FEW else math.ceil(steps / _RESTART)
+def _segments(method: str, m: int, steps: int) -> int:
+    """How often an iteration on Gram matrices starts: once where [`_SHIFT`] does."""
+    is_shifted = method == "polar_express" and steps <= 7 and m <= 100
+    return 1 if is_shifted else math.ceil(steps / _RESTART)
+
+
+_SHIFT = 2.0
+"""In units of eps, what is added to a Gram matrix of trace 1, so that rounding makes no eigenvalue
+negative. It takes 1.5e-4 at most from a singular value, of which m <= 100 amount to 1.5 %."""
 
 
 def _by_gram(m: int, n: int, on_cpu: bool) -> bool:
@@ -337,16 +347,18 @@ def _by_gram(m: int, n: int, on_cpu: bool) -> bool:
     return on_cpu and 2 * n > 5 * m
 
 
-def _iterate(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
+def _iterate(x: Tensor, chosen: Plan) -> Tensor:
     """Odd polynomials of wide X, each one p(X) = a X + (b X Xᵀ + c (X Xᵀ)²) X = q(X Xᵀ) X."""
+    polynomials = POLYNOMIALS[chosen.method][: chosen.steps]
     flat = x.reshape(-1, *x.shape[-2:])
     on_cpu = x.device.type == "cpu"
-    if _by_gram(*flat.shape[-2:], on_cpu):
-        return _iterate_by_gram(flat, polynomials).reshape(x.shape)
+    if _by_gram(flat.shape[-2], flat.shape[-1], on_cpu):
+        count = _segments(chosen.method, flat.shape[-2], chosen.steps)
+        return _iterate_by_gram(flat, polynomials, count).reshape(x.shape)
     parts = flat.split(max(1, CACHE // flat[0].numel())) if on_cpu else [flat]
     done = []
     for part in parts:
-        part = _over_length(part)
+        part = over_length(part)
         for a, b, c in polynomials:
             gram = torch.bmm(part, part.mT)
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -355,23 +367,22 @@ def _iterate(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
     return (done[0] if len(done) == 1 else torch.cat(done)).reshape(x.shape)
 
 
-def _iterate_by_gram(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
+def _iterate_by_gram(x: Tensor, polynomials: tuple[Polynomial, ...], count: int) -> Tensor:
     """The same for a batch (k, m, n) of long X: the factors q are multiplied among themselves.
 
     R ← q R q takes the place of X Xᵀ (as in the package gram-newton-schulz), and X is multiplied
-    every few steps.
+    `count` times.
     """
     gram = torch.bmm(x, x.mT)
     length = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
     sound = _is_sound(length)
     if not sound.all():
-        x = torch.where(sound, x, _over_length(x))
+        x = torch.where(sound, x, over_length(x))
         gram = torch.bmm(x, x.mT)
         length = torch.where(sound, length, 1)
     gram = gram / length.square()
-    if len(polynomials) <= _FEW:
-        gram.diagonal(dim1=-2, dim2=-1).add_(2 * torch.finfo(gram.dtype).eps)
-    count = _segments(len(polynomials))
+    if count == 1:
+        gram.diagonal(dim1=-2, dim2=-1).add_(_SHIFT * torch.finfo(gram.dtype).eps)
     size = math.ceil(len(polynomials) / count)
     for start in range(0, len(polynomials), size):
         gram = torch.bmm(x, x.mT) if start else gram
@@ -381,5 +392,5 @@ def _iterate_by_gram(x: Tensor, polynomials: tuple[Polynomial, ...]) -> Tensor:
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
             whole = torch.bmm(whole, factor) if i else factor
-        x = torch.bmm(whole if start else whole / length, x)
+        x = _times(whole if start else whole / length, x)
     return x

@@ -200,6 +200,8 @@ def create_normopt_optimizer(
     step_size: StepSize | str | None = None,
     heads: bool | str = False,
     on_mismatch: str = "error",
+    momentum_dtype: str = "float32",
+    rounding: str = "nearest",
     **changes: Any,
 ) -> NormOpt:
     """Make the optimizer for a model: find the roles, give each its rule.
@@ -214,6 +216,8 @@ def create_normopt_optimizer(
             `"escape_velocity/per_role:true"`.
         heads: whether each attention head is an operator of its own.
         on_mismatch: what to do with a checkpoint that does not fit, see [`NormOpt`].
+        momentum_dtype: how momenta are kept, see [`NormOpt`].
+        rounding: how weights in 16 bits take a step, see [`NormOpt`].
         changes: of the preset's rules. `FIELD=value` changes all roles, `FIELD_ROLE=value` one role
             or kind, where FIELD is `lr` (a multiplier), `momentum`, `nesterov`, `norm`, `scale`,
             `decay` or `schedule` (`"wsd/decay:0.2"`); `beta1`, `beta2` and `eps` change the rules
@@ -253,11 +257,19 @@ def create_normopt_optimizer(
         weight_decay=weight_decay,
         step_size=size or chosen.step_size,
         on_mismatch=on_mismatch,
+        momentum_dtype=momentum_dtype,
+        rounding=rounding,
     )
     optimizer.origin = {"preset": preset, "lr": lr, "weight_decay": weight_decay, **changes} | {
         name: value
-        for name, value in (("overrides", overrides), ("step_size", size), ("heads", heads))
-        if value
+        for name, value, usual in (
+            ("overrides", overrides or None, None),
+            ("step_size", size, None),
+            ("heads", heads, False),
+            ("momentum_dtype", momentum_dtype, "float32"),
+            ("rounding", rounding, "nearest"),
+        )
+        if value != usual
     }
     return optimizer
 

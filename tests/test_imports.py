@@ -14,6 +14,7 @@ ROWS = [
     {
         "orthogonalize",
         "layouts",
+        "precision",
         "interpreter",
         "values",
         "sharding",

@@ -177,7 +177,7 @@ def test_scales(scale):
             optimizer.step()
             update = start - p.detach()
             if scale == "norm":
-                assert norm.norm(update).item() == pytest.approx(1, rel=1e-4)
+                assert norm.norm(update).item() == pytest.approx(1, rel=2e-3)
             elif scale == "adamw":
                 assert update.square().mean().sqrt().item() == pytest.approx(ADAMW_RMS, rel=1e-4)
             else:
@@ -634,7 +634,7 @@ def test_what_moves_at_a_time(monkeypatch):
         many = moves.moves_of(group, optimizer.rule_of(group), optimizer.state)
         return [[tuple(m.param.shape) for m in part] for ms in many for part in moves.parts(ms)]
 
-    assert shapes("linear", (64, 64), 40) == [[(64, 64)] * 32, [(64, 64)] * 8]
+    assert shapes("linear", (64, 64), 200) == [[(64, 64)] * 128, [(64, 64)] * 72]
     assert shapes("linear", (512, 512), 2) == [[(512, 512)]] * 2  # one operator cannot be divided
     assert shapes("embedding", (5000, 128), 1) == [[(2048, 128)], [(2048, 128)], [(904, 128)]]
     assert shapes("head", (5000, 128), 1) == [[(2048, 128)], [(2048, 128)], [(904, 128)]]

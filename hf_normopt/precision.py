@@ -1,0 +1,148 @@
+"""Momenta in few bits, and weights in 16 bits that lose no small step.
+
+All arithmetic is in float32 at least; here is what is kept of its results.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+logger = logging.getLogger(__name__)
+warn_once = cache(logger.warning)
+
+MOMENTUM_DTYPES = ("float32", "bfloat16", "8bit")
+"""8bit: blocks of [`BLOCK`] entries with a scale each (Dettmers et al. 2022, arXiv 2110.02861), by
+torchao. What is smaller than 4096 entries, or no whole number of blocks, is in float32."""
+
+BLOCK = 256
+
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+"""How weights in 16 bits take a step. A step below half of a weight's last bit is lost to "nearest"
+(in bfloat16 1/512 of the weight). "stochastic" rounds up as often as is right on average; "kahan"
+keeps what was rounded off, two more bytes for each weight, and adds it to the next step."""
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """Momenta and statistics are computed in float32 at least."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def is_low(p: Tensor) -> bool:
+    """Whether the weights have fewer bits than their arithmetic."""
+    return p.dtype != state_dtype(p)
+
+
+def check_precision(params: Iterable[Tensor], momentum_dtype: str, rounding: str) -> None:
+    """Complain about what cannot be done, and say once what will be lost.
+
+    Raises:
+        ValueError: for an unknown name, or a dtype that cannot be rounded so.
+        ImportError: if torchao is needed and missing.
+    """
+    for name, value, known in (
+        ("momentum_dtype", momentum_dtype, MOMENTUM_DTYPES),
+        ("rounding", rounding, ROUNDINGS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, found {value!r}.")
+    if momentum_dtype == "8bit":
+        _state_8bit()
+    low = [p for p in params if is_low(p)]
+    if rounding == "stochastic" and any(p.dtype != torch.bfloat16 for p in low):
+        dtypes = {str(p.dtype) for p in low}
+        raise ValueError(
+            f'rounding="stochastic" is for bfloat16 and found {", ".join(sorted(dtypes))}: '
+            'use rounding="kahan".'
+        )
+    if rounding == "nearest" and low:
+        warn_once(
+            "Some weights are %s, and rounding is to the nearest: a step that is smaller than half "
+            "of a weight's last bit (1/512 of the weight for bfloat16) has no effect. With "
+            'rounding="stochastic" or "kahan" (optim_args="rounding=kahan") it has, and with '
+            "float32 weights.",
+            low[0].dtype,
+        )
+
+
+def _state_8bit() -> Any:
+    """Torchao's tensor of 8-bit blocks; an import also lets `torch.load` read it."""
+    try:
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError as error:
+        raise ImportError(
+            f'momentum_dtype="8bit" needs torchao: pip install "hf_normopt[torchao]" ({error}).'
+        ) from error
+    return OptimState8bit
+
+
+def new_momentum(p: Tensor, momentum_dtype: str) -> Tensor:
+    """Zeros of the shape of p."""
+    local = p.to_local() if isinstance(p, DTensor) else p
+    if momentum_dtype == "8bit" and local.numel() >= 4096 and local.numel() % BLOCK == 0:
+        zeros = _state_8bit().zeros(
+            local.shape, block_size=BLOCK, device=local.device, dtype=state_dtype(p)
+        )
+        if isinstance(p, DTensor):
+            return DTensor.from_local(
+                zeros, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+            )
+        momentum: Tensor = zeros
+        return momentum
+    dtype = torch.bfloat16 if momentum_dtype == "bfloat16" else state_dtype(p)
+    return torch.zeros_like(p, dtype=dtype)
+
+
+def widened(momentum: Tensor, dtype: torch.dtype) -> Tensor:
+    """A momentum in full precision: a copy, or itself if that is how it is kept."""
+    kept = momentum.to_local() if isinstance(momentum, DTensor) else momentum
+    if not hasattr(kept, "block_size"):
+        return momentum.to(dtype)
+    wide: Tensor = kept.dequantize().to(dtype)
+    if isinstance(momentum, DTensor):
+        mesh, placements = momentum.device_mesh, momentum.placements
+        return DTensor.from_local(
+            wide, mesh, placements, shape=momentum.shape, stride=momentum.stride()
+        )
+    return wide
+
+
+def write_inplace(
+    p: Tensor,
+    update: Tensor,
+    rate: Tensor | float,
+    kept: Tensor | float,
+    rounding: str,
+    state: Mapping[str, Tensor],
+    noise: torch.Generator,
+) -> None:
+    """P ← kept · p - rate · update in float32, rounded to the 16 bits of p."""
+    compensation = state["compensation"] if rounding == "kahan" else None
+    p, update, compensation = map(_local, (p, update, compensation))
+    exact = p.to(update.dtype)
+    if compensation is not None:
+        exact += compensation
+    exact.mul_(kept).sub_(update * rate)
+    rounded = _stochastic(exact, noise) if rounding == "stochastic" else exact.to(p.dtype)
+    if compensation is not None:
+        compensation.copy_(exact - rounded)
+    p.copy_(rounded)
+
+
+def _local(tensor: Any) -> Any:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _stochastic(exact: Tensor, noise: torch.Generator) -> Tensor:
+    """To bfloat16, the upper half of a float32's bits, by adding noise to the lower half."""
+    bits = exact.view(torch.int32)
+    random = torch.randint(
+        1 << 16, bits.shape, generator=noise, dtype=torch.int32, device=bits.device
+    )
+    return ((bits + random) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
