@@ -79,12 +79,12 @@ class Norm:
         """The norm of each operator: `(..., fan_out, fan_in)` to `(...)`."""
         return _homogeneous(self._norm, _wide(w)) * self.unit(*w.shape[-2:])
 
-    def lmo(self, g: Tensor) -> Tensor:
-        """The unit-norm operator of largest inner product with g, in g's dtype; 0 for g = 0.
+    def lmo(self, g: Tensor, size: float = 1.0) -> Tensor:
+        """The operator of norm `size` of largest inner product with g, in g's dtype; 0 for g = 0.
 
         For [`Spectral`] to the accuracy of its method.
         """
-        return self._lmo(_wide(g)).div_(self.unit(*g.shape[-2:])).to(g.dtype)
+        return self._lmo(_wide(g)).mul_(size / self.unit(*g.shape[-2:])).to(g.dtype)
 
     def dual_norm(self, g: Tensor) -> Tensor:
         """The dual norm of each operator, ⟨g, lmo(g)⟩: `(..., fan_out, fan_in)` to `(...)`."""

@@ -191,25 +191,28 @@ class NormOpt(torch.optim.Optimizer):
         """Move the parameters of groups that share one η, whose memory is in the first of them."""
         size, memory = self.step_size, groups[0]["memory"]
         moves = [
-            many for group in groups for many in moves_of(group, self.rule_of(group), self.state)
+            move for group in groups for move in moves_of(group, self.rule_of(group), self.state)
         ]
         weight = size.weight(memory)
         if size.needs_dual:
-            for many in moves:
-                advance_inplace(many, weight, weight)
-        seen = [
-            measured for m in chain(*moves) if (measured := size.observe(m, weight)) is not None
-        ]
-        sums = sum(measured.to(seen[0].device) for measured in seen) if seen else None
-        eta = size.advance_inplace(memory, sums) if isinstance(sums, Tensor) else weight
-        whole = size.needs_dual or self.observer is not None
-        for many in moves if whole else chain(*map(parts, moves)):
+            for move in moves:
+                advance_inplace(move, weight, weight)
+        eta: Tensor | float = weight
+        if not isinstance(size, Fixed):
+            single = chain(*(move.each() for move in moves))
+            seen = [seen for m in single if (seen := size.observe(m, weight)) is not None]
+            if seen:
+                sums = sum(measured.to(seen[0].device) for measured in seen)
+                assert isinstance(sums, Tensor)
+                eta = size.advance_inplace(memory, sums)
+        is_whole = size.needs_dual or self.observer is not None
+        for move in moves if is_whole else chain(*map(parts, moves)):
             if not size.needs_dual:
-                advance_inplace(many, weight, size.weight(memory))
+                advance_inplace(move, weight, size.weight(memory))
             if self.observer is not None:
-                for move in many:
-                    self.observer(move, eta)
-            apply_inplace(many, eta, self._noise)
+                for one in move.each():
+                    self.observer(one, eta)
+            apply_inplace(move, eta, self._noise)
 
     def _noise(self, device: torch.device) -> torch.Generator:
         """What a rounding draws from: the same in every process, and when a run is resumed."""

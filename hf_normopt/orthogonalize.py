@@ -13,13 +13,15 @@ Three families of methods, each a function f of the singular values, 1 where it 
   key of [`POLYNOMIALS`].
 
 What a method loses is stated as the efficiency of the oracle, ⟨G, O⟩ / (‖O‖ ‖G‖†), which is 1 for
-U Vᵀ. `auto` takes the cheapest method, by the costs in [`WORK`], that has 0.98 on every spectrum.
+U Vᵀ. `auto` takes the cheapest method, by the costs in [`WORK`], that has 0.98 on every spectrum
+(0.97 for small matrices).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,6 +53,14 @@ POLYNOMIALS: dict[str, tuple[Polynomial, ...]] = {
             )
         ),
         *((1.875, -1.25, 0.375),) * 8,
+    ),
+    # The same construction in five steps for singular values in [3e-3, 1], with 1.002.
+    "polar_express_5": (
+        (8.366941560345492, -24.617917004235863, 18.174619679715985),
+        (4.035350182151393, -2.993408907358642, 0.5638510917544739),
+        (3.4985740302800616, -2.6109580742907963, 0.5204939381316775),
+        (2.4851452499549755, -1.8233130082025821, 0.43249242681732586),
+        (1.917776271014647, -1.2967503137814849, 0.3797049603090754),
     ),
 }
 
@@ -92,7 +102,7 @@ CACHE = 2**16
 """Entries that stay in a core's cache: small matrices are computed so many at a time."""
 
 EFFICIENCY = 0.98
-"""The least efficiency of `auto`, on every spectrum."""
+"""The least efficiency of `auto`, on every spectrum, but for small matrices, see `accuracy`."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,7 @@ class Plan:
     work: float
 
 
+@lru_cache
 def plan(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
@@ -122,29 +133,34 @@ def plan(
     m, n, count = min(rows, columns), max(rows, columns), math.prod(batch)
     on_cpu = torch.device(device).type == "cpu"
     if method == "auto":
-        exact = dtype == torch.float64 or (accuracy or 0) > EFFICIENCY or m <= 1
-        if exact:
-            method = "svd" if dtype == torch.float64 else "gram"
+        if dtype == torch.float64:
+            method = "svd"
+        elif (accuracy or 0) > EFFICIENCY or m <= 1:
+            method = "gram"
         else:
-            methods = ("polar_express", "rational") if on_cpu else ("polar_express",)
-            method = min(methods, key=lambda name: _work(name, m, n, _steps(m), on_cpu))
-        steps = _steps(m) if method == "polar_express" else 0
+            methods = ["polar_express"]
+            if on_cpu:
+                methods.append("rational")
+            if m <= 40 or (m <= 64 and accuracy is None):
+                methods.append("polar_express_5")
+            method = min(methods, key=lambda name: _work(name, m, n, _steps(name, m), on_cpu))
+        steps = _steps(method, m)
     else:
         steps = len(POLYNOMIALS.get(method, ()))
     return Plan(method, steps, count * _work(method, m, n, steps, on_cpu))
 
 
-def _steps(m: int) -> int:
-    """Polynomials of Polar Express that m singular values need.
+def _steps(method: str, m: int) -> int:
+    """Polynomials of an iteration that m singular values need.
 
-    After six of them f is in 0.994 to 1.0012 for σ >= 1e-3, and σ (1 - f(σ)) <= 1.5e-4 below it, of
-    which m values may amount to 1.5e-4 m next to one of 1. Each further one almost halves that.
-    With the seventh f is 1 to five digits, for matrices so small that it costs next to nothing.
+    After six of Polar Express f is in 0.994 to 1.0012 for σ >= 1e-3, and σ (1 - f(σ)) <= 1.5e-4
+    below it, of which m values may amount to 1.5e-4 m next to one of 1. Each further one almost
+    halves that.
     """
-    if m <= 32:
-        return 7
-    more = max(0, math.ceil(math.log(m / 100, 1.875)))
-    return min(6 + more, len(POLYNOMIALS["polar_express"]))
+    most = len(POLYNOMIALS.get(method, ()))
+    if method != "polar_express":
+        return most
+    return min(6 + max(0, math.ceil(math.log(m / 100, 1.875))), most)
 
 
 def _work(method: str, m: int, n: int, steps: int, on_cpu: bool) -> float:
@@ -166,14 +182,14 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
 
     Args:
         g: matrices of shape (..., m, n), any floating dtype; never changed.
-        method: one of [`METHODS`]. `"auto"` is what [`plan`] chooses: on CPUs `polar_express` with
-            as many steps as the size needs for small matrices, and `rational` for others, or where
-            a bound on the efficiency says that this does not do, `gram`; on other devices
-            `polar_express`, in float32: with products in float16 or bfloat16 it fills a null space
-            with singular values of 1. It is exact for float64.
+        method: one of [`METHODS`]. `"auto"` is what [`plan`] chooses: on CPUs `polar_express_5`,
+            or `polar_express` with as many steps as the size needs, for small matrices, and
+            `rational` for others; on other devices only the iterations, in float32: with products
+            in float16 or bfloat16 they fill a null space with singular values of 1. It is exact
+            for float64.
         accuracy: the least LMO efficiency ⟨G, O⟩ / (‖O‖ ‖G‖†) that `"auto"` must give on every
-            spectrum. Every choice that it makes today has at least 0.98; a larger number asks for
-            an exact method.
+            spectrum. By default 0.98, but 0.97 for more than 40 and up to 64 singular values; above
+            0.98 the method is exact.
 
     Returns:
         A tensor of g's shape and dtype, computed in float32 at least. Zero matrices and null spaces
@@ -330,7 +346,7 @@ _RESTART = 4  # steps after which rounding in a Gram matrix would begin to show
 
 def _segments(method: str, m: int, steps: int) -> int:
     """How often an iteration on Gram matrices starts: once where [`_SHIFT`] does."""
-    is_shifted = method == "polar_express" and steps <= 7 and m <= 100
+    is_shifted = method.startswith("polar_express") and steps <= 6 and m <= 100
     return 1 if is_shifted else math.ceil(steps / _RESTART)
 
 
@@ -355,10 +371,10 @@ def _iterate(x: Tensor, chosen: Plan) -> Tensor:
     if _by_gram(flat.shape[-2], flat.shape[-1], on_cpu):
         count = _segments(chosen.method, flat.shape[-2], chosen.steps)
         return _iterate_by_gram(flat, polynomials, count).reshape(x.shape)
+    flat = over_length(flat)
     parts = flat.split(max(1, CACHE // flat[0].numel())) if on_cpu else [flat]
     done = []
     for part in parts:
-        part = over_length(part)
         for a, b, c in polynomials:
             gram = torch.bmm(part, part.mT)
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -100,7 +100,7 @@ def new_momentum(p: Tensor, momentum_dtype: str) -> Tensor:
 
 
 def widened(momentum: Tensor, dtype: torch.dtype) -> Tensor:
-    """A momentum in full precision: a copy, or itself if that is how it is kept."""
+    """A momentum in full precision."""
     kept = momentum.to_local() if isinstance(momentum, DTensor) else momentum
     if not hasattr(kept, "block_size"):
         return momentum.to(dtype)

@@ -26,9 +26,17 @@ from .sharding import gathered
 class Move(Protocol):
     """What a step size may see of a parameter's update before it is made."""
 
-    param: Tensor
     group: dict[str, Any]
-    state: dict[str, Any]
+
+    @property
+    def param(self) -> Tensor:
+        """The parameter."""
+        ...
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is kept for the parameter."""
+        ...
 
     @property
     def grad(self) -> Tensor:

@@ -632,7 +632,9 @@ def test_what_moves_at_a_time(monkeypatch):
         optimizer = NormOpt([{"params": params, "role": role, **options}], policy, lr=0.1)
         group = optimizer.param_groups[0]
         many = moves.moves_of(group, optimizer.rule_of(group), optimizer.state)
-        return [[tuple(m.param.shape) for m in part] for ms in many for part in moves.parts(ms)]
+        return [
+            [tuple(p.shape) for p in part.params] for move in many for part in moves.parts(move)
+        ]
 
     assert shapes("linear", (64, 64), 200) == [[(64, 64)] * 128, [(64, 64)] * 72]
     assert shapes("linear", (512, 512), 2) == [[(512, 512)]] * 2  # one operator cannot be divided
