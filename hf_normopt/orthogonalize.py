@@ -141,7 +141,7 @@ def plan(
             methods = ["polar_express"]
             if on_cpu:
                 methods.append("rational")
-            if m <= 40 or (m <= 64 and accuracy is None):
+            if 8 < m <= (64 if accuracy is None else 40):
                 methods.append("polar_express_5")
             method = min(methods, key=lambda name: _work(name, m, n, _steps(name, m), on_cpu))
         steps = _steps(method, m)
@@ -155,12 +155,12 @@ def _steps(method: str, m: int) -> int:
 
     After six of Polar Express f is in 0.994 to 1.0012 for σ >= 1e-3, and σ (1 - f(σ)) <= 1.5e-4
     below it, of which m values may amount to 1.5e-4 m next to one of 1. Each further one almost
-    halves that.
+    halves that. Up to eight values get a seventh, which costs nothing, and are 1 to five digits.
     """
     most = len(POLYNOMIALS.get(method, ()))
     if method != "polar_express":
         return most
-    return min(6 + max(0, math.ceil(math.log(m / 100, 1.875))), most)
+    return 7 if m <= 8 else min(6 + max(0, math.ceil(math.log(m / 100, 1.875))), most)
 
 
 def _work(method: str, m: int, n: int, steps: int, on_cpu: bool) -> float:
@@ -346,7 +346,7 @@ _RESTART = 4  # steps after which rounding in a Gram matrix would begin to show
 
 def _segments(method: str, m: int, steps: int) -> int:
     """How often an iteration on Gram matrices starts: once where [`_SHIFT`] does."""
-    is_shifted = method.startswith("polar_express") and steps <= 6 and m <= 100
+    is_shifted = method.startswith("polar_express") and steps <= 7 and m <= 100
     return 1 if is_shifted else math.ceil(steps / _RESTART)
 
 

