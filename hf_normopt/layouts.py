@@ -78,10 +78,10 @@ class Layout:
         axes = (axis for axes in _parse(self.pattern) for axis in axes)
         return math.prod(axis.sizes[0] for axis in axes if axis.name == "tap")
 
-    @property
-    def first(self) -> str:
-        """What the first stored axis is: "out", "in" or "batch"; "" if it is divided."""
-        axes = _parse(self.pattern)[0]
+    def axis(self, i: int) -> str:
+        """What the i-th stored axis is: "out", "in" or "batch"; "" if it is divided or absent."""
+        stored = _parse(self.pattern)
+        axes = stored[i] if i < len(stored) else ()
         return axes[0].kind if len(axes) == 1 and not axes[0].sizes else ""
 
     def fits(self, shape: tuple[int, ...]) -> bool:

@@ -24,7 +24,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .layouts import Layout
-from .precision import BLOCK, is_low, new_momentum, state_dtype, widened, write_inplace
+from .precision import (
+    BLOCK,
+    is_low,
+    new_compensation,
+    new_momentum,
+    state_dtype,
+    widened,
+    write_inplace,
+)
 from .rules import SCALES, Rule, bias_correction
 from .sharding import gathered, sharded_like
 
@@ -55,6 +63,11 @@ class Move:
     def alone(self) -> bool:
         """Whether it is the move of one parameter."""
         return len(self.params) == 1
+
+    @property
+    def stacked_layout(self) -> Layout:
+        """How `smooth` and `direction` are read."""
+        return self.layout if self.alone else _layout(f"many {self.layout}")
 
     def each(self) -> Iterator[Move]:
         """The moves of single parameters, which have `param`, `state` and `grad`."""
@@ -129,7 +142,7 @@ def parts(move: Move) -> Iterator[Move]:
         or (p.numel() <= PART and not gradient.is_sparse)
         or rule.statistic is not None
         or rule.scale == "muon"  # asks for the whole shape
-        or move.layout.first not in rule.norm.independent
+        or move.layout.axis(0) not in rule.norm.independent
     ):
         yield move
         return
@@ -146,7 +159,7 @@ def parts(move: Move) -> Iterator[Move]:
     row = p.numel() // len(p)
     aligned = BLOCK // math.gcd(BLOCK, row)  # rows that make up whole blocks
     count = max(1, PART // row // aligned) * aligned
-    whole = _kept(move, 0)
+    whole = kept(move, 0)
     for i in range(0, len(p), count):
         at = slice(i, min(i + count, len(p)))
         state = {key: value[at] for key, value in whole.items()}
@@ -158,14 +171,9 @@ def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) ->
 
     `unit` is what the weights amount to in the step, for the statistic's eps.
     """
-    rule, layout = move.rule, move.layout
-    gradients = [_dense(gradient) for gradient in move.gradients]
-    grad = (gradients[0] if move.alone else torch.stack(gradients)).to(state_dtype(move.param))
-    if not (isinstance(weight, float) and weight == 1):
-        grad = grad * weight
-    is_needed = rule.statistic is not None  # as it is
-    move.smooth = gathered(_momenta_inplace(move, grad.clone() if is_needed else grad))
-    layout = layout if move.alone else _layout(f"many {layout}")
+    rule, layout = move.rule, move.stacked_layout
+    smooth, grad = smooth_inplace(move, weight)
+    move.smooth = gathered(smooth)
     operators = layout.to_operators(move.smooth)
     if rule.statistic is None:
         found = [rule.norm.lmo(operator, move.scale(operator)) for operator in operators]
@@ -174,6 +182,16 @@ def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) ->
         ratios = _over_statistics_inplace(move, operators, received, unit)
         found = [ratio.mul_(move.scale(ratio)) for ratio in ratios]
     move.direction = layout.from_operators(tuple(found), tuple(move.smooth.shape))
+
+
+def smooth_inplace(move: Move, weight: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Advance the momenta; return what the norm receives, and the weighted gradient."""
+    gradients = [_dense(gradient) for gradient in move.gradients]
+    grad = (gradients[0] if move.alone else torch.stack(gradients)).to(state_dtype(move.param))
+    if not (isinstance(weight, float) and weight == 1):
+        grad = grad * weight
+    is_needed = move.rule.statistic is not None  # as it is
+    return _momenta_inplace(move, grad.clone() if is_needed else grad), grad
 
 
 def apply_inplace(
@@ -186,12 +204,13 @@ def apply_inplace(
     decay = group["weight_decay"]
     rate = step * group["multiplier"]
     direction = sharded_like(move.direction, move.param) if move.alone else move.direction
-    del move.smooth, move.direction
+    vars(move).pop("smooth", None)
+    del move.direction
     if is_low(params[0]):
         for i, p in enumerate(params):
             update = direction if move.alone else direction[i]
-            kept, generator = _kept(move, i), noise(p.device)
-            write_inplace(p, update, rate, 1 - step * decay, group["rounding"], kept, generator)
+            state, generator = kept(move, i), noise(p.device)
+            write_inplace(p, update, rate, 1 - step * decay, group["rounding"], state, generator)
     elif decay and not isinstance(step, Tensor):  # towards -multiplier / decay · direction
         goals = direction.mul_(-group["multiplier"] / decay)
         torch._foreach_lerp_(params, [goals] if move.alone else goals.unbind(), step * decay)
@@ -209,19 +228,19 @@ def _dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
-def _kept(move: Move, i: int) -> dict[str, Tensor]:
+def kept(move: Move, i: int) -> dict[str, Tensor]:
     """The momentum of the i-th parameter and what its rounding keeps, both of which start at 0."""
     state, p, group = move.states[i], move.params[i], move.group
-    kept = {}
+    own = {}
     if move.rule.momentum:
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = new_momentum(p, group["momentum_dtype"])
-        kept["momentum_buffer"] = state["momentum_buffer"]
+        own["momentum_buffer"] = state["momentum_buffer"]
     if group["rounding"] == "kahan" and is_low(p):
         if "compensation" not in state:
-            state["compensation"] = torch.zeros_like(p)
-        kept["compensation"] = state["compensation"]
-    return kept
+            state["compensation"] = new_compensation(p)
+        own["compensation"] = state["compensation"]
+    return own
 
 
 def _momenta_inplace(move: Move, grad: Tensor) -> Tensor:
@@ -233,7 +252,7 @@ def _momenta_inplace(move: Move, grad: Tensor) -> Tensor:
     if not rule.momentum:
         return grad
     grads = [grad] if move.alone else list(grad.unbind())
-    buffers = [_kept(move, i)["momentum_buffer"] for i in range(len(grads))]
+    buffers = [kept(move, i)["momentum_buffer"] for i in range(len(grads))]
     is_wide = move.group["momentum_dtype"] == "float32"
     smooth = buffers if is_wide else [widened(buffer, grad.dtype) for buffer in buffers]
     torch._foreach_lerp_(smooth, grads, 1 - rule.momentum)

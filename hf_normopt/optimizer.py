@@ -9,24 +9,36 @@ group's `weight_decay` is the optimizer's times the rule's `decay`.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .checkpoints import ON_MISMATCH, describe, matched, some
+from .exchange import exchanged_inplace, is_exchanged, is_shared, localized, shared_inplace
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
 from .moves import Move, advance_inplace, apply_inplace, moves_of, parts
-from .precision import check_precision, new_momentum, state_dtype, widened
+from .precision import check_precision, is_low, loaded_momentum, new_compensation, state_dtype
 from .roles import ROLES, ParamSpec
 from .rules import Policy, Rule, check_total, policy_key
-from .sharding import NEEDS_WHOLE_MATRICES
+from .sharding import (
+    NEEDS_WHOLE_MATRICES,
+    agree,
+    groups_of,
+    hold_the_same,
+    local,
+    replicas,
+)
 from .step_sizes import Fixed, StepSize
 from .tables import fold_names, format_table
+
+logger = logging.getLogger(__name__)
 
 
 class NormOpt(torch.optim.Optimizer):
@@ -49,6 +61,8 @@ class NormOpt(torch.optim.Optimizer):
 
     Attributes:
         origin: the arguments of `create_normopt_optimizer` that made it, for records.
+        replicas: the ranks that hold the same parameters and gradients and share the work; those of
+            accelerate's DDP if it is not set.
         observer: called with each [`Move`] and η before the move is made; for telemetry.
 
     Each parameter's state is one momentum buffer; none where the rule's momentum is 0; and the
@@ -63,6 +77,8 @@ class NormOpt(torch.optim.Optimizer):
 
     origin: Mapping[str, Any] = {}
     observer: Callable[[Move, Tensor | float], None] | None = None
+    replicas: ProcessGroup | None = None
+    _are_same: bool | None = None
 
     def __init__(
         self,
@@ -179,7 +195,7 @@ class NormOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        self._check_shapes()
+        self._agree()
         self._count_inplace()
         self._noises: dict[torch.device, torch.Generator] = {}
         groups = self.param_groups
@@ -193,10 +209,11 @@ class NormOpt(torch.optim.Optimizer):
         moves = [
             move for group in groups for move in moves_of(group, self.rule_of(group), self.state)
         ]
-        weight = size.weight(memory)
+        weight, keep = size.weight(memory), size.needs_dual or self.observer is not None
+        directed: Iterable[Move] = []
         if size.needs_dual:
-            for move in moves:
-                advance_inplace(move, weight, weight)
+            moves = list(self._directed(moves, weight, weight, keep))
+            directed = moves
         eta: Tensor | float = weight
         if not isinstance(size, Fixed):
             single = chain(*(move.each() for move in moves))
@@ -205,14 +222,63 @@ class NormOpt(torch.optim.Optimizer):
                 sums = sum(measured.to(seen[0].device) for measured in seen)
                 assert isinstance(sums, Tensor)
                 eta = size.advance_inplace(memory, sums)
-        is_whole = size.needs_dual or self.observer is not None
-        for move in moves if is_whole else chain(*map(parts, moves)):
-            if not size.needs_dual:
-                advance_inplace(move, weight, size.weight(memory))
+        if not size.needs_dual:
+            directed = self._directed(moves, weight, size.weight(memory), keep)
+        for move in directed:
             if self.observer is not None:
                 for one in move.each():
                     self.observer(one, eta)
             apply_inplace(move, eta, self._noise)
+
+    def _directed(
+        self, moves: list[Move], weight: Tensor | float, unit: Tensor | float, keep: bool
+    ) -> Iterator[Move]:
+        """The moves with their directions, each found by who is to find it.
+
+        With `keep` they come whole, and with what the norm received.
+        """
+        ranks, shared, exchanged, rest = self._ranks, [], [], []
+        for move in moves:
+            shard = None if keep else localized(move)
+            if ranks is not None and is_shared(move):
+                shared.append(move)
+            elif shard is None and not keep and is_exchanged(move):
+                exchanged.append(move)
+            else:
+                rest.append(shard or move)
+        if ranks is not None:
+            yield from shared_inplace(shared, ranks, weight, keep)
+        yield from exchanged_inplace(exchanged, weight)
+        for move in rest if keep else chain(*map(parts, rest)):
+            advance_inplace(move, weight, unit)
+            yield move
+
+    def _agree(self) -> None:
+        """Find the ranks that share the work, and make sure that all will do the same.
+
+        Raises:
+            RuntimeError: on every rank, if any has a parameter that it cannot move.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._ranks = self._replicas(params)
+        groups = groups_of(params, self._ranks)
+        found = agree(params, groups, self._complaint())
+        for p, has_gradient in zip(params, found, strict=True):
+            if has_gradient and p.grad is None:  # another rank has one
+                p.grad = torch.zeros_like(p)
+
+    def _replicas(self, params: list[Tensor]) -> ProcessGroup | None:
+        ranks = self.replicas or replicas()
+        if ranks is None or not params:
+            return None
+        if self._are_same is None:
+            text = str(
+                [(g["param_names"], g["param_shapes"], g["rule"]) for g in self.param_groups]
+            )
+            self._are_same = hold_the_same(text, ranks, local(params[0]).device)
+            if not self._are_same:
+                logger.warning("The ranks train different models: each computes all of its step.")
+        return ranks if self._are_same else None
 
     def _noise(self, device: torch.device) -> torch.Generator:
         """What a rounding draws from: the same in every process, and when a run is resumed."""
@@ -244,11 +310,12 @@ class NormOpt(torch.optim.Optimizer):
         resets: list[str] = self.param_groups[0]["resets"]
         return resets
 
-    def _check_shapes(self) -> None:
+    def _complaint(self) -> str:
+        """What is wrong with the parameters' shapes; "" if nothing is."""
         for group in self.param_groups:
             made, now = len(group["param_names"]), len(group["params"])
             if made != now:
-                raise RuntimeError(
+                return (
                     f"The group {group['role']} had {made} parameters when the optimizer was made, "
                     f"and has {now} now. {NEEDS_WHOLE_MATRICES}"
                 )
@@ -256,10 +323,11 @@ class NormOpt(torch.optim.Optimizer):
                 group["param_names"], group["params"], group["param_shapes"], strict=True
             ):
                 if p.grad is not None and tuple(p.shape) != tuple(shape):
-                    raise RuntimeError(
+                    return (
                         f"{name} had the shape {tuple(shape)} when the optimizer was made, and "
                         f"has {tuple(p.shape)} now. {NEEDS_WHOLE_MATRICES}"
                     )
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """The state, with a description of it by which a load checks that it is whole."""
@@ -286,11 +354,13 @@ class NormOpt(torch.optim.Optimizer):
             p, group = pairs[i]
             for key, value in saved.items():
                 if key == "momentum_buffer":
-                    momentum = new_momentum(p, group["momentum_dtype"])
-                    self.state[p][key] = momentum.copy_(widened(value, state_dtype(p)))
+                    self.state[p][key] = loaded_momentum(value, p, group["momentum_dtype"])
+                elif key == "compensation":
+                    del self.state[p][key]
+                    if group["rounding"] == "kahan" and is_low(p):
+                        self.state[p][key] = new_compensation(p).copy_(value)
                 elif key != "step" and isinstance(value, Tensor):
-                    dtype = p.dtype if key == "compensation" else state_dtype(p)
-                    self.state[p][key] = value.to(p.device, dtype, copy=True)
+                    self.state[p][key] = value.to(p.device, state_dtype(p), copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("policy", "step_size", "on_mismatch", "origin", "complaints")  # and no generators

@@ -26,7 +26,8 @@ BLOCK = 256
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 """How weights in 16 bits take a step. A step below half of a weight's last bit is lost to "nearest"
 (in bfloat16 1/512 of the weight). "stochastic" rounds up as often as is right on average; "kahan"
-keeps what was rounded off, two more bytes for each weight, and adds it to the next step."""
+keeps what was rounded off, two more bytes for each weight, and adds it to the next step. For
+bfloat16 this is the lower half of a float32's bits, so that nothing is lost at all."""
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -99,6 +100,20 @@ def new_momentum(p: Tensor, momentum_dtype: str) -> Tensor:
     return torch.zeros_like(p, dtype=dtype)
 
 
+def new_compensation(p: Tensor) -> Tensor:
+    """Zeros for what `write_inplace` keeps under "kahan"."""
+    return torch.zeros_like(p, dtype=torch.int16 if p.dtype == torch.bfloat16 else p.dtype)
+
+
+def loaded_momentum(saved: Tensor, p: Tensor, momentum_dtype: str) -> Tensor:
+    """A checkpoint's momentum as it is kept now; the same bits if it was kept so."""
+    momentum = new_momentum(p, momentum_dtype)
+    own, other = _local(momentum), _local(saved)
+    is_same = type(own) is type(other)
+    own.copy_(other if is_same else _local(widened(saved, state_dtype(p))).to(own.device))
+    return momentum
+
+
 def widened(momentum: Tensor, dtype: torch.dtype) -> Tensor:
     """A momentum in full precision."""
     kept = momentum.to_local() if isinstance(momentum, DTensor) else momentum
@@ -125,14 +140,30 @@ def write_inplace(
     """P ← kept · p - rate · update in float32, rounded to the 16 bits of p."""
     compensation = state["compensation"] if rounding == "kahan" else None
     p, update, compensation = map(_local, (p, update, compensation))
-    exact = p.to(update.dtype)
-    if compensation is not None:
-        exact += compensation
+    if compensation is None:
+        exact = p.to(update.dtype)
+    elif p.dtype == torch.bfloat16:
+        exact = ((_bits(p) << 16) + compensation).view(torch.float32)
+    else:
+        exact = p.to(update.dtype) + compensation
     exact.mul_(kept).sub_(update * rate)
+    if compensation is not None and p.dtype == torch.bfloat16:
+        upper = (_bits(exact) + (1 << 15)) >> 16
+        compensation.copy_(_bits(exact) - (upper << 16))
+        rounded = upper.to(torch.int16).view(torch.bfloat16)
+        p.copy_(torch.where(exact.isnan(), torch.nan, rounded))
+        return
     rounded = _stochastic(exact, noise) if rounding == "stochastic" else exact.to(p.dtype)
     if compensation is not None:
         compensation.copy_(exact - rounded)
     p.copy_(rounded)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bits of a float32, or of a bfloat16, which is the upper half of one."""
+    if tensor.dtype == torch.float32:
+        return tensor.view(torch.int32)
+    return tensor.view(torch.int16).to(torch.int32)
 
 
 def _local(tensor: Any) -> Any:
@@ -141,8 +172,7 @@ def _local(tensor: Any) -> Any:
 
 def _stochastic(exact: Tensor, noise: torch.Generator) -> Tensor:
     """To bfloat16, the upper half of a float32's bits, by adding noise to the lower half."""
-    bits = exact.view(torch.int32)
-    random = torch.randint(
-        1 << 16, bits.shape, generator=noise, dtype=torch.int32, device=bits.device
-    )
-    return ((bits + random) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    bits = _bits(exact)
+    random = torch.randint(1 << 16, bits.shape, generator=noise, device=bits.device)
+    rounded = ((bits + random.to(torch.int32)) & -(1 << 16)).view(torch.float32)
+    return torch.where(exact.isnan(), exact, rounded).to(torch.bfloat16)

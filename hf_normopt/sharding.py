@@ -1,16 +1,23 @@
-"""Parameters that are spread over ranks (FSDP2's `DTensor`): a norm needs the whole operator.
-
-Each rank gathers a parameter's momentum, computes the direction, and keeps its own shard of it. All
-ranks enter the same collectives, parameter by parameter.
-"""
+"""Which ranks hold what: replicas (DDP), and shards of a parameter (`DTensor`: FSDP2, TP, EP)."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+NEEDS_WHOLE_MATRICES = (
+    "FSDP1 and DeepSpeed ZeRO flatten parameters, and a norm needs the whole matrix: use DDP, or "
+    'FSDP2 (fsdp_config={"version": 2}), or ZeRO stage 0.'
+)
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -20,15 +27,100 @@ def gathered(tensor: Tensor) -> Tensor:
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a tensor that every rank has whole, placed as `like` is."""
-    if not isinstance(like, DTensor):
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-NEEDS_WHOLE_MATRICES = (
-    "FSDP1 and DeepSpeed ZeRO flatten parameters, and a norm needs the whole matrix: use DDP, or "
-    'FSDP2 (fsdp_config={"version": 2}), or ZeRO stage 0.'
-)
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds; shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_axes(p: DTensor) -> list[int] | None:
+    """The stored axes along which a parameter is divided; None if it is not placed by axes."""
+    axes = []
+    for placement in p.placements:
+        if isinstance(placement, Replicate):
+            continue
+        dim = getattr(placement, "dim", None)  # of Shard and of _StridedShard, no subclass of it
+        if dim is None:
+            return None
+        axes.append(int(dim))
+    return axes
+
+
+def one_shard(p: DTensor) -> tuple[int, ProcessGroup] | None:
+    """The axis and the ranks that divide it, if that is all."""
+    found = [
+        (placement.dim, p.device_mesh.get_group(i))
+        for i, placement in enumerate(p.placements)
+        if isinstance(placement, Shard)
+    ]
+    rest = sum(isinstance(placement, Replicate) for placement in p.placements)
+    return found[0] if len(found) == 1 and rest == len(p.placements) - 1 else None
+
+
+def shard_sizes(length: int, ranks: int) -> list[int]:
+    """The lengths of a `Shard`'s parts: as torch.chunk, and then empty ones."""
+    size = math.ceil(length / ranks)
+    return [max(0, min(size, length - rank * size)) for rank in range(ranks)]
+
+
+def replicas() -> ProcessGroup | None:
+    """The ranks that hold the same parameters and gradients, as accelerate runs them under DDP."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    state: Any = AcceleratorState() if AcceleratorState._shared_state else None
+    if not str(getattr(state, "distributed_type", "")).partition(".")[2].startswith("MULTI_"):
+        return None  # MULTI_CPU, MULTI_GPU, ...
+    if getattr(state, "parallelism_config", None) is not None:
+        return None
+    return dist.group.WORLD
+
+
+def hold_the_same(text: str, ranks: ProcessGroup, device: torch.device) -> bool:
+    """Whether all ranks have the same text."""
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    ends = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX, group=ranks)
+    return bool(ends.sum() == 0)
+
+
+def groups_of(params: Sequence[Tensor], ranks: ProcessGroup | None) -> list[ProcessGroup]:
+    """The ranks with which this one must do the same: replicas, and those of every mesh."""
+    groups = [] if ranks is None else [ranks]
+    for mesh in dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)):
+        groups += [mesh.get_group(i) for i in range(mesh.ndim)]
+    return [group for group in dict.fromkeys(groups) if dist.get_world_size(group) > 1]
+
+
+def agree(params: Sequence[Tensor], groups: Sequence[ProcessGroup], complaint: str) -> list[bool]:
+    """Which parameters have a gradient on any rank; all ranks fail if one has a complaint.
+
+    So all enter the same collectives, and none waits for a rank that has raised.
+
+    Raises:
+        RuntimeError: with the complaints of all ranks.
+    """
+    marks = [bool(complaint), *(p.grad is not None for p in params)]
+    if groups:
+        device = local(params[0]).device
+        marked = torch.tensor(marks, dtype=torch.int32, device=device)
+        for group in groups:
+            dist.all_reduce(marked, dist.ReduceOp.MAX, group=group)
+        marks = [bool(mark) for mark in marked.tolist()]
+    if marks[0]:
+        found = {dist.get_rank(): complaint} if groups else {0: complaint}
+        for group in groups:
+            everyone: list[dict[int, str]] = [{} for _ in range(dist.get_world_size(group))]
+            dist.all_gather_object(everyone, found, group=group)
+            found = {rank: text for each in everyone for rank, text in each.items()}
+        texts = dict.fromkeys(text for text in found.values() if text)
+        ranks = [str(rank) for rank, text in sorted(found.items()) if text]
+        where = f"On rank {', '.join(ranks)}: " if groups else ""
+        raise RuntimeError(where + " ".join(texts))
+    return marks[1:]
 
 
 def deepspeed_config() -> dict[str, Any]:

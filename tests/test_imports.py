@@ -30,6 +30,7 @@ ROWS = [
     {"roles"},
     {"rules", "step_sizes", "picture", "skeletons"},
     {"moves", "cost"},
+    {"exchange"},
     {"optimizer"},
     {"presets"},
     {"schedules"},

@@ -1,45 +1,295 @@
-"""Ranks over gloo on this machine: the same run as one process, or a refusal."""
+"""Ranks over gloo on this machine: the run of one process, or a refusal on every rank."""
 
 import copy
+import math
+import time
+from datetime import timedelta
+from itertools import chain
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_normopt import DualNorm, EscapeVelocity, create_normopt_optimizer
+from hf_normopt import PRESETS, DualNorm, EscapeVelocity, create_normopt_optimizer, exchange
+from hf_normopt.exchange import assign
+from hf_normopt.orthogonalize import plan
+from hf_normopt.sharding import shard_sizes
 from tests.test_optimizer import batches, llama, train
 
+DATA = [ids % 33 for ids in batches(4)]
 
-def _rank(rank, folder, function):
+
+def _rank(rank, folder, function, world, *args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=100),
+    )
     try:
-        function()
+        function(*args)
     finally:
         dist.destroy_process_group()
 
 
-def _fsdp2_is_one_process():
-    for options in (
-        {"lr": 1e-2, "weight_decay": 0.1},
-        {"lr": 1e-2, "weight_decay": 0.1, "preset": "muon"},
-        {"lr": 1e-2, "preset": "spectral", "step_size": DualNorm(100.0)},
-        {"lr": 1.0, "step_size": EscapeVelocity(1e-4, beta=0.9)},
+def spawn(tmp_path, function, world, *args):
+    folder = tmp_path / f"{function.__name__}{world}"
+    folder.mkdir()
+    mp.spawn(_rank, args=(str(folder), function, world, *args), nprocs=world, join=True)
+
+
+def assert_same(alone, sharded, **tolerance):
+    for (name, p), q in zip(alone.named_parameters(), sharded.parameters(), strict=True):
+        whole = q.full_tensor() if isinstance(q, DTensor) else q
+        wrong = lambda message, name=name: f"{name}: {message}"
+        torch.testing.assert_close(whole, p, **(tolerance or CLOSE), msg=wrong)
+
+
+CLOSE = {"rtol": 1e-3, "atol": 2e-5}
+
+
+class Odd(nn.Module):
+    """Stacked experts, uneven shapes, a single row, a fused matrix, and what is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(33, 17)
+        self.experts = nn.Parameter(torch.randn(5, 17, 9) * 0.1)
+        self.up = nn.Linear(17, 33)
+        self.row = nn.Linear(33, 1, bias=False)
+        self.unused = nn.Linear(4, 3)
+
+    def forward(self, input_ids):
+        x = self.embedding(input_ids)
+        y = torch.einsum("bsi,eio->bseo", x, self.experts).relu().sum(2)
+        x = self.up(x + nn.functional.pad(y, (0, 8))).tanh()
+        return self.row(x).square().mean() + (x - 1).square().mean()
+
+
+def odd(**options):
+    torch.manual_seed(3)
+    model = Odd()
+    overrides = {"experts|up|unused": "linear", "row": "head"}
+    return model, create_normopt_optimizer(model, lr=1e-2, overrides=overrides, **options)
+
+
+def llama33(**options):
+    """Tied weights, and a vocabulary that does not divide."""
+    torch.manual_seed(0)
+    model = llama(vocab_size=33, tie_word_embeddings=True)
+    return model, create_normopt_optimizer(model, **options)
+
+
+def gpt2(**options):
+    """Fused projections, stored transposed."""
+    torch.manual_seed(0)
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 2, "vocab_size": 33, "n_positions": 32}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout, **ends))
+    for block in model.transformer.h:  # the gradient of the keys' is nothing but rounding
+        block.attn.c_attn.bias.requires_grad_(False)
+    return model, create_normopt_optimizer(model, **options)
+
+
+def rate(preset):
+    low, high = PRESETS[preset].learning_rate
+    return {"lr": math.sqrt(low * high), "weight_decay": 0.1}
+
+
+CASES = [
+    *((llama33, {"preset": preset, **rate(preset)}) for preset in PRESETS),
+    (llama33, {"lr": 1e-2, "preset": "spectral", "step_size": DualNorm(100.0)}),
+    (llama33, {"lr": 1.0, "step_size": EscapeVelocity(1e-4, beta=0.9)}),
+    (llama33, {"lr": 1e-2, "step_size": EscapeVelocity(1e-4, per_role=True)}),
+    (llama33, {"lr": 1e-2, "momentum_dtype": "bfloat16"}),
+    (gpt2, {"lr": 1e-2, "weight_decay": 0.1}),
+    (odd, {"weight_decay": 0.1}),
+]
+
+
+def shard(model, optimizer, mesh=None):
+    """FSDP2, as accelerate does it: the parameters of the groups are found again by name."""
+    fully_shard(model, mesh=mesh)
+    for group in optimizer.param_groups:
+        group["params"] = [model.get_parameter(name) for name in group["param_names"]]
+
+
+def steps(model, optimizer, data):
+    if isinstance(model, Odd):
+        for ids in data:
+            model.zero_grad()
+            model(ids).backward()
+            optimizer.step()
+    else:
+        train(model, optimizer, data)
+
+
+def _runs_are_those_of_one_process(how):
+    for make, options in CASES:
+        alone, single = make(**options)
+        many, optimizer = make(**options)
+        if how == "replicas":
+            optimizer.replicas = dist.group.WORLD
+        elif how == "shards":
+            shard(many, optimizer)
+        else:  # hybrid
+            shard(many, optimizer, init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "s")))
+        steps(alone, single, DATA[:3])
+        steps(many, optimizer, DATA[:3])
+        assert_same(alone, many)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "world"),
+    [("replicas", 2), ("replicas", 3), ("shards", 2), ("shards", 3), ("hybrid", 4)],
+)
+def test_runs_are_those_of_one_process(tmp_path, how, world):
+    spawn(tmp_path, _runs_are_those_of_one_process, world, how)
+
+
+PLACEMENTS = [
+    (Shard(0), Replicate()),
+    (Shard(1), Replicate()),
+    (Replicate(), Shard(1)),
+    (Shard(0), Shard(1)),
+    (Shard(0), Shard(0)),
+    (Replicate(), Replicate()),
+]
+
+
+def _tensor_parallel_is_one_process():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    for make, options in CASES[:1] + CASES[-4:]:
+        for placements in PLACEMENTS:
+            alone, single = make(**options)
+            many, optimizer = make(**options)
+            for module in many.modules():
+                for name, p in list(module.named_parameters(recurse=False)):
+                    if p.ndim > 1:  # vectors stay plain
+                        setattr(
+                            module, name, nn.Parameter(distribute_tensor(p.data, mesh, placements))
+                        )
+            if hasattr(many, "tie_weights"):
+                many.tie_weights()
+            for group in optimizer.param_groups:
+                group["params"] = [many.get_parameter(name) for name in group["param_names"]]
+            for ids in DATA[:2]:
+                alone.zero_grad()
+                loss = alone(ids) if isinstance(alone, Odd) else alone(ids, labels=ids).loss
+                loss.backward()
+                for p, q in zip(alone.parameters(), many.parameters(), strict=True):
+                    placed = isinstance(q, DTensor) and p.grad is not None
+                    q.grad = (
+                        distribute_tensor(p.grad, mesh, placements) if placed else copy.copy(p.grad)
+                    )
+                single.step()
+                optimizer.step()
+            assert_same(alone, many)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_is_one_process(tmp_path):
+    spawn(tmp_path, _tensor_parallel_is_one_process, 4)
+
+
+def _ddp_shares_the_work():
+    """Each operator is computed once; batches are divided, and some parameters are never used."""
+    world, me = dist.get_world_size(), dist.get_rank()
+    alone, single = odd()
+    many, optimizer = odd()
+    wrapped = DistributedDataParallel(many, find_unused_parameters=True)
+    optimizer.replicas = dist.group.WORLD
+    seen = []
+    of_norm = exchange.Spectral.lmo
+    exchange.Spectral.lmo = lambda norm, g, size=1.0: seen.append(len(g)) or of_norm(norm, g, size)
+    for ids in DATA:
+        single.zero_grad()
+        alone(ids).backward()
+        optimizer.zero_grad()
+        wrapped(ids.chunk(world)[me]).backward()
+        before = len(seen)
+        optimizer.step()
+        mine = torch.tensor(sum(seen[before:]))
+        single.step()
+    exchange.Spectral.lmo = of_norm
+    assert_same(alone, many)
+    dist.all_reduce(mine)
+    assert mine == 5 + 1  # five experts and `up`
+    for p in many.parameters():
+        everyone = [torch.empty_like(p) for _ in range(world)]
+        dist.all_gather(everyone, p.detach())
+        assert all(torch.equal(other, p) for other in everyone)  # bit for bit
+
+
+def _who_has_no_gradient_waits_for_nobody():
+    """A gradient that is None on one rank counts as 0 there."""
+    for make in (lambda: odd()[0], lambda: odd()[0]):
+        many = make()
+        optimizer = create_normopt_optimizer(many, lr=1e-2, overrides={"row": "head"})
+        optimizer.replicas = dist.group.WORLD
+        many(DATA[0]).backward()
+        if dist.get_rank() == 1:
+            many.up.weight.grad = None
+        before = many.up.weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(before, many.up.weight)
+        assert many.unused.weight.grad is None
+
+
+def _a_complaint_is_everybodys():
+    many, optimizer = odd()
+    optimizer.replicas = dist.group.WORLD
+    many(DATA[0]).backward()
+    optimizer.step()
+    if dist.get_rank() == 1:
+        many.up.weight.data = many.up.weight.data.flatten()
+        many.up.weight.grad = torch.zeros_like(many.up.weight)
+    start = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=r"On rank 1: up\.weight had the shape \(33, 17\).*FSDP2"
     ):
-        torch.manual_seed(0)
-        alone = llama(vocab_size=33)  # does not divide by two
-        sharded = copy.deepcopy(alone)
-        optimizer = create_normopt_optimizer(sharded, **options)
-        fully_shard(sharded)
-        for group in optimizer.param_groups:  # as accelerate does, by name
-            group["params"] = [sharded.get_parameter(name) for name in group["param_names"]]
-        data = [ids % 33 for ids in batches(3)]
-        train(alone, create_normopt_optimizer(alone, **options), data)
-        train(sharded, optimizer, data)
-        for a, b in zip(alone.parameters(), sharded.parameters(), strict=True):
-            torch.testing.assert_close(a, b.full_tensor(), rtol=1e-3, atol=1e-5)
+        optimizer.step()
+    assert time.monotonic() - start < 20
+
+
+def _nan_reaches_everybody():
+    many, optimizer = odd()
+    shard(many, optimizer)
+    many(DATA[0]).backward()
+    if dist.get_rank() == 0:
+        many.up.weight.grad.to_local()[0, 0] = torch.nan
+    optimizer.step()
+    assert many.up.weight.full_tensor().isnan().all()
+    assert many.embedding.weight.full_tensor().isfinite().all()
+
+
+def _other_models_share_nothing():
+    torch.manual_seed(0)
+    width = 6 + dist.get_rank()
+    model = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)])
+    optimizer = create_normopt_optimizer(model, lr=1e-2, overrides={".": "linear"})
+    optimizer.replicas = dist.group.WORLD
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer._ranks is None
 
 
 def _fsdp1_is_refused():
@@ -51,7 +301,91 @@ def _fsdp1_is_refused():
             create_normopt_optimizer(wrapped, lr=1e-2)
 
 
+def _all(*functions):
+    for function in functions:
+        function()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("function", [_fsdp2_is_one_process, _fsdp1_is_refused])
-def test_two_ranks(tmp_path, function):
-    mp.spawn(_rank, args=(str(tmp_path), function), nprocs=2, join=True)
+def test_two_ranks(tmp_path):
+    spawn(
+        tmp_path,
+        _all,
+        2,
+        _ddp_shares_the_work,
+        _who_has_no_gradient_waits_for_nobody,
+        _a_complaint_is_everybodys,
+        _nan_reaches_everybody,
+        _other_models_share_nothing,
+        _fsdp1_is_refused,
+    )
+
+
+OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}
+
+
+def _saves(folder, full):
+    many, optimizer = llama33(**OPTIONS)
+    shard(many, optimizer)
+    steps(many, optimizer, DATA[:2])
+    options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+    model_state, optimizer_state = get_state_dict(many, optimizer, options=options)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    if not full:
+        dcp.save(state, checkpoint_id=folder)
+    elif dist.get_rank() == 0:
+        torch.save(state, f"{folder}/state.pt")
+
+
+def _goes_on(folder, full):
+    alone, single = llama33(**OPTIONS)
+    steps(alone, single, DATA)
+    many, optimizer = llama33(**OPTIONS)
+    shard(many, optimizer)
+    options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+    model_state, optimizer_state = get_state_dict(many, optimizer, options=options)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    if full:
+        state = torch.load(f"{folder}/state.pt")
+    else:
+        dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        many,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=options,
+    )
+    assert optimizer.steps == 2
+    assert optimizer.param_groups[0]["role"] == single.param_groups[0]["role"]
+    steps(many, optimizer, DATA[2:])
+    assert_same(alone, many)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
+def test_checkpoints_go_on_with_another_number_of_ranks(tmp_path, full):
+    for before, after in ((2, 1), (2, 3), (3, 2)):
+        folder = tmp_path / f"{before}to{after}"
+        folder.mkdir()
+        spawn(folder, _saves, before, str(folder), full)
+        spawn(folder, _goes_on, after, str(folder), full)
+
+
+@pytest.mark.parametrize("world", [1, 2, 8, 64, 1024])
+def test_work_is_divided_evenly(world):
+    """A Llama of 32 layers and 4096 wide: within 10 % of the mean, or of the largest operator."""
+    layer = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 3
+    costs = tuple(plan(shape, device="cuda").work for shape in layer * 32)
+    loads = [0.0] * world
+    for owner, cost in zip(assign(costs, world), costs, strict=True):
+        loads[owner] += cost
+    assert max(loads) <= max(1.1 * sum(costs) / world, max(costs))
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 33, 64])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+def test_shard_sizes_are_those_of_torch(length, world):
+    sizes = [Shard.local_shard_size_and_offset(length, world, rank)[0] for rank in range(world)]
+    assert shard_sizes(length, world) == sizes
+    assert sum(chain(sizes)) == length
