@@ -7,9 +7,9 @@
 | `dual_norm`       | ‖G‖† of the gradient                          | sum over its parameters      |
 | `certificate`     | ⟨M, D⟩ / (‖D‖ ‖M‖†) of momentum and direction | of one parameter, in turn    |
 
-The certificate is at most 1, by Hölder's inequality, and 1 just if the direction is an LMO of the
-momentum; a spectral direction's norm is taken as 1, which it is to 0.7 %. With a statistic (Adam's,
-Shampoo's) the certificate is less.
+By Hölder's inequality the certificate is at most 1, and 1 just if the direction is an LMO of the
+momentum; a spectral direction's norm is taken as 1, which it is to 0.7 %, so that the certificate
+may come out as 1.007. With a statistic (Adam's, Shampoo's) it is less.
 
 Closed forms take a pass over the tensor. Singular values cost more: of a large model they are
 found for one matrix in [`PERIOD`], in turn; of the others the Frobenius norm is measured, and the

@@ -209,7 +209,8 @@ def apply_inplace(
     if is_low(params[0]):
         for i, p in enumerate(params):
             update = direction if move.alone else direction[i]
-            state, generator = kept(move, i), noise(p.device)
+            state = kept(move, i)
+            generator = noise(p.device) if group["rounding"] == "stochastic" else None
             write_inplace(p, update, rate, 1 - step * decay, group["rounding"], state, generator)
     elif decay and not isinstance(step, Tensor):  # towards -multiplier / decay · direction
         goals = direction.mul_(-group["multiplier"] / decay)

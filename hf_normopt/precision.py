@@ -135,7 +135,7 @@ def write_inplace(
     kept: Tensor | float,
     rounding: str,
     state: Mapping[str, Tensor],
-    noise: torch.Generator,
+    noise: torch.Generator | None,
 ) -> None:
     """P ← kept · p - rate · update in float32, rounded to the 16 bits of p."""
     compensation = state["compensation"] if rounding == "kahan" else None
@@ -170,7 +170,7 @@ def _local(tensor: Any) -> Any:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _stochastic(exact: Tensor, noise: torch.Generator) -> Tensor:
+def _stochastic(exact: Tensor, noise: torch.Generator | None) -> Tensor:
     """To bfloat16, the upper half of a float32's bits, by adding noise to the lower half."""
     bits = _bits(exact)
     random = torch.randint(1 << 16, bits.shape, generator=noise, device=bits.device)

@@ -647,6 +647,31 @@ def test_what_moves_at_a_time(monkeypatch):
     assert shapes("linear", (2, 512, 1024), 1, layouts=["expert out in"]) == [[(1, 512, 1024)]] * 2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"preset": preset} for preset in PRESETS),
+        {"step_size": DualNorm(1.0)},
+        {"step_size": "escape_velocity/beta:0.9/per_role:true"},
+        {"momentum_dtype": "bfloat16", "rounding": "kahan"},
+    ],
+    ids=str,
+)
+def test_no_step_waits_for_the_device(options):
+    """Meta tensors have no values: whoever asked for one, or branched on one, would fail."""
+    model = llama(vocab_size=5000)
+    if "rounding" in options:
+        model.bfloat16()
+    optimizer = create_normopt_optimizer(model, lr=1e-2, weight_decay=0.1, **options)
+    model.to("meta")
+    for group in optimizer.param_groups:
+        group["params"] = [model.get_parameter(name) for name in group["param_names"]]
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+
 def test_who_is_watched_moves_as_who_is_not(monkeypatch):
     """Bit for bit, also where the one moves in parts and the other whole."""
     monkeypatch.setattr(moves, "PART", 2**10)

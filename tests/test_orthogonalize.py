@@ -236,6 +236,13 @@ def test_devices_with_rounded_products_iterate_on_the_matrix_itself(shape, monke
     assert len(calls) > 3 * steps
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_other_devices_compile_it_as_one_graph():
+    for shape in ((64, 64), (3, 96, 300), (500, 40)):
+        compiled = torch.compile(orthogonalize, backend="eager", fullgraph=True)
+        assert compiled(torch.randn(shape, device="meta")).shape == shape
+
+
 def test_plan_counts_the_work_and_chooses_the_least():
     assert plan((0, 5)).work == plan((3, 0, 5)).work == 0
     assert plan((1, 4096)).work < 2e4

@@ -2,6 +2,10 @@
 
 import copy
 import math
+import os
+import socket
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from itertools import chain
@@ -362,11 +366,47 @@ def _goes_on(folder, full):
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
 def test_checkpoints_go_on_with_another_number_of_ranks(tmp_path, full):
-    for before, after in ((2, 1), (2, 3), (3, 2)):
-        folder = tmp_path / f"{before}to{after}"
+    for before, others in ((2, [1, 3]), (1, [4])) if full else ((2, [3]), (3, [1])):
+        folder = tmp_path / str(before)
         folder.mkdir()
         spawn(folder, _saves, before, str(folder), full)
-        spawn(folder, _goes_on, after, str(folder), full)
+        for after in others:
+            spawn(folder, _goes_on, after, str(folder), full)
+
+
+def launch(folder, world, batch_size, fault="none"):
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    command += ["-m", "tests.ddp_worker", str(folder), str(batch_size), fault]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_trainer_on_two_processes_is_one_on_one(tmp_path):
+    for name, world, batch_size in (("one", 1, 8), ("two", 2, 4)):
+        done = launch(tmp_path / name, world, batch_size)
+        assert not done.returncode, done.stderr
+    one, two = (torch.load(tmp_path / name / "weights.pt") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raise", "die"])
+def test_no_rank_waits_for_one_that_is_gone(tmp_path, fault):
+    start = time.monotonic()
+    done = launch(tmp_path / fault, 2, 4, fault)
+    assert done.returncode
+    assert ("rank 1 has had enough" if fault == "raise" else "exitcode  : 9") in done.stderr
+    assert time.monotonic() - start < 120
 
 
 @pytest.mark.parametrize("world", [1, 2, 8, 64, 1024])
