@@ -15,7 +15,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -26,11 +25,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from .layouts import Layout
-from .moves import Move, kept, smooth_inplace
+from .moves import Move, smooth_inplace
 from .norms import Spectral
 from .orthogonalize import plan
 from .precision import state_dtype
-from .sharding import local, one_shard, shard_sizes, sharded_axes
+from .sharding import one_shard, shard_sizes, sharded_axes
 
 BUCKET = 2**24  # entries that are sent at a time, or one operator of each rank if that is more
 
@@ -56,24 +55,21 @@ def is_shared(move: Move) -> bool:
 def localized(move: Move) -> Move | None:
     """The move of this rank's shard by itself, where it is that of the whole parameter."""
     p, rule = move.param, move.rule
-    if not isinstance(p, DTensor) or rule.statistic is not None or rule.scale == "muon":
+    axes = sharded_axes(p) if isinstance(p, DTensor) else None
+    if axes is None:
         return None
-    axes = sharded_axes(p)
-    if axes is None or any(move.layout.axis(i) not in rule.norm.independent for i in axes):
-        return None
-    return _of_shard(move)
+    if not rule.entrywise:
+        if rule.statistic is not None or rule.scale == "muon":
+            return None
+        if any(move.layout.axis(i) not in rule.norm.independent for i in axes):
+            return None
+    return move.of_shard()
 
 
 def is_exchanged(move: Move) -> bool:
     """Whether a parameter's shards can be sent to an owner and back."""
     p = move.param
     return isinstance(p, DTensor) and move.rule.statistic is None and one_shard(p) is not None
-
-
-def _of_shard(move: Move) -> Move:
-    state = {key: local(value) for key, value in kept(move, 0).items()}
-    gradient = local(move.gradients[0])
-    return replace(move, params=[local(move.param)], gradients=[gradient], states=[state])
 
 
 def shared_inplace(
@@ -108,7 +104,7 @@ def _shared_inplace(
         for part, operator in zip(share, operators, strict=True):
             if part.places[me]:
                 mine = operator.reshape(-1, *operator.shape[-2:])[part.places[me]]
-                part.found = move.rule.norm.lmo(mine, move.scale(mine))
+                part.found = move.rule.norm.lmo(mine, move.scale(mine.shape))
     pending = None
     for bucket in _buckets([math.prod(_stored_shape(move)) for move in moves], world):
         parts = [part for i in bucket for part in shares[i]]
@@ -212,7 +208,7 @@ def _exchanged_inplace(
             ]
             for rank in range(world)
         ]  # of each rank's shards
-        shards = [_of_shard(move) for move in some]
+        shards = [move.of_shard() for move in some]
         smooth = [smooth_inplace(shard, weight)[0] for shard in shards]
         owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(world)]
         gone = [sum(sizes[me][i] for i in owned[rank]) for rank in range(world)]
@@ -234,7 +230,7 @@ def _exchanged_inplace(
                 axis,
             )
             found = tuple(
-                move.rule.norm.lmo(operator, move.scale(operator))
+                move.rule.norm.lmo(operator, move.scale(operator.shape))
                 for operator in move.layout.to_operators(whole)
             )
             direction = move.layout.from_operators(found, tuple(whole.shape))

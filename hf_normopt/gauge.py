@@ -129,7 +129,7 @@ def _size_of_lmo(move: Move) -> Tensor | None:
     """‖direction‖ by theory, to 0.7 %, where it is an LMO of our own methods, or 0; else None."""
     if move.rule.statistic is not None or getattr(move.rule.norm, "method", "") in POLYNOMIALS:
         return None
-    scales = [move.scale(operator) for operator in move.layout.to_operators(move.direction)]
+    scales = [move.scale(operator.shape) for operator in move.layout.to_operators(move.direction)]
     moves = torch.linalg.vector_norm(move.direction) > 0
     return moves * (max(scales) * move.layout.taps)
 

@@ -34,7 +34,7 @@ from .precision import (
     write_inplace,
 )
 from .rules import SCALES, Rule, bias_correction
-from .sharding import gathered, sharded_like
+from .sharding import gathered, local, placed_like, sharded_like
 
 SMALL = 2**16  # entries: tensors of one shape up to this size move together, [`PART`] at a time
 PART = 2**18  # entries of a part of a large tensor
@@ -82,6 +82,12 @@ class Move:
                 one.smooth, one.direction = self.smooth[i], self.direction[i]
             yield one
 
+    def of_shard(self) -> Move:
+        """The move of what this rank holds of a parameter."""
+        state = {key: local(value) for key, value in kept(self, 0).items()}
+        gradient = local(self.gradients[0])
+        return replace(self, params=[local(self.param)], gradients=[gradient], states=[state])
+
     @property
     def param(self) -> Tensor:
         """The parameter."""
@@ -102,14 +108,14 @@ class Move:
         if tensor is None:  # what the direction was made of: ⟨M, lmo(M)⟩
             return (self.smooth * self.direction).sum() * self.group["multiplier"]
         duals = [
-            (self.rule.norm.dual_norm(operator) * self.scale(operator)).sum()
+            (self.rule.norm.dual_norm(operator) * self.scale(operator.shape)).sum()
             for operator in self.layout.to_operators(gathered(tensor))
         ]
         return torch.stack(duals).sum() * self.group["multiplier"]
 
-    def scale(self, operator: Tensor) -> float:
-        """What multiplies the LMO of an operator."""
-        fan_out, fan_in = operator.shape[-2:]
+    def scale(self, shape: Sequence[int]) -> float:
+        """What multiplies the LMO of an operator (..., fan_out, fan_in)."""
+        fan_out, fan_in = shape[-2:]
         taps = self.layout.taps
         return SCALES[self.rule.scale](self.rule.norm, fan_out, fan_in, taps) / taps
 
@@ -172,15 +178,25 @@ def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) ->
     `unit` is what the weights amount to in the step, for the statistic's eps.
     """
     rule, layout = move.rule, move.stacked_layout
+    if rule.entrywise and isinstance(move.param, DTensor):
+        shard = move.of_shard()
+        advance_inplace(shard, weight, unit)
+        move.smooth = gathered(placed_like(shard.smooth, move.param))
+        move.direction = gathered(placed_like(shard.direction, move.param))
+        return
     smooth, grad = smooth_inplace(move, weight)
     move.smooth = gathered(smooth)
+    if rule.entrywise:
+        (ratio,) = _over_statistics_inplace(move, [move.smooth], [gathered(grad)], unit)
+        move.direction = ratio.mul_(move.scale((1, 1)))
+        return
     operators = layout.to_operators(move.smooth)
     if rule.statistic is None:
-        found = [rule.norm.lmo(operator, move.scale(operator)) for operator in operators]
+        found = [rule.norm.lmo(operator, move.scale(operator.shape)) for operator in operators]
     else:
         received = layout.to_operators(gathered(grad))
         ratios = _over_statistics_inplace(move, operators, received, unit)
-        found = [ratio.mul_(move.scale(ratio)) for ratio in ratios]
+        found = [ratio.mul_(move.scale(ratio.shape)) for ratio in ratios]
     move.direction = layout.from_operators(tuple(found), tuple(move.smooth.shape))
 
 
@@ -230,7 +246,7 @@ def _dense(gradient: Tensor) -> Tensor:
 
 
 def kept(move: Move, i: int) -> dict[str, Tensor]:
-    """The momentum of the i-th parameter and what its rounding keeps, both of which start at 0."""
+    """The i-th parameter's momentum, what its rounding keeps, and Adam's statistic; 0 at first."""
     state, p, group = move.states[i], move.params[i], move.group
     own = {}
     if move.rule.momentum:
@@ -241,6 +257,11 @@ def kept(move: Move, i: int) -> dict[str, Tensor]:
         if "compensation" not in state:
             state["compensation"] = new_compensation(p)
         own["compensation"] = state["compensation"]
+    if move.rule.entrywise:
+        if "second_moment" not in state:
+            state["second_moment"] = torch.zeros_like(p, dtype=state_dtype(p))
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        own |= {"second_moment": state["second_moment"], "step": state["step"]}
     return own
 
 

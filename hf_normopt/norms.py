@@ -106,7 +106,8 @@ class Norm:
     def precondition(self, m: Tensor, moments: dict[str, Tensor], eps: float | Tensor) -> Tensor:
         """Divide m by the root of its statistics, in the units of the LMO; 0 where both are 0."""
         root = moments["second_moment"].sqrt() + eps
-        return m / torch.where(root == 0, 1, root) / self.unit(*m.shape[-2:])
+        unit = self.unit(*m.shape[-2:]) if m.ndim > 1 else 1.0  # entries alone have none
+        return m / torch.where(root == 0, 1, root) / unit
 
     def _block(self) -> tuple[int, ...]:
         """The axes whose entries the LMO divides by one common length, if that is what it does."""

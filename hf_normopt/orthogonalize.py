@@ -132,22 +132,26 @@ def plan(
     *batch, rows, columns = shape
     m, n, count = min(rows, columns), max(rows, columns), math.prod(batch)
     on_cpu = torch.device(device).type == "cpu"
-    if method == "auto":
-        if dtype == torch.float64:
-            method = "svd"
-        elif (accuracy or 0) > EFFICIENCY or m <= 1:
-            method = "gram"
-        else:
-            methods = ["polar_express"]
-            if on_cpu:
-                methods.append("rational")
-            if 8 < m <= (64 if accuracy is None else 40):
-                methods.append("polar_express_5")
-            method = min(methods, key=lambda name: _work(name, m, n, _steps(name, m), on_cpu))
-        steps = _steps(method, m)
-    else:
+    if method != "auto":
         steps = len(POLYNOMIALS.get(method, ()))
-    return Plan(method, steps, count * _work(method, m, n, steps, on_cpu))
+        return Plan(method, steps, count * _work(method, m, n, steps, on_cpu))
+
+    def cost(name: str) -> float:
+        return _work(name, m, n, _steps(name, m), on_cpu)
+
+    if dtype == torch.float64:
+        method = "svd"
+    elif (accuracy or 0) > EFFICIENCY or m <= 1:
+        method = "gram"
+    else:
+        method = "polar_express"
+        others = ["rational"] if on_cpu else []
+        if 8 < m <= (64 if accuracy is None else 40):
+            others.append("polar_express_5")
+        for other in others:
+            if cost(other) < cost(method):
+                method = other
+    return Plan(method, _steps(method, m), count * cost(method))
 
 
 def _steps(method: str, m: int) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from .sharding import local, placed_like
 
 logger = logging.getLogger(__name__)
 warn_once = cache(logger.warning)
@@ -85,17 +86,12 @@ def _state_8bit() -> Any:
 
 def new_momentum(p: Tensor, momentum_dtype: str) -> Tensor:
     """Zeros of the shape of p."""
-    local = p.to_local() if isinstance(p, DTensor) else p
-    if momentum_dtype == "8bit" and local.numel() >= 4096 and local.numel() % BLOCK == 0:
+    shard = local(p)
+    if momentum_dtype == "8bit" and shard.numel() >= 4096 and shard.numel() % BLOCK == 0:
         zeros = _state_8bit().zeros(
-            local.shape, block_size=BLOCK, device=local.device, dtype=state_dtype(p)
+            shard.shape, block_size=BLOCK, device=shard.device, dtype=state_dtype(p)
         )
-        if isinstance(p, DTensor):
-            return DTensor.from_local(
-                zeros, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
-            )
-        momentum: Tensor = zeros
-        return momentum
+        return placed_like(zeros, p)
     dtype = torch.bfloat16 if momentum_dtype == "bfloat16" else state_dtype(p)
     return torch.zeros_like(p, dtype=dtype)
 
@@ -108,24 +104,18 @@ def new_compensation(p: Tensor) -> Tensor:
 def loaded_momentum(saved: Tensor, p: Tensor, momentum_dtype: str) -> Tensor:
     """A checkpoint's momentum as it is kept now; the same bits if it was kept so."""
     momentum = new_momentum(p, momentum_dtype)
-    own, other = _local(momentum), _local(saved)
+    own, other = local(momentum), local(saved)
     is_same = type(own) is type(other)
-    own.copy_(other if is_same else _local(widened(saved, state_dtype(p))).to(own.device))
+    own.copy_(other if is_same else local(widened(saved, state_dtype(p))).to(own.device))
     return momentum
 
 
 def widened(momentum: Tensor, dtype: torch.dtype) -> Tensor:
     """A momentum in full precision."""
-    kept = momentum.to_local() if isinstance(momentum, DTensor) else momentum
+    kept = local(momentum)
     if not hasattr(kept, "block_size"):
         return momentum.to(dtype)
-    wide: Tensor = kept.dequantize().to(dtype)
-    if isinstance(momentum, DTensor):
-        mesh, placements = momentum.device_mesh, momentum.placements
-        return DTensor.from_local(
-            wide, mesh, placements, shape=momentum.shape, stride=momentum.stride()
-        )
-    return wide
+    return placed_like(kept.dequantize().to(dtype), momentum)
 
 
 def write_inplace(
@@ -139,7 +129,8 @@ def write_inplace(
 ) -> None:
     """P ← kept · p - rate · update in float32, rounded to the 16 bits of p."""
     compensation = state["compensation"] if rounding == "kahan" else None
-    p, update, compensation = map(_local, (p, update, compensation))
+    p, update = local(p), local(update)
+    compensation = compensation if compensation is None else local(compensation)
     if compensation is None:
         exact = p.to(update.dtype)
     elif p.dtype == torch.bfloat16:
@@ -164,10 +155,6 @@ def _bits(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.float32:
         return tensor.view(torch.int32)
     return tensor.view(torch.int16).to(torch.int32)
-
-
-def _local(tensor: Any) -> Any:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _stochastic(exact: Tensor, noise: torch.Generator | None) -> Tensor:

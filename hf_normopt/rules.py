@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .norms import Norm
+from .norms import MaxEntry, Norm
 
 # RMS per entry of a full-rank update under the "adamw" scale, at learning rate 1. With 1, AdamW's
 # best learning rate was ours too on four tasks, with fresh heads and from scratch; with Moonlight's
@@ -118,6 +118,12 @@ class Rule:
                 self.norm.moments(torch.zeros(1, 1))
             except NotImplementedError as error:
                 raise ValueError(str(error)) from None
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether an entry's step depends on that entry alone, as Adam's does."""
+        is_adam = isinstance(self.norm, MaxEntry) and self.statistic is not None
+        return is_adam and self.scale != "muon"
 
     def __str__(self) -> str:
         """A stable text, which checkpoints keep and compare."""

@@ -37,6 +37,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def placed_like(shard: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds as its part of a tensor that is placed as `like` is."""
+    if not isinstance(like, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+
+
 def sharded_axes(p: DTensor) -> list[int] | None:
     """The stored axes along which a parameter is divided; None if it is not placed by axes."""
     axes = []

@@ -14,7 +14,6 @@ ROWS = [
     {
         "orthogonalize",
         "layouts",
-        "precision",
         "interpreter",
         "values",
         "sharding",
@@ -22,7 +21,7 @@ ROWS = [
         "version",
         "launch",
     },
-    {"norms", "graph", "calls", "reading", "uses"},
+    {"norms", "graph", "calls", "reading", "uses", "precision"},
     {"adapters", "fused", "frames", "checkpoints"},
     {"flow"},
     {"architectures"},

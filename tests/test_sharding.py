@@ -93,6 +93,8 @@ def llama33(**options):
     """Tied weights, and a vocabulary that does not divide."""
     torch.manual_seed(0)
     model = llama(vocab_size=33, tie_word_embeddings=True)
+    if options.get("preset") == "shampoo":  # whose roots of nearly singular matrices blow up the
+        model.double()  # rounding of a mean over three ranks
     return model, create_normopt_optimizer(model, **options)
 
 
@@ -132,13 +134,16 @@ def shard(model, optimizer, mesh=None):
 
 
 def steps(model, optimizer, data):
+    """Every second step is watched, as those are that are logged."""
     if isinstance(model, Odd):
         for ids in data:
             model.zero_grad()
             model(ids).backward()
             optimizer.step()
-    else:
-        train(model, optimizer, data)
+        return
+    for i, ids in enumerate(data):
+        optimizer.observer = (lambda move, eta: None) if i % 2 else None
+        train(model, optimizer, [ids])
 
 
 def _runs_are_those_of_one_process(how):
