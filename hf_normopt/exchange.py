@@ -5,9 +5,9 @@
 * Shards (FSDP2, TP) go to the parameter's owner and its direction comes back, by all-to-all: each
   entry is sent twice per step, but for those that the owner holds.
 
-Directions whose shards do not need each other, such as experts and the rows of a head, are found
-where they lie ([`localized`]). What is left (several sharded axes, statistics, step sizes that need
-dual norms of shards) is gathered by every rank.
+Directions whose shards do not need each other, such as experts, the rows of a head and Adam's, are
+found where they lie ([`localized`]). What is left (several sharded axes, other statistics, step
+sizes that need dual norms of shards) is gathered by every rank.
 """
 
 from __future__ import annotations

@@ -206,8 +206,8 @@ def smooth_inplace(move: Move, weight: Tensor | float) -> tuple[Tensor, Tensor]:
     grad = (gradients[0] if move.alone else torch.stack(gradients)).to(state_dtype(move.param))
     if not (isinstance(weight, float) and weight == 1):
         grad = grad * weight
-    is_needed = move.rule.statistic is not None  # as it is
-    return _momenta_inplace(move, grad.clone() if is_needed else grad), grad
+    is_overwritten = move.rule.statistic is not None and not move.alone  # and needed as it is
+    return _momenta_inplace(move, grad.clone() if is_overwritten else grad), grad
 
 
 def apply_inplace(

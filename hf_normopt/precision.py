@@ -128,9 +128,8 @@ def write_inplace(
     noise: torch.Generator | None,
 ) -> None:
     """P ← kept · p - rate · update in float32, rounded to the 16 bits of p."""
-    compensation = state["compensation"] if rounding == "kahan" else None
     p, update = local(p), local(update)
-    compensation = compensation if compensation is None else local(compensation)
+    compensation = local(state["compensation"]) if rounding == "kahan" else None
     if compensation is None:
         exact = p.to(update.dtype)
     elif p.dtype == torch.bfloat16:
