@@ -3,11 +3,12 @@
 * Replicas (DDP) all have the momenta. Each computes the directions of its own operators and
   broadcasts them: 1 / ranks of the work, and the entries of these operators once per step.
 * Shards (FSDP2, TP) go to the parameter's owner and its direction comes back, by all-to-all: each
-  entry is sent twice per step, but for those that the owner holds.
+  entry is sent twice per step, but for those that the owner holds. Where shards have replicas
+  (HSDP), the owner is one rank among all of them, and its replicas get their shards from it.
 
 Directions whose shards do not need each other, such as experts, the rows of a head and Adam's, are
-found where they lie ([`localized`]). What is left (several sharded axes, other statistics, step
-sizes that need dual norms of shards) is gathered by every rank.
+found where they lie ([`localized`]). What is left (several sharded axes, other statistics) is
+gathered by every rank. Dual norms are found by the same owners, and only their sum is shared.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,13 +27,20 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from .layouts import Layout
-from .moves import Move, smooth_inplace
+from .moves import Move, advance_inplace, parts, smooth_inplace
 from .norms import Spectral
 from .orthogonalize import plan
 from .precision import state_dtype
-from .sharding import one_shard, shard_sizes, sharded_axes
+from .sharding import (
+    copies_of,
+    gathered,
+    local,
+    one_shard,
+    shard_sizes,
+    sharded_axes,
+)
 
-BUCKET = 2**24  # entries that are sent at a time, or one operator of each rank if that is more
+BUCKET = 2**24  # entries that are sent at a time, or four operators of each rank if that is more
 
 
 @lru_cache
@@ -44,12 +53,6 @@ def assign(costs: tuple[float, ...], ranks: int) -> tuple[int, ...]:
         owners[i] = rank
         heapq.heappush(loads, (load + costs[i], rank))
     return tuple(owners)
-
-
-def is_shared(move: Move) -> bool:
-    """Whether replicas share the work: an operator's direction costs more than to send it."""
-    is_spectral = isinstance(move.rule.norm, Spectral) and move.rule.statistic is None
-    return is_spectral and not isinstance(move.param, DTensor)
 
 
 def localized(move: Move) -> Move | None:
@@ -66,91 +69,169 @@ def localized(move: Move) -> Move | None:
     return move.of_shard()
 
 
+def is_shared(move: Move) -> bool:
+    """Whether replicas share the work: an operator's direction costs more than to send it."""
+    is_spectral = isinstance(move.rule.norm, Spectral) and move.rule.statistic is None
+    return is_spectral and move.copies is not None
+
+
 def is_exchanged(move: Move) -> bool:
     """Whether a parameter's shards can be sent to an owner and back."""
     p = move.param
     return isinstance(p, DTensor) and move.rule.statistic is None and one_shard(p) is not None
 
 
-def shared_inplace(
-    moves: Sequence[Move], ranks: ProcessGroup, weight: Tensor | float, keep: bool
+def directed_inplace(
+    moves: Sequence[Move], weight: Tensor | float, unit: Tensor | float, keep: bool, whole: bool
 ) -> Iterator[Move]:
-    """Find the directions of replicas' moves; each is yielded with its own.
-
-    A rank holds the directions of its own operators, and those of two buckets.
+    """Find the directions; each move is yielded with its own, sharded ones as moves of the shard.
 
     Args:
-        moves: of replicas.
-        ranks: who hold them.
+        moves: of parameters, advanced by this.
         weight: of the gradients.
-        keep: whether `smooth` is wanted too.
+        unit: what the weights amount to in the step, for the statistic's eps.
+        keep: whether `smooth` is wanted too; moves are not taken in parts then.
+        whole: whether all of each parameter is wanted on every rank.
     """
-    for alike in _alike(moves):
-        yield from _shared_inplace(alike, ranks, weight, keep)
+    shared, exchanged, rest = [], [], []
+    for move in moves:
+        shard = None if whole else localized(move)
+        if is_shared(shard or move):
+            shared.append(shard or move)
+        elif shard is None and not whole and is_exchanged(move):
+            exchanged.append(move)
+        else:
+            rest.append(shard or move)
+    for alike in _alike(shared):
+        yield from _shared_inplace(alike, weight, keep)
+    for alike in _alike(exchanged):
+        yield from _exchanged_inplace(alike, weight, keep)
+    for move in rest if keep else chain(*map(parts, rest)):
+        advance_inplace(move, weight, unit)
+        yield move
 
 
-def _shared_inplace(
-    moves: Sequence[Move], ranks: ProcessGroup, weight: Tensor | float, keep: bool
-) -> Iterator[Move]:
-    me, world = dist.get_rank(ranks), dist.get_world_size(ranks)
-    shapes = [operator_shapes(move.stacked_layout, _stored_shape(move)) for move in moves]
-    owners = iter(assign(tuple(_costs(moves, shapes)), world))
-    shares = [[_Share(shape, owners, world) for shape in of_move] for of_move in shapes]
-    for move, share in zip(moves, shares, strict=True):
+def dual_norms(
+    moves: Sequence[Move], tensors: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, tuple[ProcessGroup, ...]]]:
+    """Parts of the network's dual norm: scale · multiplier · dual norm of each tensor.
+
+    Args:
+        moves: of single parameters.
+        tensors: placed as the parameters are.
+
+    Yields:
+        Values that this rank has found, with the ranks over which they are to be added up.
+    """
+    received = {id(move): tensor for move, tensor in zip(moves, tensors, strict=True)}
+    shared, exchanged = [], []
+    for move in moves:
+        shard, tensor = localized(move), received[id(move)]
+        if is_shared(shard or move):
+            shared.append(shard or move)
+            received[id(shard or move)] = local(tensor)
+        elif shard is not None:
+            yield shard.dual(local(tensor)), shard.shards
+        elif is_exchanged(move):
+            exchanged.append(move)
+        else:
+            yield move.dual(gathered(tensor)), ()
+    for alike in _alike(shared):
+        assert alike[0].copies is not None
+        ranks = (alike[0].copies, *alike[0].shards)
+        for move, of_operators in zip(alike, _shares(alike), strict=True):
+            found = received[id(move)].new_zeros(())
+            operators = move.layout.to_operators(received[id(move)])
+            for share, operator in zip(of_operators, operators, strict=True):
+                found = found + move.dual_of(share.mine_of(operator))
+            yield found, ranks
+    for alike in _alike(exchanged):
+        for trade in _trades(alike):
+            trade.send([local(received[id(move)]) for move in trade.moves])
+            yield trade.like.new_zeros(()), trade.ranks  # all enter the reduction
+            for move, whole in trade.received():
+                yield move.dual(whole), trade.ranks
+
+
+# Replicas
+
+
+def _shared_inplace(moves: Sequence[Move], weight: Tensor | float, keep: bool) -> Iterator[Move]:
+    """A rank holds the directions of its own operators, and those of two buckets."""
+    shares = _shares(moves)
+    for move, of_operators in zip(moves, shares, strict=True):
         smooth = smooth_inplace(move, weight)[0]
         if keep:
             move.smooth = smooth
         operators = move.stacked_layout.to_operators(smooth)
-        for part, operator in zip(share, operators, strict=True):
-            if part.places[me]:
-                mine = operator.reshape(-1, *operator.shape[-2:])[part.places[me]]
-                part.found = move.rule.norm.lmo(mine, move.scale(mine.shape))
+        for share, operator in zip(of_operators, operators, strict=True):
+            mine = share.mine_of(operator)
+            share.found = move.rule.norm.lmo(mine, move.scale(mine.shape)) if len(mine) else mine
     pending = None
-    for bucket in _buckets([math.prod(_stored_shape(move)) for move in moves], world):
-        parts = [part for i in bucket for part in shares[i]]
-        like = torch.empty(0, dtype=state_dtype(moves[0].param), device=moves[0].param.device)
-        sending = [_Broadcast(parts, rank, like, ranks) for rank in range(world)]
+    sizes = [math.prod(_stored_shape(move)) for move in moves]
+    for bucket in [*_buckets(sizes, dist.get_world_size(moves[0].copies)), []]:
+        sending = _broadcasts([share for i in bucket for share in shares[i]], moves[0])
         if pending is not None:
             yield from _arrived(moves, shares, *pending)
         pending = bucket, sending
-    if pending is not None:
-        yield from _arrived(moves, shares, *pending)
 
 
 class _Share:
     """The operators (batch, m, n) of a tensor: which are whose, and the directions of one's own."""
 
-    def __init__(self, shape: tuple[int, ...], owners: Iterator[int], world: int) -> None:
-        self.shape = shape
+    def __init__(self, shape: tuple[int, ...], owners: Iterator[int], world: int, me: int) -> None:
+        self.shape, self.me = shape, me
         self.places: list[list[int]] = [[] for _ in range(world)]
         for i in range(math.prod(shape[:-2])):
             self.places[next(owners)].append(i)
-        self.found: Tensor | None = None
+        self.found: Tensor
 
     def entries(self, rank: int) -> int:
         return len(self.places[rank]) * math.prod(self.shape[-2:])
 
+    def mine_of(self, operators: Tensor) -> Tensor:
+        return operators.reshape(-1, *operators.shape[-2:])[self.places[self.me]]
+
+
+def _shares(moves: Sequence[Move]) -> list[list[_Share]]:
+    """Of each move, those of its operators."""
+    ranks = moves[0].copies
+    world, me = dist.get_world_size(ranks), dist.get_rank(ranks)
+    shapes = [operator_shapes(move.stacked_layout, _stored_shape(move)) for move in moves]
+    owners = iter(assign(tuple(_costs(moves, shapes)), world))
+    return [[_Share(shape, owners, world, me) for shape in of_move] for of_move in shapes]
+
 
 class _Broadcast:
-    """The directions that one rank has found of some tensors."""
+    """What one rank sends to its replicas."""
 
-    def __init__(
-        self, parts: Sequence[_Share], rank: int, like: Tensor, ranks: ProcessGroup
-    ) -> None:
-        self.size = sum(part.entries(rank) for part in parts)
-        if not self.size:
-            return
-        if rank == dist.get_rank(ranks):
-            self.buffer = torch.cat([p.found.flatten() for p in parts if p.found is not None])
-        else:
-            self.buffer = like.new_empty(self.size)
-        self.work = dist.broadcast(self.buffer, group=ranks, group_src=rank, async_op=True)
+    def __init__(self, buffer: Tensor, source: int, ranks: ProcessGroup) -> None:
+        self.buffer = buffer
+        self.work = (
+            dist.broadcast(buffer, group=ranks, group_src=source, async_op=True)
+            if buffer.numel()
+            else None
+        )
 
-    def wait(self) -> Tensor | None:
-        if not self.size:
-            return None
-        self.work.wait()
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
         return self.buffer
+
+
+def _broadcasts(shares: Sequence[_Share], move: Move) -> list[_Broadcast]:
+    """One from each rank, of the directions that it has found."""
+    ranks = move.copies
+    assert ranks is not None
+    me, like = dist.get_rank(ranks), _like(move)
+    sending = []
+    for rank in range(dist.get_world_size(ranks)):
+        if rank == me:
+            buffer = torch.cat([share.found.flatten() for share in shares] or [like])
+        else:
+            buffer = like.new_empty(sum(share.entries(rank) for share in shares))
+        sending.append(_Broadcast(buffer, rank, ranks))
+    return sending
 
 
 def _arrived(
@@ -163,95 +244,164 @@ def _arrived(
     taken = [0] * len(received)
     for i in bucket:
         directions = []
-        for part in shares[i]:
-            direction = None
-            for rank, (places, buffer) in enumerate(zip(part.places, received, strict=True)):
-                if not places:
-                    continue
-                assert buffer is not None
-                found = buffer[taken[rank] : taken[rank] + part.entries(rank)]
-                taken[rank] += part.entries(rank)
-                if direction is None:
-                    direction = found.new_empty((math.prod(part.shape[:-2]), *part.shape[-2:]))
-                direction[places] = found.reshape(-1, *part.shape[-2:])
-            assert direction is not None
-            directions.append(direction.reshape(part.shape))
-            part.found = None
+        for share in shares[i]:
+            direction = received[0].new_empty((math.prod(share.shape[:-2]), *share.shape[-2:]))
+            for rank, (places, buffer) in enumerate(zip(share.places, received, strict=True)):
+                end = taken[rank] + share.entries(rank)
+                direction[places] = buffer[taken[rank] : end].reshape(-1, *share.shape[-2:])
+                taken[rank] = end
+            directions.append(direction.reshape(share.shape))
+            del share.found
         shape = _stored_shape(moves[i])
         moves[i].direction = moves[i].stacked_layout.from_operators(tuple(directions), shape)
         yield moves[i]
 
 
-def exchanged_inplace(moves: Sequence[Move], weight: Tensor | float) -> Iterator[Move]:
-    """Find the directions of sharded moves; each is yielded as the move of this rank's shard.
+# Shards
 
-    A rank holds its shards of a bucket of parameters, and those that it owns whole, a few times.
+
+def _exchanged_inplace(moves: Sequence[Move], weight: Tensor | float, keep: bool) -> Iterator[Move]:
+    """While directions of one bucket are found, the next travels out and the last one back.
+
+    A rank holds its shards of three buckets of parameters, and those of one that it owns whole.
     """
-    for alike in _alike(moves):
-        yield from _exchanged_inplace(alike, _shard(alike[0])[1], weight)
+    sent = answered = None
+    for trade in chain(_trades(moves), (None, None)):
+        if trade is not None:
+            shards = [move.of_shard() for move in trade.moves]
+            smooth = [smooth_inplace(shard, weight)[0] for shard in shards]
+            trade.send(smooth)
+            if keep:
+                for shard, momentum in zip(shards, smooth, strict=True):
+                    shard.smooth = momentum
+        if sent is not None:
+            sent[0].answer([_direction(move, whole) for move, whole in sent[0].received()])
+        if answered is not None:
+            for i, direction in answered[0].returned():
+                answered[1][i].direction = direction
+                yield answered[1][i]
+        answered, sent = sent, None if trade is None else (trade, shards)
 
 
-def _exchanged_inplace(
-    moves: Sequence[Move], ranks: ProcessGroup, weight: Tensor | float
-) -> Iterator[Move]:
-    me, world = dist.get_rank(ranks), dist.get_world_size(ranks)
-    for bucket in _buckets([move.param.numel() for move in moves], world):
-        some = [moves[i] for i in bucket]
-        shapes = [operator_shapes(move.layout, tuple(move.param.shape)) for move in some]
-        costs = tuple(sum(_costs([m], [of])) for m, of in zip(some, shapes, strict=True))
-        owners = assign(costs, world)
-        axes = [_shard(move)[0] for move in some]
-        sizes = [
-            [
-                math.prod(_shard_shape(m.param, axis, rank, world))
-                for m, axis in zip(some, axes, strict=True)
+def _direction(move: Move, smooth: Tensor) -> Tensor:
+    operators = move.layout.to_operators(smooth)
+    found = tuple(move.rule.norm.lmo(o, move.scale(o.shape)) for o in operators)
+    return move.layout.from_operators(found, tuple(smooth.shape))
+
+
+def _trades(moves: Sequence[Move]) -> Iterator[_Trade]:
+    """Buckets of sharded parameters."""
+    owners = math.prod(map(dist.get_world_size, _Trade.ranks_of(moves[0])))
+    for bucket in _buckets([move.param.numel() for move in moves], owners):
+        yield _Trade([moves[i] for i in bucket])
+
+
+class _Trade:
+    """Tensors that are sharded as some parameters, sent to owners; and what these answer.
+
+    Owners are numbered by replica, and in it by rank among the shards. A replica trades what it
+    owns, and broadcasts each shard of the answers to the same shard of the other replicas.
+    """
+
+    def __init__(self, moves: Sequence[Move]) -> None:
+        self.moves = moves
+        self.ranks = self.ranks_of(moves[0])
+        self.like = _like(moves[0])
+        self.group, *rest = self.ranks
+        self.copies = rest[0] if rest else None
+        self.me, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.replica = dist.get_rank(self.copies) if self.copies else 0
+        replicas = dist.get_world_size(self.copies) if self.copies else 1
+        shapes = [operator_shapes(move.layout, tuple(move.param.shape)) for move in moves]
+        costs = tuple(sum(_costs([m], [of])) for m, of in zip(moves, shapes, strict=True))
+        self._owned: list[list[list[int]]] = [
+            [[] for _ in range(self.world)] for _ in range(replicas)
+        ]
+        for i, owner in enumerate(assign(costs, self.world * replicas)):
+            self._owned[owner // self.world][owner % self.world].append(i)
+
+    @staticmethod
+    def ranks_of(move: Move) -> tuple[ProcessGroup, ...]:
+        """The ranks that hold the shards, and the replicas of a shard if there are any."""
+        assert isinstance(move.param, DTensor)
+        shard, copies = one_shard(move.param), copies_of(move.param)
+        assert shard is not None
+        return (shard[1],) if copies is None else (shard[1], copies)
+
+    def send(self, shards: Sequence[Tensor]) -> None:
+        """Start sending this rank's shards to the owners."""
+        mine = self._owned[self.replica]
+        self._gone = [sum(self._entries(i, self.me) for i in owned) for owned in mine]
+        self._come = [
+            sum(self._entries(i, rank) for i in mine[self.me]) for rank in range(self.world)
+        ]
+        outgoing = torch.cat([self.like, *(shards[i].flatten() for i in chain(*mine))])
+        self._travel(outgoing, self._come, self._gone)
+
+    def received(self) -> Iterator[tuple[Move, Tensor]]:
+        """What this rank owns, whole."""
+        owned = self._owned[self.replica][self.me]
+        sizes = [self._entries(i, rank) for rank in range(self.world) for i in owned]
+        pieces = self._arrival().split(sizes)
+        for place, i in enumerate(owned):
+            parts = [
+                pieces[rank * len(owned) + place].reshape(self._shape(i, rank))
+                for rank in range(self.world)
             ]
-            for rank in range(world)
-        ]  # of each rank's shards
-        shards = [move.of_shard() for move in some]
-        smooth = [smooth_inplace(shard, weight)[0] for shard in shards]
-        owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(world)]
-        gone = [sum(sizes[me][i] for i in owned[rank]) for rank in range(world)]
-        come = [sum(sizes[rank][i] for i in owned[me]) for rank in range(world)]
-        outgoing = torch.cat([smooth[i].flatten() for rank in range(world) for i in owned[rank]])
-        arrived = outgoing.new_empty(sum(come))
-        dist.all_to_all_single(arrived, outgoing, come, gone, group=ranks)
-        pieces = _cut(arrived, [sizes[rank][i] for rank in range(world) for i in owned[me]])
-        answers: list[list[Tensor]] = [[] for _ in range(world)]
-        for place, i in enumerate(owned[me]):
-            move, axis = some[i], axes[i]
-            whole = torch.cat(
-                [
-                    pieces[rank * len(owned[me]) + place].reshape(
-                        _shard_shape(move.param, axis, rank, world)
-                    )
-                    for rank in range(world)
-                ],
-                axis,
-            )
-            found = tuple(
-                move.rule.norm.lmo(operator, move.scale(operator.shape))
-                for operator in move.layout.to_operators(whole)
-            )
-            direction = move.layout.from_operators(found, tuple(whole.shape))
-            lengths = shard_sizes(whole.shape[axis], world)
-            for rank, part in enumerate(direction.split(lengths, axis)):
-                answers[rank].append(part.flatten())
-        back = torch.cat([part for rank in range(world) for part in answers[rank]] or [arrived])
-        returned = torch.empty_like(outgoing)
-        dist.all_to_all_single(returned, back, gone, come, group=ranks)
-        order = [i for rank in range(world) for i in owned[rank]]
-        for i, piece in zip(order, _cut(returned, [sizes[me][i] for i in order]), strict=True):
-            shards[i].direction = piece.reshape(shards[i].param.shape)
-            yield shards[i]
+            yield self.moves[i], torch.cat(parts, self._axis(i))
+
+    def answer(self, found: Sequence[Tensor]) -> None:
+        """Start sending back what was made of that which was received, in its order."""
+        owned = self._owned[self.replica][self.me]
+        parts: list[list[Tensor]] = [[] for _ in range(self.world)]
+        for i, whole in zip(owned, found, strict=True):
+            axis = self._axis(i)
+            lengths = shard_sizes(whole.shape[axis], self.world)
+            for rank, part in enumerate(whole.split(lengths, axis)):
+                parts[rank].append(part.flatten())
+        self._travel(torch.cat([self.like, *chain(*parts)]), self._gone, self._come)
+
+    def returned(self) -> Iterator[tuple[int, Tensor]]:
+        """The answers for this rank's shards, each with its parameter's number."""
+        orders = [list(chain(*owned)) for owned in self._owned]
+        sizes = [[self._entries(i, self.me) for i in order] for order in orders]
+        buffers = [
+            self._arrival() if replica == self.replica else self.like.new_empty(sum(entries))
+            for replica, entries in enumerate(sizes)
+        ]
+        if self.copies is not None:
+            sending = [_Broadcast(buffer, i, self.copies) for i, buffer in enumerate(buffers)]
+            buffers = [one.wait() for one in sending]
+        for order, entries, buffer in zip(orders, sizes, buffers, strict=True):
+            for i, piece in zip(order, buffer.split(entries), strict=True):
+                yield i, piece.reshape(self._shape(i, self.me))
+
+    def _travel(self, outgoing: Tensor, come: list[int], gone: list[int]) -> None:
+        self._outgoing, self._arriving = outgoing, outgoing.new_empty(sum(come))
+        self._work = dist.all_to_all_single(
+            self._arriving, outgoing, come, gone, group=self.group, async_op=True
+        )
+
+    def _arrival(self) -> Tensor:
+        self._work.wait()
+        del self._outgoing
+        return self._arriving
+
+    def _axis(self, i: int) -> int:
+        shard = one_shard(self.moves[i].param)  # type: ignore[arg-type]
+        assert shard is not None
+        return shard[0]
+
+    def _shape(self, i: int, rank: int) -> tuple[int, ...]:
+        shape, axis = list(self.moves[i].param.shape), self._axis(i)
+        shape[axis] = shard_sizes(shape[axis], self.world)[rank]
+        return tuple(shape)
+
+    def _entries(self, i: int, rank: int) -> int:
+        return math.prod(self._shape(i, rank))
 
 
-def _shard(move: Move) -> tuple[int, ProcessGroup]:
-    p = move.param
-    assert isinstance(p, DTensor)
-    shard = one_shard(p)
-    assert shard is not None
-    return shard
+# Both
 
 
 def _alike(moves: Sequence[Move]) -> Iterator[list[Move]]:
@@ -259,19 +409,14 @@ def _alike(moves: Sequence[Move]) -> Iterator[list[Move]]:
     kinds: dict[Any, list[Move]] = {}
     for move in moves:
         p = move.param
-        ranks = _shard(move)[1] if isinstance(p, DTensor) else None
+        ranks = _Trade.ranks_of(move) if isinstance(p, DTensor) else (move.copies, move.shards)
         kinds.setdefault((state_dtype(p), p.device, ranks), []).append(move)
     yield from kinds.values()
 
 
-def _shard_shape(p: Tensor, axis: int, rank: int, world: int) -> tuple[int, ...]:
-    shape = list(p.shape)
-    shape[axis] = shard_sizes(shape[axis], world)[rank]
-    return tuple(shape)
-
-
-def _cut(flat: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    return flat.split(list(sizes)) if sizes else []
+def _like(move: Move) -> Tensor:
+    """An empty tensor in the dtype in which momenta are sent."""
+    return torch.empty(0, dtype=state_dtype(move.param), device=move.param.device)
 
 
 def _stored_shape(move: Move) -> tuple[int, ...]:
@@ -298,9 +443,9 @@ def _costs(moves: Sequence[Move], shapes: Sequence[tuple[tuple[int, ...], ...]])
             yield from (work for _ in range(math.prod(batch)))
 
 
-def _buckets(sizes: Sequence[int], world: int) -> Iterator[list[int]]:
-    """Consecutive moves that make up [`BUCKET`] entries, or more for a few operators a rank."""
-    most = max(BUCKET, 4 * world * max(sizes, default=0))
+def _buckets(sizes: Sequence[int], owners: int) -> Iterator[list[int]]:
+    """Consecutive moves that make up [`BUCKET`] entries, or four operators for each owner."""
+    most = max(BUCKET, 4 * owners * max(sizes, default=0))
     bucket: list[int] = []
     entries = 0
     for i, size in enumerate(sizes):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from .layouts import Layout
@@ -34,7 +35,7 @@ from .precision import (
     write_inplace,
 )
 from .rules import SCALES, Rule, bias_correction
-from .sharding import gathered, local, placed_like, sharded_like
+from .sharding import copies_of, divided_among, gathered, local, placed_like, sharded_like
 
 SMALL = 2**16  # entries: tensors of one shape up to this size move together, [`PART`] at a time
 PART = 2**18  # entries of a part of a large tensor
@@ -56,6 +57,8 @@ class Move:
     rule: Rule
     layout: Layout  # of one
     rows: tuple[Tensor, Tensor] | None = None  # the param is a copy of these rows of a parameter
+    copies: ProcessGroup | None = None  # ranks that hold the same, and may share the work
+    shards: tuple[ProcessGroup, ...] = ()  # ranks that hold the other shards, if it is of a shard
     smooth: Tensor = field(init=False)
     direction: Tensor = field(init=False)
 
@@ -85,8 +88,14 @@ class Move:
     def of_shard(self) -> Move:
         """The move of what this rank holds of a parameter."""
         state = {key: local(value) for key, value in kept(self, 0).items()}
-        gradient = local(self.gradients[0])
-        return replace(self, params=[local(self.param)], gradients=[gradient], states=[state])
+        return replace(
+            self,
+            params=[local(self.param)],
+            gradients=[local(self.gradients[0])],
+            states=[state],
+            copies=copies_of(self.param),
+            shards=divided_among(self.param),
+        )
 
     @property
     def param(self) -> Tensor:
@@ -107,11 +116,12 @@ class Move:
         """Scale · multiplier · dual norm: a part of the network's dual norm (Prop. 7)."""
         if tensor is None:  # what the direction was made of: ⟨M, lmo(M)⟩
             return (self.smooth * self.direction).sum() * self.group["multiplier"]
-        duals = [
-            (self.rule.norm.dual_norm(operator) * self.scale(operator.shape)).sum()
-            for operator in self.layout.to_operators(gathered(tensor))
-        ]
-        return torch.stack(duals).sum() * self.group["multiplier"]
+        return torch.stack([self.dual_of(o) for o in self.layout.to_operators(tensor)]).sum()
+
+    def dual_of(self, operators: Tensor) -> Tensor:
+        """The same of operators (..., fan_out, fan_in) in place of a whole tensor."""
+        duals = self.rule.norm.dual_norm(operators) * self.scale(operators.shape)
+        return duals.sum() * self.group["multiplier"]
 
     def scale(self, shape: Sequence[int]) -> float:
         """What multiplies the LMO of an operator (..., fan_out, fan_in)."""
@@ -121,15 +131,27 @@ class Move:
 
 
 def moves_of(
-    group: dict[str, Any], rule: Rule, states: Mapping[Tensor, dict[str, Any]]
+    group: dict[str, Any],
+    rule: Rule,
+    states: Mapping[Tensor, dict[str, Any]],
+    copies: ProcessGroup | None = None,
 ) -> Iterator[Move]:
-    """The moves of a group's parameters that have a gradient: small ones of one shape together."""
+    """The moves of a group's parameters that have a gradient: small ones of one shape together.
+
+    Args:
+        group: of the optimizer.
+        rule: of the group.
+        states: of the optimizer.
+        copies: the ranks that hold the same parameters; a `DTensor` knows its own.
+    """
     alike: dict[Any, list[Tensor]] = {}
     for p, layout in zip(group["params"], group["layouts"], strict=True):
         if p.grad is None or p.numel() == 0:
             continue
-        if p.numel() > SMALL or isinstance(p, DTensor):
+        if isinstance(p, DTensor):
             yield Move([p], [p.grad], [states[p]], group, rule, _layout(layout))
+        elif p.numel() > SMALL:
+            yield Move([p], [p.grad], [states[p]], group, rule, _layout(layout), copies=copies)
         else:
             alike.setdefault((layout, p.shape, p.dtype, p.device), []).append(p)
     for (layout, *_), params in alike.items():
@@ -137,7 +159,8 @@ def moves_of(
         for i in range(0, len(params), count):
             some = params[i : i + count]
             gradients = [p.grad for p in some if p.grad is not None]
-            yield Move(some, gradients, [states[p] for p in some], group, rule, _layout(layout))
+            kept = [states[p] for p in some]
+            yield Move(some, gradients, kept, group, rule, _layout(layout), copies=copies)
 
 
 def parts(move: Move) -> Iterator[Move]:

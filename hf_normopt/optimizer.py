@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,20 +19,22 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .checkpoints import ON_MISMATCH, describe, matched, some
-from .exchange import exchanged_inplace, is_exchanged, is_shared, localized, shared_inplace
+from .exchange import directed_inplace, dual_norms
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
-from .moves import Move, advance_inplace, apply_inplace, moves_of, parts
+from .moves import Move, apply_inplace, moves_of
 from .precision import check_precision, is_low, loaded_momentum, new_compensation, state_dtype
 from .roles import ROLES, ParamSpec
 from .rules import Policy, Rule, check_total, policy_key
 from .sharding import (
     NEEDS_WHOLE_MATRICES,
     agree,
+    divided_among,
     groups_of,
     hold_the_same,
     local,
     replicas,
+    total,
 )
 from .step_sizes import Fixed, StepSize
 from .tables import fold_names, format_table
@@ -205,53 +206,46 @@ class NormOpt(torch.optim.Optimizer):
 
     def _step_inplace(self, groups: list[dict[str, Any]]) -> None:
         """Move the parameters of groups that share one η, whose memory is in the first of them."""
-        size, memory = self.step_size, groups[0]["memory"]
+        size, memory, watched = self.step_size, groups[0]["memory"], self.observer is not None
         moves = [
-            move for group in groups for move in moves_of(group, self.rule_of(group), self.state)
+            move
+            for group in groups
+            for move in moves_of(group, self.rule_of(group), self.state, self._ranks)
         ]
-        weight, keep = size.weight(memory), size.needs_dual or self.observer is not None
-        directed: Iterable[Move] = []
-        if size.needs_dual:
-            moves = list(self._directed(moves, weight, weight, keep))
-            directed = moves
-        eta: Tensor | float = weight
-        if not isinstance(size, Fixed):
-            single = chain(*(move.each() for move in moves))
-            seen = [seen for m in single if (seen := size.observe(m, weight)) is not None]
-            if seen:
-                sums = sum(measured.to(seen[0].device) for measured in seen)
-                assert isinstance(sums, Tensor)
-                eta = size.advance_inplace(memory, sums)
-        if not size.needs_dual:
-            directed = self._directed(moves, weight, size.weight(memory), keep)
+        eta = weight = size.weight(memory)
+        if size.needs_directions:
+            moves = list(directed_inplace(moves, weight, weight, keep=True, whole=watched))
+        if moves and not isinstance(size, Fixed):
+            eta = self._eta(moves, weight, memory)
+        directed: Iterable[Move] = moves
+        if not size.needs_directions:
+            unit = size.weight(memory)
+            directed = directed_inplace(moves, weight, unit, keep=watched, whole=watched)
         for move in directed:
             if self.observer is not None:
                 for one in move.each():
                     self.observer(one, eta)
             apply_inplace(move, eta, self._noise)
 
-    def _directed(
-        self, moves: list[Move], weight: Tensor | float, unit: Tensor | float, keep: bool
-    ) -> Iterator[Move]:
-        """The moves with their directions, each found by who is to find it.
-
-        With `keep` they come whole, and with what the norm received.
-        """
-        ranks, shared, exchanged, rest = self._ranks, [], [], []
-        for move in moves:
-            shard = None if keep else localized(move)
-            if ranks is not None and is_shared(move):
-                shared.append(move)
-            elif shard is None and not keep and is_exchanged(move):
-                exchanged.append(move)
-            else:
-                rest.append(shard or move)
-        if ranks is not None:
-            yield from shared_inplace(shared, ranks, weight, keep)
-        yield from exchanged_inplace(exchanged, weight)
-        for move in rest if keep else chain(*map(parts, rest)):
-            advance_inplace(move, weight, unit)
-            yield move
+    def _eta(
+        self, moves: list[Move], weight: Tensor | float, memory: dict[str, Any]
+    ) -> Tensor | float:
+        """Measure the moves, and advance η."""
+        size = self.step_size
+        single = [one for move in moves for one in move.each()]
+        seen = [size.observe(one, weight) for one in single]
+        parts = [  # of (dual norm, sums)
+            (torch.cat([sums.new_zeros(1), sums]), divided_among(one.param))
+            for one, (sums, _) in zip(single, seen, strict=True)
+        ]
+        length = len(parts[0][0])
+        if size.needs_directions:
+            duals: Iterable[Any] = ((one.dual(), one.shards) for one in single)
+        else:
+            duals = dual_norms(single, [tensor for _, tensor in seen if tensor is not None])
+        parts += [(nn.functional.pad(dual[None], (0, length - 1)), ranks) for dual, ranks in duals]
+        measured = total(parts)
+        return size.advance_inplace(memory, measured[0], measured[1:])
 
     def _agree(self) -> None:
         """Find the ranks that share the work, and make sure that all will do the same.

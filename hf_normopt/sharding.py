@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,48 @@ def one_shard(p: DTensor) -> tuple[int, ProcessGroup] | None:
     ]
     rest = sum(isinstance(placement, Replicate) for placement in p.placements)
     return found[0] if len(found) == 1 and rest == len(p.placements) - 1 else None
+
+
+def divided_among(p: Tensor) -> tuple[ProcessGroup, ...]:
+    """The ranks that hold the parts of a parameter, along each mesh axis that divides it."""
+    return _along_axes(p, is_replicated=False)
+
+
+def number_of_parts(p: Tensor) -> int:
+    """Among how many ranks a parameter is divided."""
+    return math.prod(map(dist.get_world_size, divided_among(p)))
+
+
+def copies_of(p: Tensor) -> ProcessGroup | None:
+    """The ranks that hold the same part of a parameter as this one, along one mesh axis (HSDP)."""
+    return next(iter(_along_axes(p, is_replicated=True)), None)
+
+
+def _along_axes(p: Tensor, is_replicated: bool) -> tuple[ProcessGroup, ...]:
+    if not isinstance(p, DTensor):
+        return ()
+    return tuple(
+        p.device_mesh.get_group(i)
+        for i, placement in enumerate(p.placements)
+        if isinstance(placement, Replicate) == is_replicated and p.device_mesh.size(i) > 1
+    )
+
+
+def total(parts: Iterable[tuple[Tensor, tuple[ProcessGroup, ...]]]) -> Tensor:
+    """The sum of parts over parameters and ranks, in one reduction for each set of ranks.
+
+    Args:
+        parts: each with the ranks whose parts add up to the whole; () where every rank has it.
+    """
+    sums: dict[tuple[ProcessGroup, ...], Tensor] = {}
+    for part, ranks in parts:
+        sums[ranks] = sums[ranks] + part.to(sums[ranks].device) if ranks in sums else part
+    for ranks, part in sums.items():
+        sums[ranks] = part = part.clone()
+        for group in ranks:
+            dist.all_reduce(part, group=group)
+    first, *others = sums.values()
+    return sum((other.to(first.device) for other in others), start=first)
 
 
 def shard_sizes(length: int, ranks: int) -> list[int]:

@@ -8,8 +8,8 @@ one number for the whole network, or one for each role:
 * [`EscapeVelocity`]: η grows until the weights have left their start (Prodigy).
 
 Before a step, `weight` says what its gradients weigh in the moving averages. `observe` measures the
-move of each parameter, the optimizer adds the measurements up, and `advance_inplace` makes of the
-sum the next η. Nothing waits for the device.
+move of each parameter, the optimizer adds the measurements and the dual norms up, over parameters
+and ranks, and `advance_inplace` makes of these the next η. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .sharding import gathered
+from .sharding import gathered, local, number_of_parts
 
 
 class Move(Protocol):
@@ -43,36 +43,41 @@ class Move(Protocol):
         """The gradient, not weighted."""
         ...
 
-    def dual(self, tensor: Tensor | None = None) -> Tensor:
-        """The parameter's part of the network's dual norm of a tensor.
-
-        Default: of the tensor that the LMO received, which is known where `needs_dual`.
-        """
-        ...
-
 
 class StepSize:
     """A step size. `memory` is plain data that is kept in the checkpoint.
 
     Attributes:
-        needs_dual: η depends on the directions of its own step, so that all of them are held at
-            once: the memory of the model once more.
+        needs_directions: η depends on the directions of its own step, so that all of them are held
+            at once: the memory of the model once more.
         per_role: one number for each role, else one for the network.
     """
 
-    needs_dual: bool = False
+    needs_directions: bool = False
     per_role: bool = False
 
     def weight(self, memory: dict[str, Any]) -> Tensor | float:
         """What gradients weigh in the moving averages: 1, or the η that is known so far."""
         return 1.0
 
-    def observe(self, move: Move, weight: Tensor | float) -> Tensor | None:
-        """Measure a parameter's move; the sums over all parameters reach `advance_inplace`."""
-        return None
+    def observe(self, move: Move, weight: Tensor | float) -> tuple[Tensor, Tensor | None]:
+        """Measure a parameter's move.
 
-    def advance_inplace(self, memory: dict[str, Any], sums: Tensor) -> Tensor | float:
-        """The η of this step."""
+        Returns:
+            Sums over the entries that this rank holds, one axis of any length; and the tensor whose
+            dual norm is wanted, placed as the parameter is. None: the tensor that the LMO received,
+            where `needs_directions`.
+        """
+        return torch.zeros(0, device=move.param.device), None
+
+    def advance_inplace(self, memory: dict[str, Any], dual: Tensor, sums: Tensor) -> Tensor | float:
+        """The η of this step.
+
+        Args:
+            memory: plain data.
+            dual: the network's dual norm (Prop. 7).
+            sums: of what was observed, over all parameters and ranks.
+        """
         raise NotImplementedError
 
 
@@ -94,19 +99,15 @@ class DualNorm(StepSize):
 
     sharpness: float = 1.0
 
-    needs_dual = True
+    needs_directions = True
 
     def __post_init__(self) -> None:
         if not self.sharpness > 0:
             raise ValueError(f"DualNorm: sharpness must be positive, found {self.sharpness!r}.")
 
-    def observe(self, move: Move, weight: Tensor | float) -> Tensor:
-        """This parameter's part of the dual norm."""
-        return move.dual()
-
-    def advance_inplace(self, memory: dict[str, Any], sums: Tensor) -> Tensor:
+    def advance_inplace(self, memory: dict[str, Any], dual: Tensor, sums: Tensor) -> Tensor:
         """The dual norm over the sharpness."""
-        return sums / self.sharpness
+        return dual / self.sharpness
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,8 @@ class EscapeVelocity(StepSize):
         """η_t before the step, η_{t+1} after `advance_inplace`."""
         return memory.get("eta", self.start)
 
-    def observe(self, move: Move, weight: Tensor | float) -> Tensor:
-        """The part of r, ‖s‖†, and for the cosine ⟨g, w_0 - w⟩ and the squares of g and w_0 - w."""
+    def observe(self, move: Move, weight: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The part of r, for the cosine ⟨g, w_0 - w⟩ and the squares of g and w_0 - w; and s."""
         whole = move.grad  # made anew by each access
         now = _every(move.param, self.stride).to(whole.dtype)
         if "anchor" not in move.state:
@@ -178,8 +179,9 @@ class EscapeVelocity(StepSize):
         if self.anchor == "last":
             move.state["anchor"].copy_(now)
         grad = _every(whole, self.stride)
-        squares = [gathered((a * b).sum()) for a, b in ((grad, way), (grad, grad), (way, way))]
-        inner, grad_square, way_square = (self.stride * square for square in squares)
+        sums = [(local(a) * local(b)).sum() for a, b in ((grad, way), (grad, grad), (way, way))]
+        ranks = 1 if self.stride == 1 else number_of_parts(move.param)  # that have the same sum
+        inner, grad_square, way_square = (self.stride / ranks * total for total in sums)
         share: Tensor | float = 1.0
         tensor = whole
         if self.beta:
@@ -187,11 +189,11 @@ class EscapeVelocity(StepSize):
             tensor = move.state.setdefault("gradient_sum", torch.zeros_like(whole))
             tensor.mul_(self.beta).add_(whole * share)
         weighted = inner * share
-        return torch.stack([weighted, move.dual(tensor), inner, grad_square, way_square])
+        return torch.stack([weighted, inner, grad_square, way_square]), tensor
 
-    def advance_inplace(self, memory: dict[str, Any], sums: Tensor) -> Tensor:
+    def advance_inplace(self, memory: dict[str, Any], dual: Tensor, sums: Tensor) -> Tensor:
         """Find η_{t+1}; return it, or η_t for the delayed variant."""
-        numerator, dual, inner, grad_square, way_square = sums
+        numerator, inner, grad_square, way_square = sums
         eta = torch.as_tensor(self.weight(memory), dtype=sums.dtype, device=sums.device)
         if self.beta:
             numerator = memory["numerator"] = numerator + self.beta * memory.get("numerator", 0.0)
@@ -206,7 +208,7 @@ class EscapeVelocity(StepSize):
 
 
 def _every(tensor: Tensor, stride: int) -> Tensor:
-    return tensor if stride == 1 else tensor.flatten()[::stride]
+    return tensor if stride == 1 else gathered(tensor).flatten()[::stride]
 
 
 STEP_SIZES: dict[str, type[StepSize]] = {

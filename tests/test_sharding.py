@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_normopt import PRESETS, DualNorm, EscapeVelocity, create_normopt_optimizer, exchange
+from hf_normopt import PRESETS, DualNorm, EscapeVelocity, Fixed, create_normopt_optimizer, exchange
 from hf_normopt.exchange import assign
 from hf_normopt.orthogonalize import plan
 from hf_normopt.sharding import shard_sizes
@@ -120,6 +121,7 @@ CASES = [
     (llama33, {"lr": 1e-2, "preset": "spectral", "step_size": DualNorm(100.0)}),
     (llama33, {"lr": 1.0, "step_size": EscapeVelocity(1e-4, beta=0.9)}),
     (llama33, {"lr": 1e-2, "step_size": EscapeVelocity(1e-4, per_role=True)}),
+    (llama33, {"lr": 1e-2, "step_size": EscapeVelocity(1e-4, stride=3, rule="cosine")}),
     (llama33, {"lr": 1e-2, "momentum_dtype": "bfloat16"}),
     (gpt2, {"lr": 1e-2, "weight_decay": 0.1}),
     (odd, {"weight_decay": 0.1}),
@@ -167,7 +169,77 @@ def _runs_are_those_of_one_process(how):
     [("replicas", 2), ("shards", 3), ("hybrid", 4)],
 )
 def test_runs_are_those_of_one_process(tmp_path, how, world):
-    spawn(tmp_path, _runs_are_those_of_one_process, world, how)
+    spawn(
+        tmp_path,
+        _all,
+        world,
+        *(partial(f, how) for f in (_runs_are_those_of_one_process, _every_operator_is_found_once)),
+    )
+
+
+def counted(optimizer):
+    """A step; which operators all ranks found together, and how many entries they sent."""
+    names = ("directions", "duals", "traded", "broadcast", "reductions")
+    seen = dict.fromkeys(names, 0)
+
+    def count(owner, attribute, name, number):
+        original = getattr(owner, attribute)
+
+        def counting(*args, **kwargs):
+            seen[name] += number(*args, **kwargs)
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, attribute, counting)
+
+    def to_others(arriving, outgoing, come, gone, group, async_op):
+        return len(outgoing) - gone[dist.get_rank(group)]
+
+    def from_me(buffer, group, group_src, **kwargs):
+        return len(buffer) * (dist.get_rank(group) == group_src)
+
+    with pytest.MonkeyPatch.context() as patch:
+        operators = lambda norm, g, *size: math.prod(g.shape[:-2])
+        count(exchange.Spectral, "lmo", "directions", operators)
+        count(exchange.Spectral, "dual_norm", "duals", operators)
+        count(dist, "all_to_all_single", "traded", to_others)
+        count(dist, "broadcast", "broadcast", from_me)
+        count(dist, "all_reduce", "reductions", lambda *args, **kwargs: 1)
+        optimizer.step()
+    numbers = torch.tensor(list(seen.values()))
+    dist.all_reduce(numbers)
+    return dict(zip(names, numbers.tolist(), strict=True))
+
+
+def _every_operator_is_found_once(how):
+    """Whatever the step size: its dual norms are found by the owners too, and reduced once."""
+    world = dist.get_world_size()
+    for size in (Fixed(), DualNorm(), EscapeVelocity()):
+        model, optimizer = llama33(lr=1e-2, step_size=size)
+        groups = 1
+        if how == "replicas":
+            optimizer.replicas = dist.group.WORLD
+        elif how == "shards":
+            shard(model, optimizer)
+        else:
+            groups = 2
+            shard(model, optimizer, init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "s")))
+        model(DATA[0], labels=DATA[0]).loss.backward()
+        optimizer.step()  # the first compares the replicas' models
+        found = counted(optimizer)
+        matrices = [p for g in optimizer.param_groups if g["role"] == "linear" for p in g["params"]]
+        entries = sum(p.numel() for p in matrices)
+        away = {"replicas": 0, "shards": entries * (world - 1) // world, "hybrid": entries // 2}[
+            how
+        ]
+        duals = isinstance(size, EscapeVelocity)
+        assert found["directions"] == len(matrices)
+        assert found["duals"] == duals * len(matrices)
+        assert found["traded"] == (2 + duals) * away
+        assert found["broadcast"] == (0 if how == "shards" else entries)
+        reduced = int(duals or (how != "replicas" and size != Fixed()))
+        if duals and how == "hybrid":  # what each shard has, and what the owner has
+            reduced = 3
+        assert found["reductions"] == world * (groups + reduced)  # groups: to agree
 
 
 PLACEMENTS = [
