@@ -40,7 +40,7 @@ WITHOUT_HEAD = {
 
 
 def names(part):
-    """All that transformers exports, or every so manieth of it; no scripts, which set its log level."""
+    """What transformers exports, or a part of it; no scripts, which set its log level."""
     every = [name for name in sorted(dir(tf)) if not name.startswith("convert_")]
     return every if part is None else every[part::PARTS]
 
