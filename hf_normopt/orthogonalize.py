@@ -10,7 +10,8 @@ Three families of methods, each a function f of the singular values, 1 where it 
   `(G Gᵀ)^(-1/2) G`, the form that the paper's equations 12 to 16 give to Shampoo;
 * `rational`: that inverse root as a sum of inverses, Σ w_j (G Gᵀ + t_j)^(-1), in float32;
 * iterations of odd polynomials (Appendix A, equation 37), which need matrix products only: every
-  key of [`POLYNOMIALS`].
+  key of [`POLYNOMIALS`]; and `gram_newton_schulz`, which runs Polar Express by another package's
+  kernels where they are at hand.
 
 What a method loses is stated as the efficiency of the oracle, ⟨G, O⟩ / (‖O‖ ‖G‖†), which is 1 for
 U Vᵀ. `auto` takes the cheapest method, by the costs in [`WORK`], that has 0.98 on every spectrum
@@ -25,6 +26,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from .kernels import gram_newton_schulz
 
 Polynomial = tuple[float, float, float]
 """(a, b, c) of p(x) = a x + b x³ + c x⁵."""
@@ -82,7 +85,7 @@ WEIGHTS = (  # least σ, (c₀, c₁), w of each pole, and see `_inverse_root`
 _DELTA = 0.0065  # |f - 1| in each range
 _NARROWED = 1.3e-3  # σ / f(σ) with four poles, where f(σ) < 0.1
 
-METHODS = ("auto", "svd", "gram", "rational", *POLYNOMIALS)
+METHODS = ("auto", "svd", "gram", "rational", "gram_newton_schulz", *POLYNOMIALS)
 
 # Work as (a, b, c) of a m³ + b m² + c, in operations of a float32 product, which are the unit: an
 # m x m by m x n product has 2 m² n. Measured on one core (Zen 3, torch 2.13 with MKL, m = 64 to
@@ -133,8 +136,9 @@ def plan(
     m, n, count = min(rows, columns), max(rows, columns), math.prod(batch)
     on_cpu = torch.device(device).type == "cpu"
     if method != "auto":
-        steps = len(POLYNOMIALS.get(method, ()))
-        return Plan(method, steps, count * _work(method, m, n, steps, on_cpu))
+        known = "polar_express" if method == "gram_newton_schulz" else method
+        steps = _steps(known, m) if known != method else len(POLYNOMIALS.get(method, ()))
+        return Plan(method, steps, count * _work(known, m, n, steps, on_cpu))
 
     def cost(name: str) -> float:
         return _work(name, m, n, _steps(name, m), on_cpu)
@@ -218,7 +222,9 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
     x = g.to(torch.promote_types(g.dtype, torch.float32))
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
-    if chosen.method in POLYNOMIALS:
+    if chosen.method == "gram_newton_schulz":
+        polar = _iterate_by_kernels(wide, chosen)
+    elif chosen.method in POLYNOMIALS:
         polar = _iterate(wide, chosen)
     elif wide.shape[-2] == 1:
         polar = over_length(wide)  # depthwise kernels: thousands of them
@@ -365,6 +371,14 @@ def _by_gram(m: int, n: int, on_cpu: bool) -> bool:
     Only on CPUs: in TF32, which other devices may use for float32, rounding would be amplified.
     """
     return on_cpu and 2 * n > 5 * m
+
+
+def _iterate_by_kernels(x: Tensor, chosen: Plan) -> Tensor:
+    """Polar Express in float16 by kernels of another package, or else in float32."""
+    iterate = gram_newton_schulz(POLYNOMIALS["polar_express"][: chosen.steps], x.device)
+    if iterate is None:
+        return _iterate(x, Plan("polar_express", chosen.steps, chosen.work))
+    return iterate(over_length(x).reshape(-1, *x.shape[-2:])).reshape(x.shape)
 
 
 def _iterate(x: Tensor, chosen: Plan) -> Tensor:

@@ -6,7 +6,10 @@ prints the machine, and for each model a table: the median time of a step, the m
 to the first of `--against` in the same round, the optimizer's state, the peak memory of a step
 above that before it, the least efficiency of a step as a spectral oracle, and the step's share of a
 training step. At the end it draws the ratios into `outputs/benchmark.png`. About ten minutes on an
-idle CPU core; on a busy machine the times mean nothing.
+idle CPU core; on a busy machine the times mean nothing. On a Hopper or Blackwell GPU:
+
+    python recipes/benchmark.py --device cuda --models llama-1b --tokens 65536 \
+        --against torch-muon,pytorch-optimizer,gram-newton-schulz,normopt:kernels
 
 Models have random weights, gradients are Gaussian and the same for all, weight decay is 0.01. Other
 packages' Muon gets the matrices that NormOpt gives a spectral norm, and AdamW gets the rest.
@@ -71,6 +74,12 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, vocab_size=32000))
 
 
+def llama_1b():
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=128256))
+
+
 MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=768, n_layer=4, n_head=12)),
     "minilm": minilm,
@@ -78,11 +87,13 @@ MODELS = {
     "lora-r16": lambda: Matrices([(1024, 16), (16, 1024)] * 96),
     "small": lambda: Matrices([(64, 64)] * 400),
 }
+DEFAULT_MODELS = ",".join(MODELS)
+MODELS["llama-1b"] = llama_1b  # for GPUs
 
 
 # Each returns optimizers that step together, and the patch that makes their iteration float32.
-def normopt(model, matrices, rest, preset="normopt"):
-    return [create_normopt_optimizer(model, preset=preset, **SETTINGS)], None
+def normopt(model, matrices, rest, **options):
+    return [create_normopt_optimizer(model, **options, **SETTINGS)], None
 
 
 def adamw(model, matrices, rest):
@@ -110,10 +121,21 @@ def pytorch_optimizer(model, matrices, rest):
     return [optimizer], patch.object(base, function, in_float32)
 
 
+def gram_newton_schulz(model, matrices, rest):
+    try:
+        from gram_newton_schulz import Muon
+    except ImportError as error:
+        sys.exit(f'{error}. On Hopper and Blackwell GPUs: pip install "hf_normopt[kernels]"')
+    optimizers = [Muon(matrices, ns_use_kernels=matrices[0].is_cuda, **SETTINGS)]
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, fused=True, **SETTINGS))
+    return optimizers, None
+
+
 OPTIMIZERS = {"adamw": adamw, "torch-muon": torch_muon, "pytorch-optimizer": pytorch_optimizer}
-OPTIMIZERS |= {"normopt": normopt} | {
-    f"normopt:{preset}": partial(normopt, preset=preset) for preset in PRESETS
-}
+OPTIMIZERS |= {"gram-newton-schulz": gram_newton_schulz, "normopt": normopt}
+OPTIMIZERS["normopt:kernels"] = partial(normopt, norm_linear="rms->rms(gram_newton_schulz)")
+OPTIMIZERS |= {f"normopt:{preset}": partial(normopt, preset=preset) for preset in PRESETS}
 
 
 class Competitor:
@@ -296,7 +318,7 @@ def hardware(device):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default=DEFAULT_MODELS, help=f"of {', '.join(MODELS)}")
     parser.add_argument(
         "--against", default="adamw,torch-muon", help=f"of {', '.join(OPTIMIZERS)}; baseline first"
     )

@@ -12,7 +12,7 @@ import hf_normopt
 PACKAGE = Path(hf_normopt.__file__).parent
 ROWS = [
     {
-        "orthogonalize",
+        "kernels",
         "layouts",
         "interpreter",
         "values",
@@ -21,8 +21,8 @@ ROWS = [
         "version",
         "launch",
     },
-    {"norms", "graph", "calls", "reading", "uses", "precision"},
-    {"adapters", "fused", "frames", "checkpoints"},
+    {"orthogonalize", "graph", "calls", "reading", "uses", "precision"},
+    {"norms", "adapters", "fused", "frames", "checkpoints"},
     {"flow"},
     {"architectures"},
     {"heads", "matchers"},
