@@ -282,7 +282,10 @@ class NormOpt(torch.optim.Optimizer):
 
     def _count_inplace(self) -> None:
         """Count the step, unless it is torch's rehearsal that creates the state: all is 0."""
-        if any(group["lr"] for group in self.param_groups) or any(
+        rates = [group["lr"] for group in self.param_groups]
+        # A rehearsal's rates are no tensors of another device, which is not asked.
+        moves = any((isinstance(rate, Tensor) and not rate.is_cpu) or rate for rate in rates)
+        if moves or any(
             p.grad is not None and p.grad.any() for g in self.param_groups for p in g["params"]
         ):
             for group in self.param_groups:

@@ -1,12 +1,23 @@
-"""A process of a Trainer under DDP, for test_sharding: folder, batch size, what goes wrong."""
+"""A process of a Trainer, for test_sharding: folder, batch size, model, what goes wrong."""
 
 import os
 import sys
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.distributed import DistributedConfig
 
 from hf_normopt import NormOpt
+from hf_normopt.sharding import gathered
 from tests.test_optimizer import llama
 
 
@@ -23,10 +34,30 @@ class Fault(TrainerCallback):
             os._exit(9)
 
 
-def main():
-    folder, batch_size, fault = sys.argv[1:]
+def made(kind, folder, world):
+    """The same model in each process; sharded ones are loaded, as transformers does it."""
     torch.manual_seed(0)
-    model = llama()
+    if kind == "experts":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4))
+    else:
+        model = llama()
+    if kind == "lora":
+        return get_peft_model(model, LoraConfig(r=4, init_lora_weights=False))
+    if kind == "llama" or world == 1:
+        return model
+    path = f"{folder}/model{os.environ['RANK']}"
+    model.save_pretrained(path)
+    expert_parallel = {"ep_size": world} if kind == "experts" else {}
+    config = DistributedConfig(fsdp_size=world, **expert_parallel)
+    return AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
+
+
+def main():
+    folder, batch_size, kind, fault = sys.argv[1:]
+    world = int(os.environ["WORLD_SIZE"])
+    model = made(kind, folder, world)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(64, (32, 12), generator=generator).tolist()
     data = [{"input_ids": row, "labels": row} for row in ids]
@@ -45,9 +76,12 @@ def main():
     trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert isinstance(optimizer, NormOpt)
-    assert (optimizer._ranks is not None) == (args.world_size > 1)
+    is_sharded = any(isinstance(p, DTensor) for p in trainer.model.parameters())
+    assert is_sharded == (world > 1 and kind in ("fsdp", "experts"))
+    assert is_sharded or (optimizer._ranks is not None) == (world > 1)
+    weights = {name: gathered(p) for name, p in trainer.model.state_dict().items()}
     if args.process_index == 0:
-        torch.save(trainer.model.state_dict(), f"{folder}/weights.pt")
+        torch.save(weights, f"{folder}/weights.pt")
 
 
 if __name__ == "__main__":

@@ -670,6 +670,50 @@ def test_no_step_waits_for_the_device(options):
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         optimizer.step()
+        for group in optimizer.param_groups:  # the second time it is a tensor, as for a CUDA graph
+            group["lr"] = torch.tensor(1e-2, device="meta")
+
+
+@pytest.mark.parametrize("size", [Fixed(), DualNorm(1.0)], ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_steps_find_their_state_where_it_was(preset, size):
+    """So that a CUDA graph of the second step takes the third, with another learning rate."""
+    model = llama()
+    optimizer = create_normopt_optimizer(model, lr=0.0, preset=preset, step_size=size)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(1e-2)
+    places = []
+    for ids in batches(3):
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        tensors = [*model.parameters(), *(group["lr"] for group in optimizer.param_groups)]
+        tensors += [
+            value
+            for p in model.parameters()
+            for value in optimizer.state[p].values()
+            if isinstance(value, torch.Tensor)
+        ]
+        places.append([tensor.data_ptr() for tensor in tensors])
+    assert places[2] == places[1]
+    assert not any(group["memory"] for group in optimizer.param_groups)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_compiled_step_is_the_step():
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+        optimizer = create_normopt_optimizer(model, lr=1e-2, overrides={"weight": "linear"})
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.randn(4, 6)).square().sum().backward()
+            step()
+        ends.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
 def test_who_is_watched_moves_as_who_is_not(monkeypatch):

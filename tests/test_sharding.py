@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -111,6 +112,13 @@ def gpt2(**options):
     return model, create_normopt_optimizer(model, **options)
 
 
+def lora(**options):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(llama(vocab_size=33), config)
+    return model, create_normopt_optimizer(model, **options)
+
+
 def rate(preset):
     low, high = PRESETS[preset].learning_rate
     return {"lr": math.sqrt(low * high), "weight_decay": 0.1}
@@ -124,6 +132,7 @@ CASES = [
     (llama33, {"lr": 1e-2, "step_size": EscapeVelocity(1e-4, stride=3, rule="cosine")}),
     (llama33, {"lr": 1e-2, "momentum_dtype": "bfloat16"}),
     (gpt2, {"lr": 1e-2, "weight_decay": 0.1}),
+    (lora, {"lr": 1e-2, "weight_decay": 0.1}),
     (odd, {"weight_decay": 0.1}),
 ]
 
@@ -450,11 +459,11 @@ def test_checkpoints_go_on_with_another_number_of_ranks(tmp_path, full):
             spawn(folder, _goes_on, after, str(folder), full)
 
 
-def launch(folder, world, batch_size, fault="none"):
+def launch(folder, world, batch_size, *, model="llama", fault="none"):
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"]
     command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    command += ["-m", "tests.ddp_worker", str(folder), str(batch_size), fault]
+    command += ["-m", "tests.ddp_worker", str(folder), str(batch_size), model, fault]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
@@ -466,20 +475,24 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_a_trainer_on_two_processes_is_one_on_one(tmp_path):
+@pytest.mark.parametrize("model", ["llama", "lora", "fsdp", "experts"])
+def test_a_trainer_on_two_processes_is_one_on_one(tmp_path, model):
+    """DDP for the first two; transformers' own sharding at loading for the others."""
     for name, world, batch_size in (("one", 1, 8), ("two", 2, 4)):
-        done = launch(tmp_path / name, world, batch_size)
+        done = launch(tmp_path / name, world, batch_size, model=model)
         assert not done.returncode, done.stderr
     one, two = (torch.load(tmp_path / name / "weights.pt") for name in ("one", "two"))
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5)
+        # A router's logits may be shifted, so that one singular value is nothing but rounding.
+        atol = 3e-4 if name.endswith("gate.weight") else 2e-5
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=atol)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["raise", "die"])
 def test_no_rank_waits_for_one_that_is_gone(tmp_path, fault):
     start = time.monotonic()
-    done = launch(tmp_path / fault, 2, 4, fault)
+    done = launch(tmp_path / fault, 2, 4, fault=fault)
     assert done.returncode
     assert ("rank 1 has had enough" if fault == "raise" else "exitcode  : 9") in done.stderr
     assert time.monotonic() - start < 120
