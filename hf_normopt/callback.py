@@ -81,7 +81,8 @@ class NormOptCallback(TrainerCallback):
                     innermost(optimizer),
                 )
             return
-        own = _is_trainers_own(lr_scheduler, optimizer, args, state.max_steps)
+        rate = float(inner.defaults["lr"])
+        own = _is_trainers_own(lr_scheduler, optimizer, args, state.max_steps, rate)
         check_progress(inner, lr_scheduler if own else None, state.global_step, args)
         if own:
             schedule = run_schedule(args, inner)
@@ -89,7 +90,7 @@ class NormOptCallback(TrainerCallback):
             self._schedule = str(schedule)
             first = inner.param_groups[0]
             if first["schedule"]:
-                factor = schedule.factor(state.max_steps, float(inner.defaults["lr"]))
+                factor = schedule.factor(state.max_steps, rate)
                 self._curve = lambda step: first["initial_lr"] * factor(step)
         else:
             # DeepSpeed's wrapper and accelerate's have it inside
@@ -198,7 +199,7 @@ def check_progress(
 
 
 def _is_trainers_own(
-    scheduler: Any, optimizer: Any, args: TrainingArguments, num_training_steps: int
+    scheduler: Any, optimizer: Any, args: TrainingArguments, num_training_steps: int, rate: float
 ) -> bool:
     """Whether the training arguments made a scheduler, and not the user."""
     if not isinstance(scheduler, LambdaLR) or scheduler.optimizer is not optimizer:
@@ -210,7 +211,7 @@ def _is_trainers_own(
         asked = trainer_schedule(args)
     except ValueError:  # options for a scheduler of the user's own
         return False
-    return asked.is_shape_of(factor, num_training_steps, float(optimizer.defaults["lr"]))
+    return asked.is_shape_of(factor, num_training_steps, rate)
 
 
 def warn_of_deepspeed(args: TrainingArguments) -> None:

@@ -116,6 +116,8 @@ class Move:
         """Scale · multiplier · dual norm: a part of the network's dual norm (Prop. 7)."""
         if tensor is None:  # what the direction was made of: ⟨M, lmo(M)⟩
             return (self.smooth * self.direction).sum() * self.group["multiplier"]
+        if self.rule.entrywise:
+            return self.dual_of(tensor.reshape(1, -1))
         return torch.stack([self.dual_of(o) for o in self.layout.to_operators(tensor)]).sum()
 
     def dual_of(self, operators: Tensor) -> Tensor:
@@ -145,7 +147,8 @@ def moves_of(
         copies: the ranks that hold the same parameters; a `DTensor` knows its own.
     """
     alike: dict[Any, list[Tensor]] = {}
-    for p, layout in zip(group["params"], group["layouts"], strict=True):
+    layouts = ["out"] * len(group["params"]) if is_flat(group) else group["layouts"]
+    for p, layout in zip(group["params"], layouts, strict=True):
         if p.grad is None or p.numel() == 0:
             continue
         if isinstance(p, DTensor):
@@ -161,6 +164,20 @@ def moves_of(
             gradients = [p.grad for p in some if p.grad is not None]
             kept = [states[p] for p in some]
             yield Move(some, gradients, kept, group, rule, _layout(layout), copies=copies)
+
+
+def is_flat(group: Mapping[str, Any]) -> bool:
+    """Whether the parameters are no longer those of which the group was made: ZeRO's partitions."""
+    shapes = [tuple(p.shape) for p in group["params"]]
+    is_changed = shapes != [tuple(shape) for shape in group["param_shapes"]]
+    return is_changed and all(len(shape) == 1 for shape in shapes)
+
+
+def may_be_flat(group: Mapping[str, Any], rule: Rule) -> bool:
+    """Whether each entry's step is the same, whatever parameter it belongs to."""
+    return rule.entrywise and (
+        rule.scale == "adamw" or all(_layout(layout).taps == 1 for layout in group["layouts"])
+    )
 
 
 def parts(move: Move) -> Iterator[Move]:
@@ -209,6 +226,10 @@ def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) ->
         return
     smooth, grad = smooth_inplace(move, weight)
     move.smooth = gathered(smooth)
+    if rule.entrywise and rule.statistic is None:
+        row = move.smooth.reshape(1, -1)
+        move.direction = rule.norm.lmo(row, move.scale((1, 1))).reshape(move.smooth.shape)
+        return
     if rule.entrywise:
         (ratio,) = _over_statistics_inplace(move, [move.smooth], [gathered(grad)], unit)
         move.direction = ratio.mul_(move.scale((1, 1)))
@@ -280,7 +301,7 @@ def kept(move: Move, i: int) -> dict[str, Tensor]:
         if "compensation" not in state:
             state["compensation"] = new_compensation(p)
         own["compensation"] = state["compensation"]
-    if move.rule.entrywise:
+    if move.rule.entrywise and move.rule.statistic is not None:
         if "second_moment" not in state:
             state["second_moment"] = torch.zeros_like(p, dtype=state_dtype(p))
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)

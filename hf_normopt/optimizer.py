@@ -22,7 +22,7 @@ from .checkpoints import ON_MISMATCH, describe, matched, some
 from .exchange import directed_inplace, dual_norms
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
-from .moves import Move, apply_inplace, moves_of
+from .moves import Move, apply_inplace, is_flat, may_be_flat, moves_of
 from .precision import check_precision, is_low, loaded_momentum, new_compensation, state_dtype
 from .roles import ROLES, ParamSpec
 from .rules import Policy, Rule, check_total, policy_key
@@ -289,7 +289,7 @@ class NormOpt(torch.optim.Optimizer):
             p.grad is not None and p.grad.any() for g in self.param_groups for p in g["params"]
         ):
             for group in self.param_groups:
-                group["steps"] += 1
+                group["steps"] += bool(group["params"])  # ZeRO 3 takes them away and back
 
     @property
     def steps(self) -> int:
@@ -307,9 +307,18 @@ class NormOpt(torch.optim.Optimizer):
         resets: list[str] = self.param_groups[0]["resets"]
         return resets
 
+    @property
+    def may_be_flat(self) -> bool:
+        """Whether its steps are right for ZeRO's flat partitions of parameters too."""
+        return isinstance(self.step_size, Fixed) and all(
+            may_be_flat(group, self.rule_of(group)) for group in self.param_groups
+        )
+
     def _complaint(self) -> str:
         """What is wrong with the parameters' shapes; "" if nothing is."""
         for group in self.param_groups:
+            if is_flat(group) and self.may_be_flat:
+                continue
             made, now = len(group["param_names"]), len(group["params"])
             if made != now:
                 return (
@@ -329,6 +338,8 @@ class NormOpt(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, with a description of it by which a load checks that it is whole."""
         state_dict = super().state_dict()
+        if any(map(is_flat, self.param_groups)):  # which have no names
+            return state_dict
         for group in state_dict["param_groups"]:
             group["state_texts"] = {
                 name: describe(state_dict["state"], number)
@@ -344,7 +355,15 @@ class NormOpt(torch.optim.Optimizer):
                 parameters, was made under other rules, or is not whole; nothing is changed then.
                 Under `on_mismatch="reset"` these parameters start without state instead.
         """
-        state_dict, self.complaints = matched(state_dict, self.param_groups, self.on_mismatch)
+        if any(map(is_flat, self.param_groups)):  # DeepSpeed's business, but for the rules
+            found, own = (
+                [g.get("rule") for g in gs]
+                for gs in (state_dict["param_groups"], self.param_groups)
+            )
+            if found != own:
+                raise ValueError(f"The checkpoint was made under the rules {found}, not {own}.")
+        else:
+            state_dict, self.complaints = matched(state_dict, self.param_groups, self.on_mismatch)
         super().load_state_dict(state_dict)
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         for i, saved in state_dict["state"].items():  # torch has cast it to the parameter's dtype

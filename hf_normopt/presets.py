@@ -239,7 +239,6 @@ def create_normopt_optimizer(
             f"Unknown preset {preset!r}; expected one of "
             f"{', '.join(PRESETS)}.{_near(preset, PRESETS)}"
         )
-    check_deepspeed()
     chosen = PRESETS[preset]
     size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
     policy = changed(chosen.policy, **changes)
@@ -260,6 +259,7 @@ def create_normopt_optimizer(
         momentum_dtype=momentum_dtype,
         rounding=rounding,
     )
+    check_deepspeed(optimizer.may_be_flat)
     optimizer.origin = {"preset": preset, "lr": lr, "weight_decay": weight_decay, **changes} | {
         name: value
         for name, value, usual in (

@@ -121,9 +121,8 @@ class Rule:
 
     @property
     def entrywise(self) -> bool:
-        """Whether an entry's step depends on that entry alone, as Adam's does."""
-        is_adam = isinstance(self.norm, MaxEntry) and self.statistic is not None
-        return is_adam and self.scale != "muon"
+        """Whether an entry's step depends on that entry alone, as Adam's and the sign do."""
+        return isinstance(self.norm, MaxEntry) and self.scale != "muon"
 
     def __str__(self) -> str:
         """A stable text, which checkpoints keep and compare."""

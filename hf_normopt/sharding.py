@@ -15,8 +15,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 NEEDS_WHOLE_MATRICES = (
-    "FSDP1 and DeepSpeed ZeRO flatten parameters, and a norm needs the whole matrix: use DDP, or "
-    'FSDP2 (fsdp_config={"version": 2}), or ZeRO stage 0.'
+    "FSDP1 and DeepSpeed ZeRO flatten parameters, and a norm needs the whole matrix. Use FSDP2: "
+    'TrainingArguments(fsdp=True, fsdp_config={"version": 2}), on the command line --fsdp true '
+    """--fsdp_config '{"version": 2}', or accelerate launch --use_fsdp --fsdp_version 2. """
+    "DDP and ZeRO stage 0 are right too, and under ZeRO 1 to 3 the presets adam, sign, signum and "
+    "lion with a fixed step size."
 )
 
 
@@ -181,15 +184,18 @@ def deepspeed_config() -> dict[str, Any]:
     return getattr(plugin, "deepspeed_config", None) or {}
 
 
-def check_deepspeed() -> None:
+def check_deepspeed(may_be_flat: bool) -> None:
     """Complain if DeepSpeed would take the matrices apart, or put its own optimizer in our place.
+
+    Args:
+        may_be_flat: whether the steps are right for flat partitions of parameters too.
 
     Raises:
         ValueError: naming the way out.
     """
     config = deepspeed_config()
     zero = config.get("zero_optimization") or {}
-    if zero.get("stage"):
+    if zero.get("stage") and not may_be_flat:
         raise ValueError(
             f"The DeepSpeed config has ZeRO stage {zero['stage']}. {NEEDS_WHOLE_MATRICES}"
         )

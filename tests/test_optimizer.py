@@ -738,3 +738,75 @@ def test_who_is_watched_moves_as_who_is_not(monkeypatch):
                 optimizer.step()
             ends.append(p.detach())
         assert torch.equal(*ends), role
+
+
+def partitioned(model, optimizer, stage):
+    """ZeRO's doing: each group becomes one flat tensor, here on a single rank."""
+    flats = []
+    for group in optimizer.param_groups:
+        flats.append((torch.cat([p.detach().flatten() for p in group["params"]]), group["params"]))
+        group["params"] = [flats[-1][0]]
+
+    def step():
+        groups = optimizer.param_groups
+        for flat, params in flats:
+            flat.grad = torch.cat([p.grad.flatten() for p in params])
+        for group in groups:  # one call for each
+            if stage == 3:
+                kept = [(other, other["params"]) for other in groups if other is not group]
+                for other, _ in kept:
+                    other["params"] = []
+                optimizer.step()
+                for other, params in kept:
+                    other["params"] = params
+            else:
+                optimizer.param_groups = [group]
+                optimizer.step()
+                optimizer.param_groups = groups
+        for flat, params in flats:
+            for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+                p.detach().copy_(part.reshape(p.shape))
+
+    return step
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("preset", ["adam", "sign", "signum", "lion"])
+def test_rules_by_entry_are_right_for_flat_partitions(monkeypatch, preset, stage):
+    config = {"zero_optimization": {"stage": stage}}
+    monkeypatch.setattr("hf_normopt.sharding.deepspeed_config", lambda: config)
+    ends = []
+    for flat in (False, True):
+        torch.manual_seed(0)
+        model = llama()
+        optimizer = create_normopt_optimizer(model, lr=1e-2, preset=preset, weight_decay=0.1)
+        step = partitioned(model, optimizer, stage) if flat else optimizer.step
+        for i, ids in enumerate(batches(3)):
+            model.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            step()
+            if flat and i == 1:  # what DeepSpeed does when a run is resumed
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer.state.clear()
+                optimizer.load_state_dict(state)
+        assert optimizer.steps == 3
+        ends.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"preset": "muon"}, {"preset": "prodigy"}, {"preset": "adam", "step_size": "dual_norm"}],
+    ids=str,
+)
+def test_zero_is_refused_where_matrices_or_the_network_count(monkeypatch, options):
+    model = llama()
+    optimizer = create_normopt_optimizer(model, lr=1e-2, **options)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(RuntimeError, match=r"FSDP2.*--fsdp_config.*ZeRO 1 to 3.*adam, sign"):
+        partitioned(model, optimizer, 2)()
+    config = {"zero_optimization": {"stage": 1}}
+    monkeypatch.setattr("hf_normopt.sharding.deepspeed_config", lambda: config)
+    with pytest.raises(ValueError, match=r"ZeRO stage 1.*FSDP2.*--fsdp_config"):
+        create_normopt_optimizer(model, lr=1e-2, **options)
