@@ -305,6 +305,7 @@ class _Trade:
 
     def __init__(self, moves: Sequence[Move]) -> None:
         self.moves = moves
+        self._axes = [self._shard_of(move)[0] for move in moves]
         self.ranks = self.ranks_of(moves[0])
         self.like = _like(moves[0])
         self.group, *rest = self.ranks
@@ -323,10 +324,15 @@ class _Trade:
     @staticmethod
     def ranks_of(move: Move) -> tuple[ProcessGroup, ...]:
         """The ranks that hold the shards, and the replicas of a shard if there are any."""
+        group, copies = _Trade._shard_of(move)[1], copies_of(move.param)
+        return (group,) if copies is None else (group, copies)
+
+    @staticmethod
+    def _shard_of(move: Move) -> tuple[int, ProcessGroup]:
         assert isinstance(move.param, DTensor)
-        shard, copies = one_shard(move.param), copies_of(move.param)
+        shard = one_shard(move.param)
         assert shard is not None
-        return (shard[1],) if copies is None else (shard[1], copies)
+        return shard
 
     def send(self, shards: Sequence[Tensor]) -> None:
         """Start sending this rank's shards to the owners."""
@@ -348,14 +354,14 @@ class _Trade:
                 pieces[rank * len(owned) + place].reshape(self._shape(i, rank))
                 for rank in range(self.world)
             ]
-            yield self.moves[i], torch.cat(parts, self._axis(i))
+            yield self.moves[i], torch.cat(parts, self._axes[i])
 
     def answer(self, found: Sequence[Tensor]) -> None:
         """Start sending back what was made of that which was received, in its order."""
         owned = self._owned[self.replica][self.me]
         parts: list[list[Tensor]] = [[] for _ in range(self.world)]
         for i, whole in zip(owned, found, strict=True):
-            axis = self._axis(i)
+            axis = self._axes[i]
             lengths = shard_sizes(whole.shape[axis], self.world)
             for rank, part in enumerate(whole.split(lengths, axis)):
                 parts[rank].append(part.flatten())
@@ -387,13 +393,8 @@ class _Trade:
         del self._outgoing
         return self._arriving
 
-    def _axis(self, i: int) -> int:
-        shard = one_shard(self.moves[i].param)  # type: ignore[arg-type]
-        assert shard is not None
-        return shard[0]
-
     def _shape(self, i: int, rank: int) -> tuple[int, ...]:
-        shape, axis = list(self.moves[i].param.shape), self._axis(i)
+        shape, axis = list(self.moves[i].param.shape), self._axes[i]
         shape[axis] = shard_sizes(shape[axis], self.world)[rank]
         return tuple(shape)
 
