@@ -22,7 +22,7 @@ from .checkpoints import ON_MISMATCH, describe, matched, some
 from .exchange import directed_inplace, dual_norms
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
-from .moves import Move, apply_inplace, is_flat, may_be_flat, moves_of
+from .moves import Move, apply_inplace, is_flat, moves_of
 from .precision import check_precision, is_low, loaded_momentum, new_compensation, state_dtype
 from .roles import ROLES, ParamSpec
 from .rules import Policy, Rule, check_total, policy_key
@@ -311,7 +311,7 @@ class NormOpt(torch.optim.Optimizer):
     def may_be_flat(self) -> bool:
         """Whether its steps are right for ZeRO's flat partitions of parameters too."""
         return isinstance(self.step_size, Fixed) and all(
-            may_be_flat(group, self.rule_of(group)) for group in self.param_groups
+            self.rule_of(group).entrywise for group in self.param_groups
         )
 
     def _complaint(self) -> str:
