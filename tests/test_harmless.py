@@ -71,7 +71,7 @@ def adamw(folder, first="", second=""):
 
 @pytest.mark.slow
 def test_a_run_with_another_optimizer_is_the_same_with_and_without_the_import(tmp_path):
-    """Losses, keys of the log, random numbers, card, checkpoints, the user's files: byte by byte."""
+    """Losses, log, random numbers, card, checkpoints and the user's files, byte by byte."""
     plain = adamw(tmp_path / "plain")
     for place in ("first", "second"):
         found = adamw(tmp_path / place, **{place: "import hf_normopt"})
