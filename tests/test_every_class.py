@@ -57,7 +57,7 @@ def classes():
 
 
 def representatives(table):
-    """One class for each set of heads in each modelling file; those without, if there are no others.
+    """One class for each set of heads in a modelling file; those without, if there are no others.
 
     Classes that the table does not know are all taken.
     """

@@ -5,12 +5,15 @@ import logging
 import os
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import matplotlib.figure
 import pytest
-from transformers import Trainer
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
+from hf_normopt import create_normopt_optimizer
 from tests.test_trainer import arguments, bert, rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,3 +145,61 @@ def test_what_an_earlier_run_of_ours_left_is_renewed(tmp_path):
         assert (tmp_path / "normopt_norms.png").exists() == drawn
         assert json.loads((tmp_path / "normopt.json").read_text())["steps"] == steps
         assert not (tmp_path / "normopt_run.json").exists()
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+
+
+def stepped(model, optimizer):
+    ids = torch.arange(16).reshape(2, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_other_layouts_are_refused(before):
+    """A matrix that was one operator would go on as several, or the reverse."""
+    model = llama()
+    optimizer = create_normopt_optimizer(model, lr=1e-3, heads=before)
+    stepped(model, optimizer)
+    other = create_normopt_optimizer(llama(), lr=1e-3, heads=not before)
+    with pytest.raises(ValueError, match=r"q_proj.* was trained as .* and would go on as"):
+        other.load_state_dict(optimizer.state_dict())
+    same = create_normopt_optimizer(llama(), lr=1e-3, heads=before)
+    same.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("rounding", ["kahan", "nearest"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    list(permutations((torch.bfloat16, torch.float16, torch.float32), 2)),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_goes_on_with_weights_of_another_dtype(before, after, rounding):
+    """The next step is as long as the learning rate says."""
+    model = torch.nn.Linear(16, 16).to(before)
+    options = {"lr": 1e-3, "rounding": rounding}
+    optimizer = create_normopt_optimizer(model, **options)
+    for _ in range(3):
+        model.weight.grad = torch.randn(16, 16).to(before)
+        optimizer.step()
+    other = torch.nn.Linear(16, 16).to(after)
+    other.load_state_dict(model.state_dict())
+    resumed = create_normopt_optimizer(other, **options)
+    resumed.load_state_dict(optimizer.state_dict())
+    old = other.weight.detach().float().clone()
+    other.weight.grad = torch.randn(16, 16).to(after)
+    resumed.step()
+    assert (other.weight.float() - old).abs().max() < 0.02
+
+
+def test_a_resized_vocabulary_is_told_from_flattened_parameters():
+    model = llama()
+    optimizer = create_normopt_optimizer(model, lr=1e-3)
+    model.resize_token_embeddings(40)
+    with pytest.raises(RuntimeError, match=r"\(32, 16\).*\(40, 16\).*resize_token_embeddings") as e:
+        stepped(model, optimizer)
+    assert "FSDP" not in str(e.value)
