@@ -10,12 +10,18 @@ import wave
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import corpus_chrf
+from seqeval.metrics import f1_score, precision_score, recall_score
+from sklearn.metrics import accuracy_score
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     BartConfig,
@@ -38,6 +44,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
+from common import METRICS, MetricArguments, Score
 from hf_normopt import PRESETS, update_model_card
 from recipes.compare import OPTIMIZERS, RECIPES, SEEDS, table
 
@@ -299,6 +306,132 @@ def test_a_single_reference_is_not_a_list_of_letters(tmp_path):
         "summary": "a",
         "references": ["a"],
     }
+
+
+SHIPPED = {
+    "accuracy": ([0, 1, 2, 2], [0, 1, 1, 2]),
+    "seqeval": (
+        [["B-a", "I-a", "O"], ["B-b", "O", "B-a"]],
+        [["B-a", "I-a", "O"], ["B-b", "I-b", "O"]],
+    ),
+    "chrf": (["en liten katt", "hunden sover"], ["en katt", "hunden sover nu"]),
+    "rouge": (["a small cat", "dogs sleep"], [["a cat", "one small cat"], ["the dog sleeps"]]),
+    "mean_token_accuracy": ([[1, 2, 3], [4]], [[1, 5, 3], [4]]),
+    "bits_per_byte": (np.linspace(0.1, 3, 7, dtype=np.float32), np.arange(7)),
+}
+
+
+def by_the_libraries(name):
+    """What the metrics have to be, by the packages that define them."""
+    found, true = SHIPPED[name]
+    if name == "accuracy":
+        return {"accuracy": accuracy_score(true, found)}
+    if name == "seqeval":
+        kinds = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
+        return {key: kind(true, found) for key, kind in kinds.items()} | {"accuracy": 4 / 6}
+    if name == "chrf":
+        return {"chrf": corpus_chrf(found, [true]).score}
+    if name == "rouge":
+        names = ("rouge1", "rouge2", "rougeL")
+        scorer = RougeScorer(names, use_stemmer=True)
+        rows = [scorer.score_multi(r, w) for w, r in zip(found, true, strict=True)]
+        return {key: 100 * np.mean([row[key].fmeasure for row in rows]) for key in names}
+    if name == "mean_token_accuracy":
+        pairs = zip(map(torch.tensor, found), map(torch.tensor, true), strict=True)
+        return {name: np.mean([((f == t).sum() / len(t)).item() for f, t in pairs])}
+    loss = found.astype(np.float64)
+    return {"perplexity": np.exp(loss.mean()), "bits_per_byte": loss.sum() / np.log(2) / 12}
+
+
+def score(script, usual, best=None, **given):
+    return Score(
+        MetricArguments(**given), SimpleNamespace(metric_for_best_model=best), script, usual
+    )
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_metric_is_the_librarys_to_the_last_bit(name):
+    assert {path.stem for path in METRICS.glob("*.py")} == set(SHIPPED)
+    expected = by_the_libraries(name)
+    usual = list(expected)[-1]
+    ours = score(f"{name}.py", usual)
+    more = {"size": 12} if name == "bits_per_byte" else {}
+    assert ours(*SHIPPED[name], **more) == expected
+    assert ours.value(*SHIPPED[name], **more) == expected[ours.headline]
+    assert ours.headline == usual
+
+
+ANOTHER = """
+import datasets
+import evaluate
+import numpy as np
+
+class Another(evaluate.Metric):
+    def _info(self):
+        kind = datasets.Value("int32")
+        features = datasets.Features(predictions=kind, references=kind)
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references, average):
+        return {
+            "kind": average, "table": [[1, 2], [3, 4]], "score": np.float32(0.5),
+            "each": [p == r for p, r in zip(predictions, references)], "recall": np.int64(1),
+        }
+"""
+
+
+def test_another_metric_takes_the_place_of_the_recipes(tmp_path):
+    path = tmp_path / "another.py"
+    path.write_text(ANOTHER)
+    given = {"metric": str(path), "metric_arguments": '{"average": "macro"}'}
+    another = score("accuracy.py", "accuracy", **given)
+    found = another([1, 2, 3, 4], [1, 2, 3, 5])
+    assert found == {"another": 0.5, "each": 0.75, "recall": 1.0}  # numbers, none by "score" alone
+    assert another.headline == "another"  # the first
+    assert (tmp_path / "another.py").read_text() == ANOTHER
+    assert [*tmp_path.iterdir()] == [path]
+    for best in ("recall", "eval_recall"):
+        asked = score("accuracy.py", "accuracy", best=best, **given)
+        assert asked.value([1], [1]) == 1.0
+        assert asked.headline == "recall"
+    same = score("accuracy.py", "each", **given)
+    assert same.value([1, 2], [1, 3]) == 0.5  # that with the name of the recipe's own
+
+
+def test_a_metric_that_cannot_be_is_told_before_training(tmp_path):
+    (tmp_path / "another.py").write_text(ANOTHER)
+    with pytest.raises(SystemExit, match=r"metric nowhere cannot be loaded: .* rouge\.py, seqeval"):
+        score("accuracy.py", "accuracy", metric="nowhere")
+    with pytest.raises(SystemExit, match="metric missing cannot be loaded"):
+        score("accuracy.py", "accuracy", metric=str(tmp_path / "missing.py"))
+    with pytest.raises(SystemExit, match=r"--metric_arguments average=macro is no JSON"):
+        score("accuracy.py", "accuracy", metric_arguments="average=macro")
+    without = score("accuracy.py", "accuracy", metric=str(tmp_path / "another.py"))
+    with pytest.raises(SystemExit, match=r"cannot score this task: .*average.* --metric_arguments"):
+        without([1], [1])
+    texts = score("accuracy.py", "accuracy", metric=str(METRICS / "chrf.py"))
+    with pytest.raises(SystemExit, match="metric chrf cannot score this task"):
+        texts([1], [1])
+
+
+@pytest.mark.slow
+def test_a_run_is_known_by_the_metric_that_was_asked_for(tmp_path):
+    (tmp_path / "another.py").write_text(ANOTHER)
+    data, columns = text_classification(tmp_path)
+    argv = [*data, *(word for item in columns.items() for word in item), "--max_steps", 2]
+    argv += ["--model_name_or_path", tmp_path / "model", "--eval_steps", 1, "--save_steps", 1]
+    argv += ["--metric", tmp_path / "another.py", "--metric_arguments", '{"average": "macro"}']
+    argv += ["--metric_for_best_model", "each", "--load_best_model_at_end", "True"]
+    done = run("text_classification", *argv, "--output_dir", tmp_path / "out")
+    value = result(done, "each")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["metric"] == "each"
+    assert record["metrics"]["validation_another"] == 0.5
+    assert "validation_accuracy" not in record["metrics"]
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_metric"] == pytest.approx(value, abs=1e-4)
+    (card,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    assert card.metric_type == "each"
 
 
 @pytest.mark.slow
