@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .arguments import optimizer_name, run_schedule, trainer_schedule
 from .optimizer import NormOpt
-from .plot import PICTURE
+from .plot import PICTURE, is_picture
 from .presets import optimizer_names
-from .report import FILE_NAME, report, write_report
+from .report import FILE_NAME, json_object, report, write_report
 from .runs import RUN_FILE
 from .schedules import attach_inplace
 from .sharding import deepspeed_config
@@ -49,6 +50,7 @@ class NormOptCallback(TrainerCallback):
     def __init__(self) -> None:
         self._optimizer: NormOpt | None = None
         self._schedule = ""
+        self._has_warned = False  # about a report that could not be written
         # The rate of the run at a step, where the first group has a schedule of its own.
         self._curve: Callable[[int], float] | None = None
 
@@ -133,16 +135,30 @@ class NormOptCallback(TrainerCallback):
         model: Any = kwargs.get("model")
         if self._optimizer is not None and hasattr(model, "add_model_tags"):
             model.add_model_tags("hf-normopt")
-        if state.is_world_process_zero:  # of earlier runs in this folder
-            for name in (FILE_NAME, RUN_FILE, PICTURE):
-                (Path(str(args.output_dir)) / name).unlink(missing_ok=True)
+        self._forget_earlier_runs(Path(str(args.output_dir)), state)
         self.write(Path(str(args.output_dir)), state)
 
+    def _forget_earlier_runs(self, folder: Path, state: TrainerState) -> None:
+        """Delete what this package wrote about an earlier run in the folder, and nothing else."""
+        if self._optimizer is None or not state.is_world_process_zero:
+            return
+        with contextlib.suppress(OSError):  # it stays, then
+            if "run_version" in json_object(folder / RUN_FILE):
+                (folder / RUN_FILE).unlink()
+            if is_picture(folder / PICTURE):
+                (folder / PICTURE).unlink()
+
     def write(self, folder: Path, state: TrainerState) -> None:
-        """Write the report as it is now, if NormOpt trains."""
-        if self._optimizer is not None and state.is_world_process_zero and folder.is_dir():
+        """Write the report as it is now, if NormOpt trains; a failure is a warning."""
+        if self._optimizer is None or not state.is_world_process_zero or not folder.is_dir():
+            return
+        try:
             now = report(self._optimizer, self._schedule, state.log_history, state.max_steps)
             write_report(folder, now)
+        except Exception as error:  # whatever it is, it must not cost a trained model
+            if not self._has_warned:
+                logger.warning("%s could not be written: %r.", folder / FILE_NAME, error)
+            self._has_warned = True
 
 
 def check_progress(

@@ -29,10 +29,11 @@ class _Entry(NamedTuple):
     number: int  # its key in the state
     group: Group
     shape: tuple[int, ...]
+    layout: str
     state_text: str  # "" where it is not known
 
     def fits(self, other: _Entry) -> bool:
-        return self.shape == other.shape and self.rule == other.rule
+        return (self.shape, self.rule, self.layout) == (other.shape, other.rule, other.layout)
 
     @property
     def rule(self) -> tuple[str, str]:
@@ -123,8 +124,9 @@ def _entries(groups: Sequence[Group], numbers: Sequence[int]) -> Iterator[tuple[
     remaining = iter(numbers)
     for group in groups:
         texts = group.get("state_texts", {})
-        for name, shape in zip(group["param_names"], group["param_shapes"], strict=True):
-            entry = _Entry(next(remaining), group, tuple(shape), texts.get(name, ""))
+        described = (group[key] for key in ("param_names", "param_shapes", "layouts"))
+        for name, shape, layout in zip(*described, strict=True):
+            entry = _Entry(next(remaining), group, tuple(shape), layout, texts.get(name, ""))
             yield canonical_name(name), entry
 
 
@@ -151,6 +153,14 @@ def _differences(saved: Mapping[str, _Entry], own: Mapping[str, _Entry]) -> Iter
         yield (
             f"the rules of {some(set(ruled))} are others. {name} was trained under the rule "
             f"[{before}] ({role}) and would go on under [{now}] ({new_role})"
+        )
+    read = [name for name in both if saved[name].layout != own[name].layout]
+    if read := [name for name in read if name not in reshaped]:
+        name = read[0]
+        yield (
+            f"{some(set(read))} would be read as other operators. {name} was trained as "
+            f"[{saved[name].layout}] and would go on as [{own[name].layout}]; the option heads "
+            "divides attention heads"
         )
 
 

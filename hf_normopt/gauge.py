@@ -131,7 +131,7 @@ def _size_of_lmo(move: Move) -> Tensor | None:
         return None
     scales = [move.scale(operator.shape) for operator in move.layout.to_operators(move.direction)]
     moves = torch.linalg.vector_norm(move.direction) > 0
-    return moves * (max(scales) * move.layout.taps)
+    return moves * (max(scales) * move.rule.norm.weight(move.layout.taps))
 
 
 def _size(move: Move, tensor: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def _size(move: Move, tensor: Tensor) -> Tensor:
     for op in move.layout.to_operators(tensor):
         plain = singular(op).amax(-1) if isinstance(norm, Spectral) else norm._norm(op)
         sizes.append(plain.max() * norm.unit(*op.shape[-2:]))
-    return torch.stack(sizes).max() * move.layout.taps
+    return torch.stack(sizes).max() * norm.weight(move.layout.taps)
 
 
 def _dual(move: Move, tensor: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def _dual(move: Move, tensor: Tensor) -> Tensor:
     for op in move.layout.to_operators(tensor):
         plain = singular(op).sum(-1) if isinstance(norm, Spectral) else norm._dual(op)
         duals.append(plain.sum() / norm.unit(*op.shape[-2:]))
-    return torch.stack(duals).sum() / move.layout.taps
+    return torch.stack(duals).sum() / norm.weight(move.layout.taps)
 
 
 def singular(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ table and in a checkpoint:
 
 Axes whose name starts with `out` make up `fan_out`, those that start with `in` make up `fan_in`, in
 the order of the pattern; every other axis numbers independent operators. `tap` axes number the taps
-of a convolution, whose count weighs the norm (`Layout.taps`).
+of a convolution, whose count weighs the norm (`Norm.weight`).
 """
 
 from __future__ import annotations
@@ -70,11 +70,7 @@ class Layout:
 
     @property
     def taps(self) -> int:
-        """Number of taps of a convolution kernel, 1 for all else.
-
-        The norm of a convolution is `taps * max` over its taps (Large et al. 2024, modular norm),
-        so its LMO is divided by this number.
-        """
+        """Number of taps of a convolution kernel, 1 for all else; a norm's `weight` asks for it."""
         axes = (axis for axes in _parse(self.pattern) for axis in axes)
         return math.prod(axis.sizes[0] for axis in axes if axis.name == "tap")
 

@@ -2,7 +2,7 @@
 
 It is written from `normopt.json`, which every trainer leaves beside the model and its checkpoints
 (see `hf_normopt/report.py`), so that it says what ran, and not what the arguments look like. Where
-a script has left `run.json` too (see `hf_normopt/runs.py`), all of the card is written anew.
+a script has left `normopt_run.json` too (see `hf_normopt/runs.py`), the card is written anew.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 
 from .plot import PICTURE
 from .presets import PRESETS
-from .report import FILE_NAME, read_report
+from .report import has_report, read_report
 from .runs import HYPERPARAMETERS, read_run, run_card
 from .schedules import parse_schedule
 from .step_sizes import STEP_SIZES
@@ -45,7 +45,7 @@ _CITATION = """\
 def update_model_card(path: str | os.PathLike[str]) -> Path:
     """Write what NormOpt did into the card of a model, or make the card where there is none.
 
-    Where the folder has a `run.json` (see [`finish_run`]), the whole card is written anew.
+    Where the folder has a `normopt_run.json` (see [`finish_run`]), the whole card is written anew.
 
     The lines of transformers' list of hyperparameters are made true, a section `## Optimizer` is
     added, or replaced where there is one, and the metadata get the tag `hf-normopt`, `optimizer`
@@ -63,14 +63,15 @@ def update_model_card(path: str | os.PathLike[str]) -> Path:
         The path of the card.
 
     Raises:
-        FileNotFoundError: if the folder has neither `normopt.json` nor `run.json`.
+        FileNotFoundError: if the folder has neither `normopt.json` nor `normopt_run.json`.
         ValueError: if the card's metadata cannot be read.
     """
     file = card_file(path)
     run = read_run(file.parent)
     if run is not None:
         card = run_card(run)
-        if not has_report(file):  # trained by another optimizer
+        is_ours = str(run["optimizer"]).lower().startswith("normopt")
+        if not (is_ours and has_report(file.parent)):  # trained by another optimizer
             card.save(file)
             return file
     elif file.is_file():
@@ -105,11 +106,6 @@ def say_optimizer(path: str | os.PathLike[str], what: str) -> None:
     card = _loaded(file)
     card.text = _corrected(card.text, "optimizer", what)
     card.save(file)
-
-
-def has_report(path: str | os.PathLike[str]) -> bool:
-    """Whether [`update_model_card`] has something to write from."""
-    return (card_file(path).parent / FILE_NAME).is_file()
 
 
 def card_file(path: str | os.PathLike[str]) -> Path:

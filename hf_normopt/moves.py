@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .layouts import Layout
+from .layouts import Layout, usual_layout
 from .precision import (
     BLOCK,
     is_low,
@@ -128,8 +128,7 @@ class Move:
     def scale(self, shape: Sequence[int]) -> float:
         """What multiplies the LMO of an operator (..., fan_out, fan_in)."""
         fan_out, fan_in = shape[-2:]
-        taps = self.layout.taps
-        return SCALES[self.rule.scale](self.rule.norm, fan_out, fan_in, taps) / taps
+        return SCALES[self.rule.scale](self.rule.norm, fan_out, fan_in, self.layout.taps)
 
 
 def moves_of(
@@ -147,7 +146,9 @@ def moves_of(
         copies: the ranks that hold the same parameters; a `DTensor` knows its own.
     """
     alike: dict[Any, list[Tensor]] = {}
-    layouts = ["out"] * len(group["params"]) if is_flat(group) else group["layouts"]
+    layouts = group["layouts"]
+    if rule.of_entries or is_flat(group):
+        layouts = [_vector(p.ndim) for p in group["params"]]
     for p, layout in zip(group["params"], layouts, strict=True):
         if p.grad is None or p.numel() == 0:
             continue
@@ -173,11 +174,10 @@ def is_flat(group: Mapping[str, Any]) -> bool:
     return is_changed and all(len(shape) == 1 for shape in shapes)
 
 
-def may_be_flat(group: Mapping[str, Any], rule: Rule) -> bool:
-    """Whether each entry's step is the same, whatever parameter it belongs to."""
-    return rule.entrywise and (
-        rule.scale == "adamw" or all(_layout(layout).taps == 1 for layout in group["layouts"])
-    )
+@cache
+def _vector(axes: int) -> str:
+    """The layout of a tensor that is one vector."""
+    return str(usual_layout("other", (1,) * axes))
 
 
 def parts(move: Move) -> Iterator[Move]:

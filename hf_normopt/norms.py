@@ -23,6 +23,19 @@ For every norm the dual norm and the LMO are, as in Prop. 1 (the LMO is the maxi
 so steepest descent under the norm steps by `-dual_norm(G) / λ · lmo(G)`. A new norm is one
 dataclass here and one line in `tests/test_norms.py`.
 
+**Convolutions.** A kernel maps a patch, `taps · fan_in` entries measured as inputs are, to one
+output: W_1 x_1 + ... + W_T x_T. Its LMO is found tap by tap, so its norm is `weight(taps)` times
+the largest of its taps' norms, the least multiple that bounds the norm of the map from patches.
+By Hölder's inequality it is
+
+| input | weight         | why                                                                   |
+| ----- | -------------- | --------------------------------------------------------------------- |
+| l1    | 1              | the worst patch is one entry, which meets one tap: no bound, the norm |
+| lp    | taps^(1 - 1/p) | the worst patch spreads over all taps, and their outputs add up       |
+| rms   | taps           | as l2, √taps, and once more since a mean over taps · fan_in is taken  |
+
+so rms → rms has k² for k x k taps, as in Large et al. 2024, and l1 → linf is the largest entry.
+
 **Statistics.** The paper's three stories are one relation: each optimizer divides its momentum by a
 statistic of the gradients, and with the statistic of the present gradient alone that division is
 the LMO. So a norm owns its statistic: `moments(g)` are the quantities to be smoothed over time, and
@@ -59,6 +72,9 @@ class Norm:
     independent: ClassVar[tuple[str, ...]] = ("batch",)
     """Axes along which the LMO of a part is the part of the LMO: also "in" for columns, ..."""
 
+    of_entries: ClassVar[bool] = False
+    """Whether it is a norm of a tensor's entries as one vector, whatever operators they make up."""
+
     def __post_init__(self) -> None:
         if self.input is not None and self.output is not None:
             family = _family(self.input, self.output)
@@ -74,6 +90,12 @@ class Norm:
         """The factor of the plain norm: √fan_in for rms inputs, 1/√fan_out for rms outputs."""
         unit = math.sqrt(fan_in) if self.input == "rms" else 1.0
         return unit / math.sqrt(fan_out) if self.output == "rms" else unit
+
+    def weight(self, taps: int) -> float:
+        """A convolution's norm over the largest norm of its taps, see this module's docstring."""
+        if self.input is None or taps == 1:
+            return 1.0
+        return float(taps) if self.input == "rms" else taps ** (1 - 1 / _exponent(self.input))
 
     def norm(self, w: Tensor) -> Tensor:
         """The norm of each operator: `(..., fan_out, fan_in)` to `(...)`."""
@@ -262,6 +284,7 @@ class MaxEntry(Norm):
     """
 
     independent = ("batch", "in", "out")
+    of_entries = True
 
     input: Vector = "l1"
     output: Vector = "linf"
@@ -290,7 +313,11 @@ class Frobenius(Norm):
     norm(W)      = ‖W‖_F
     dual_norm(G) = ‖G‖_F
     lmo(G)       = G / ‖G‖_F
+
+    A tensor of several operators has one length.
     """
+
+    of_entries = True
 
     def __str__(self) -> str:
         return "frobenius"

@@ -22,8 +22,8 @@ from .checkpoints import ON_MISMATCH, describe, matched, some
 from .exchange import directed_inplace, dual_norms
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
-from .moves import Move, apply_inplace, is_flat, may_be_flat, moves_of
-from .precision import check_precision, is_low, loaded_momentum, new_compensation, state_dtype
+from .moves import Move, apply_inplace, is_flat, moves_of
+from .precision import check_precision, is_low, loaded_compensation, loaded_momentum, state_dtype
 from .roles import ROLES, ParamSpec
 from .rules import Policy, Rule, check_total, policy_key
 from .sharding import (
@@ -40,6 +40,11 @@ from .step_sizes import Fixed, StepSize
 from .tables import fold_names, format_table
 
 logger = logging.getLogger(__name__)
+
+RESIZED = (
+    "It was resized or replaced afterwards, as by model.resize_token_embeddings: do that first, and"
+    " make the optimizer for the model that it leaves."
+)
 
 
 class NormOpt(torch.optim.Optimizer):
@@ -311,7 +316,7 @@ class NormOpt(torch.optim.Optimizer):
     def may_be_flat(self) -> bool:
         """Whether its steps are right for ZeRO's flat partitions of parameters too."""
         return isinstance(self.step_size, Fixed) and all(
-            may_be_flat(group, self.rule_of(group)) for group in self.param_groups
+            self.rule_of(group).entrywise for group in self.param_groups
         )
 
     def _complaint(self) -> str:
@@ -329,9 +334,11 @@ class NormOpt(torch.optim.Optimizer):
                 group["param_names"], group["params"], group["param_shapes"], strict=True
             ):
                 if p.grad is not None and tuple(p.shape) != tuple(shape):
+                    is_flattened = p.ndim == 1 and len(shape) != 1
                     return (
                         f"{name} had the shape {tuple(shape)} when the optimizer was made, and "
-                        f"has {tuple(p.shape)} now. {NEEDS_WHOLE_MATRICES}"
+                        f"has {tuple(p.shape)} now. "
+                        f"{NEEDS_WHOLE_MATRICES if is_flattened else RESIZED}"
                     )
         return ""
 
@@ -374,7 +381,7 @@ class NormOpt(torch.optim.Optimizer):
                 elif key == "compensation":
                     del self.state[p][key]
                     if group["rounding"] == "kahan" and is_low(p):
-                        self.state[p][key] = new_compensation(p).copy_(value)
+                        self.state[p][key] = loaded_compensation(value, p)
                 elif key != "step" and isinstance(value, Tensor):
                     self.state[p][key] = value.to(p.device, state_dtype(p), copy=True)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-PICTURE = "norms.png"  # beside the model
+PICTURE = "normopt_norms.png"  # beside the model
+_MARK = "drawn by hf_normopt"
 
 # A panel: title, quantities in the log, logarithmic axis.
 _PANELS = (
@@ -65,4 +67,14 @@ def save_run(path: str | os.PathLike[str], log_history: Sequence[Mapping[str, An
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    metadata = {"Description": _MARK} if Path(path).suffix == ".png" else None
+    figure.savefig(path, dpi=110, metadata=metadata)
+
+
+def is_picture(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a picture that [`save_run`] drew."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _MARK.encode() in file.read(1024)

@@ -110,6 +110,23 @@ def loaded_momentum(saved: Tensor, p: Tensor, momentum_dtype: str) -> Tensor:
     return momentum
 
 
+def loaded_compensation(saved: Tensor, p: Tensor) -> Tensor:
+    """A checkpoint's compensation; 0 where it was kept for weights of another dtype.
+
+    What bfloat16 rounds off is kept as bits, what float16 rounds off as a number.
+    """
+    compensation = new_compensation(p)
+    if saved.dtype == compensation.dtype:
+        return compensation.copy_(saved)
+    warn_once(
+        'rounding="kahan": the checkpoint keeps what was rounded off as %s, for weights of another '
+        "dtype than %s. Compensations start at 0.",
+        saved.dtype,
+        p.dtype,
+    )
+    return compensation
+
+
 def widened(momentum: Tensor, dtype: torch.dtype) -> Tensor:
     """A momentum in full precision."""
     kept = local(momentum)

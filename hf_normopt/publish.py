@@ -10,9 +10,10 @@ from typing import Any
 from huggingface_hub import upload_folder
 
 from .arguments import optimizer_name
-from .model_card import has_report, options_text, update_model_card
+from .callback import unwrapped
+from .model_card import options_text, update_model_card
 from .presets import optimizer_names
-from .report import read_report
+from .report import has_report, read_report
 from .runs import record_run
 
 
@@ -34,7 +35,7 @@ def finish_run(
     library_name: str = "transformers",
     push_to_hub: bool = False,
 ) -> None:
-    """Write `run.json` and the whole model card into `output_dir`; push the folder, if asked.
+    """Write `normopt_run.json` and the whole model card into `output_dir`; push it, if asked.
 
     A script that calls this after `trainer.save_model()` can set `push_to_hub=False` in the
     training arguments and hand the wish to this function: then nothing is asked of the network
@@ -107,7 +108,7 @@ def finish_run(
 def _optimizer(trainer: Any) -> dict[str, Any]:
     """What trained, which the training arguments need not say."""
     args = trainer.args
-    if not has_report(args.output_dir):
+    if unwrapped(trainer.optimizer) is None or not has_report(args.output_dir):
         options, rate = args.optim_args or "", args.learning_rate
         return {"optimizer": optimizer_name(args), "optim_args": options, "learning_rate": rate}
     content = read_report(args.output_dir)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,52 @@ def _plain(value: Any) -> Any:
 
 
 def write_report(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write the report into a folder: the whole file or none of it."""
+    """Write the report into a folder: the whole file or none of it.
+
+    Raises:
+        FileExistsError: if something else has its name.
+        OSError: if it cannot be written.
+    """
     path = Path(folder) / FILE_NAME
-    draft = path.with_suffix(".json.tmp")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(draft, path)
+    if os.path.lexists(path) and not has_report(folder):
+        raise FileExistsError(f"{path} is not a report of hf_normopt: it is left as it is")
+    write_json(path, content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole, or not at all.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    text = json.dumps(content, indent=1) + "\n"
+    number, draft = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(number, "w") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(draft, 0o666 & ~mask)  # as any other new file; mkstemp's is private
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def has_report(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder has a report that this package wrote, of whatever version."""
+    content = json_object(Path(folder) / FILE_NAME)
+    versions = content.get("versions")
+    return "format_version" in content and isinstance(versions, dict) and "hf_normopt" in versions
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing if there is no such file, or it holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:

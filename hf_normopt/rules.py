@@ -22,13 +22,14 @@ from .norms import MaxEntry, Norm
 # 0.2 ours was five times AdamW's. The measurement: recipes/measure_scale.md.
 ADAMW_RMS = 1.0
 
-# What multiplies the LMO. `taps` undoes the weight of a convolution's layout where a scale is
-# stated per entry.
+# What multiplies the LMO of each operator; of each tap, if it is a convolution's.
 SCALES: dict[str, Callable[[Norm, int, int, int], float]] = {
-    # The norm's own unit: the learning rate transfers over width (Large et al. 2024).
-    "norm": lambda norm, fan_out, fan_in, taps: 1.0,
+    # The norm's own unit: the learning rate transfers over width (Large et al. 2024). A step has
+    # norm 1, and a convolution's norm is a multiple of its largest tap's: taps for rms inputs, 1
+    # for the largest entry, which is why the presets that are made of it equal their references.
+    "norm": lambda norm, fan_out, fan_in, taps: 1.0 / norm.weight(taps),
     # Entries of one RMS for every norm and shape, as AdamW's have (Liu et al. 2025, Moonlight).
-    "adamw": lambda norm, fan_out, fan_in, taps: ADAMW_RMS * taps / norm.entry_rms(fan_out, fan_in),
+    "adamw": lambda norm, fan_out, fan_in, taps: ADAMW_RMS / norm.entry_rms(fan_out, fan_in),
     # Jordan et al. 2024, Muon; torch.optim.Muon's default.
     "muon": lambda norm, fan_out, fan_in, taps: math.sqrt(max(1, fan_out / fan_in)),
 }
@@ -120,9 +121,14 @@ class Rule:
                 raise ValueError(str(error)) from None
 
     @property
+    def of_entries(self) -> bool:
+        """Whether a tensor is one vector to it, whatever operators its layout makes of it."""
+        return self.norm.of_entries and self.scale != "muon"  # which asks for the operator's shape
+
+    @property
     def entrywise(self) -> bool:
         """Whether an entry's step depends on that entry alone, as Adam's and the sign do."""
-        return isinstance(self.norm, MaxEntry) and self.scale != "muon"
+        return isinstance(self.norm, MaxEntry) and self.of_entries
 
     def __str__(self) -> str:
         """A stable text, which checkpoints keep and compare."""

@@ -1,4 +1,4 @@
-"""What a script tells of its run, `run.json`, and the model card that is written from it.
+"""What a script tells of its run, `normopt_run.json`, and the model card that is written from it.
 
 `hf_normopt/report.py` has what NormOpt did; this has what only the script knows, and holds for runs
 with any optimizer, so that they can be compared.
@@ -6,7 +6,6 @@ with any optimizer, so that they can be compared.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -21,16 +20,16 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from .report import read_versioned
+from .report import json_object, read_versioned, write_json
 from .tables import format_table
 
-RUN_FILE = "run.json"
+RUN_FILE = "normopt_run.json"
 RUN_VERSION = 1
 HYPERPARAMETERS = "The following hyperparameters were used during training:\n"  # as transformers
 
 
 def record_run(trainer: Any, facts: Mapping[str, Any]) -> None:
-    """Write `run.json` into the trainer's `output_dir`.
+    """Write `normopt_run.json` into the trainer's `output_dir`.
 
     Args:
         trainer: that has trained.
@@ -71,11 +70,20 @@ def record_run(trainer: Any, facts: Mapping[str, Any]) -> None:
         "compared": [],
     }
     write_run(folder, record)
+    trainer.has_normopt_run = True  # later cards of this trainer are written from the record
 
 
 def write_run(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Write a record into a folder."""
-    (Path(folder) / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    """Write a record into a folder.
+
+    Raises:
+        FileExistsError: if something else has its name.
+        OSError: if it cannot be written.
+    """
+    path = Path(folder) / RUN_FILE
+    if os.path.lexists(path) and "run_version" not in json_object(path):
+        raise FileExistsError(f"{path} is not a record of hf_normopt: it is left as it is")
+    write_json(path, record)
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .arguments import wants_telemetry
 from .callback import unwrapped
 from .gauge import Gauge
 from .optimizer import NormOpt
-from .plot import PICTURE, save_run
+from .plot import PICTURE, is_picture, save_run
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class NormTelemetry(TrainerCallback):
     """Logs, with the loss, what the step did to each role in the role's own norm.
 
     The keys are `quantity/role`, see `hf_normopt/gauge.py`. At the end of training it draws the run
-    into `norms.png` of `output_dir`, if matplotlib is installed.
+    into `normopt_norms.png` of `output_dir`, if matplotlib is installed.
     """
 
     def __init__(self) -> None:
@@ -94,10 +95,18 @@ class NormTelemetry(TrainerCallback):
         self._optimizer.observer = None
         measured = [row for row in state.log_history if any("weight_norm" in key for key in row)]
         if len(measured) > 1 and state.is_world_process_zero:
-            try:
-                save_run(Path(str(args.output_dir)) / PICTURE, state.log_history)
-            except ImportError:
-                logger.info("matplotlib is not installed: no %s.", PICTURE)
+            self._draw(Path(str(args.output_dir)) / PICTURE, state)
+
+    def _draw(self, path: Path, state: TrainerState) -> None:
+        """Draw the run, or say why there is no picture: it must not cost a trained model."""
+        try:
+            if os.path.lexists(path) and not is_picture(path):
+                raise FileExistsError("another file has its name, and is left as it is")
+            save_run(path, state.log_history)
+        except ImportError:
+            logger.info("matplotlib is not installed: no %s.", PICTURE)
+        except Exception as error:
+            logger.warning("There is no picture of the run, %s: %r.", path, error)
 
     def _is_logged(self, step: int, args: TrainingArguments, state: TrainerState) -> bool:
         """Whether a step is the last, or `DefaultFlowCallback` will log after it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from transformers.training_args import OptimizerNames
 
 from .arguments import optimizer_from_arguments, optimizer_name, run_schedule, scheduler_name
 from .callback import NormOptCallback, innermost, unwrapped, warn_of_deepspeed
-from .model_card import has_report, say_optimizer, update_model_card
+from .model_card import say_optimizer, update_model_card
 from .optimizer import NormOpt
 from .presets import create_normopt_optimizer, optimizer_names
-from .runs import RUN_FILE
+from .report import has_report
 from .schedules import BY_METRIC, attach_inplace
 from .telemetry import NormTelemetry
+
+logger = logging.getLogger(__name__)
 
 
 class NormOptMixin:
@@ -142,11 +145,18 @@ def _complete_card(trainer: Any, asked: bool) -> None:
         trainer: whose card has just been written.
         asked: whether NormOpt was asked for.
     """
-    is_ours = unwrapped(trainer.optimizer) is not None
-    folder = Path(trainer.args.output_dir)
     if not trainer.is_world_process_zero():
         return
-    if (folder / RUN_FILE).is_file():
+    try:
+        _write_card(trainer, asked)
+    except Exception as error:  # whatever it is, it must not cost a trained model
+        logger.warning("The model card does not say what NormOpt did: %r.", error)
+
+
+def _write_card(trainer: Any, asked: bool) -> None:
+    is_ours = unwrapped(trainer.optimizer) is not None
+    folder = Path(trainer.args.output_dir)
+    if getattr(trainer, "has_normopt_run", False):
         update_model_card(folder)
         return
     if not (asked or is_ours):

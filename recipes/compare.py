@@ -26,7 +26,7 @@ CARDS = ROOT / "model_cards"
 OPTIMIZERS = ("normopt", "adamw_torch")
 SEEDS = (42, 43, 44)
 LADDER = [digit * 10.0**power for power in range(-5, 0) for digit in (1, 2, 5)]
-KEPT = ("README.md", "norms.png", "run.json", "normopt.json")
+KEPT = ("README.md", "normopt_norms.png", "normopt_run.json", "normopt.json")
 
 # The rates to start with, and whether a larger metric is better.
 RECIPES = {
@@ -44,12 +44,12 @@ RECIPES = {
 def run(recipe, optim, rate, seed):
     """Run a recipe unless it has been; its record."""
     folder = RUNS / recipe / f"{optim}-{rate:g}-{seed}"
-    if not (ROOT / folder / "run.json").exists():
+    if not (ROOT / folder / "normopt_run.json").exists():
         argv = ["--output_dir", folder, "--optim", optim, "--learning_rate", f"{rate:g}"]
         argv += ["--seed", seed, "--save_strategy", "no", "--disable_tqdm", "True"]
         argv += ["--eval_strategy", "no", "--logging_strategy", "no"]  # validation at the end only
         start(recipe, argv, ROOT / f"{folder}.log")
-    return json.loads((ROOT / folder / "run.json").read_text())
+    return json.loads((ROOT / folder / "normopt_run.json").read_text())
 
 
 def start(recipe, argv, log):
@@ -99,7 +99,7 @@ def run_default(recipe):
 def publish(recipe):
     """The card of the default run with the results of all others."""
     folder = f"outputs/{recipe}"
-    others = sorted(path.parent for path in (ROOT / RUNS / recipe).glob("*/run.json"))
+    others = sorted(path.parent for path in (ROOT / RUNS / recipe).glob("*/normopt_run.json"))
     others = [path.relative_to(ROOT) for path in others]
     card = [sys.executable, "-m", "hf_normopt", "card", folder, "--compare", *map(str, others)]
     subprocess.run(card, cwd=ROOT, check=True)
@@ -120,9 +120,9 @@ def table(recipes="", cards="../model_cards/"):
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, (_, larger_is_better) in RECIPES.items():
-        if not (CARDS / name / "run.json").exists():
+        if not (CARDS / name / "normopt_run.json").exists():
             continue
-        record = json.loads((CARDS / name / "run.json").read_text())
+        record = json.loads((CARDS / name / "normopt_run.json").read_text())
         arrow = "↑" if larger_is_better else "↓"
         best = (max if larger_is_better else min)(record["baselines"].items(), key=itemgetter(1))
         found = {optim: at_the_best_rate(record, optim) for optim in OPTIMIZERS}

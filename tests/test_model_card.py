@@ -179,7 +179,7 @@ Of each role in its own norm, at the last step that was logged:
 | norm      | <number> | <number> | <number> | <number> |
 | bias      | <number> | <number> | <number> | <number> |
 
-![Norms by role during training](norms.png)
+![Norms by role during training](normopt_norms.png)
 
 ### How to reproduce
 
@@ -229,7 +229,7 @@ def test_the_whole_card(tmp_path):
     args = arguments(folder, optim="normopt", optim_args=options, logging_steps=3, **shape)
     trainer = Trainer(bert(), args, train_dataset=rows())
     trainer.train()
-    (folder / "norms.png").touch()  # drawn only where matplotlib is installed
+    (folder / "normopt_norms.png").touch()  # drawn only where matplotlib is installed
     trainer.create_model_card()
     update_model_card(folder)
     for line, pattern in zip(lines(card_of(folder)), lines(THE_CARD), strict=True):

@@ -234,7 +234,7 @@ def test_other_data_and_another_model(tmp_path, recipe):
     assert "NormOpt, preset muon" in done.stdout
     assert (tmp_path / "out" / "checkpoint-3" / "optimizer.pt").exists()
 
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    record = json.loads((tmp_path / "out" / "normopt_run.json").read_text())
     value = record["metrics"][f"{record['final_split']}_{metric}"]
     has_test = recipe in ("token_classification", "image_classification")
     assert record["final_split"] == ("test" if has_test else "validation")
@@ -246,8 +246,8 @@ def test_other_data_and_another_model(tmp_path, recipe):
     assert card.data.eval_results[0].metric_value == round(value, 4)
     assert card.data["optimizer_preset"] == "muon"
     assert card.data.base_model is None  # a folder is none that the Hub has
-    assert "![Norms by role during training](norms.png)" in card.text
-    assert (tmp_path / "out" / "norms.png").stat().st_size > 10_000
+    assert "![Norms by role during training](normopt_norms.png)" in card.text
+    assert (tmp_path / "out" / "normopt_norms.png").stat().st_size > 10_000
     module, wrong = import_module(f"recipes.{recipe}"), dict.fromkeys(columns, "nowhere")
     words = [str(word) for word in (*data, *(word for item in wrong.items() for word in item))]
     parser = HfArgumentParser(module.Arguments)
@@ -426,7 +426,7 @@ def test_another_metric_and_optimizer_and_a_card_without_ours(tmp_path):
     argv += ["--optim", "adamw_torch"]
     done = run("text_classification", *argv, "--output_dir", tmp_path / "out")
     value = result(done, "each")
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    record = json.loads((tmp_path / "out" / "normopt_run.json").read_text())
     assert record["metric"] == "each"
     assert record["metrics"]["validation_another"] == 0.5
     assert "validation_accuracy" not in record["metrics"]
@@ -488,7 +488,7 @@ def test_a_shipped_card_is_what_its_run_says(tmp_path, folder):
 @of_every_card
 def test_a_shipped_card_is_valid(folder):
     card = ModelCard.load(folder / "README.md")
-    record = json.loads((folder / "run.json").read_text())
+    record = json.loads((folder / "normopt_run.json").read_text())
     (result,) = card.data.eval_results
     assert result.metric_value == round(record["metrics"][f"test_{record['metric']}"], 4)
     assert card.data.pipeline_tag == result.task_type == record["task"]
@@ -496,10 +496,10 @@ def test_a_shipped_card_is_valid(folder):
     assert {"hf-normopt", "generated_from_trainer"} <= set(card.data.tags)
     assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
     links = re.findall(r"\]\(([^)]*)\)", card.text)
-    assert "norms.png" in links
+    assert "normopt_norms.png" in links
     for link in links:
         assert link.startswith("https://") or (folder / link).is_file(), link
-    assert (folder / "norms.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "normopt_norms.png").read_bytes().startswith(b"\x89PNG")
     assert "More information needed" not in card.text
     assert not re.search(r"/(home|root|tmp|usr|work)/", card.content)
     assert re.fullmatch(r"[0-9a-f]{40}", record["commit"])  # all that ran is in the repository
@@ -509,7 +509,7 @@ def test_a_shipped_card_is_valid(folder):
 @of_every_card
 def test_a_shipped_comparison_is_fair(folder):
     """Rates by validation data on one seed, the best of them not at the edge, then three seeds."""
-    record = json.loads((folder / "run.json").read_text())
+    record = json.loads((folder / "normopt_run.json").read_text())
     name, larger_is_better = folder.name, RECIPES[folder.name][1]
     for optim in OPTIMIZERS:
         runs = [run for run in record["compared"] if run["optimizer"] == optim]

@@ -58,7 +58,7 @@ def test_the_whole_card_is_rebuilt_from_the_run(tmp_path, capsys):
 def test_the_card_says_what_ran(tmp_path):
     trainer = finished(tmp_path, weight_decay=0.1)
     card, history = card_of(tmp_path), trainer.state.log_history
-    results = json.loads((tmp_path / "run.json").read_text())["metrics"]
+    results = json.loads((tmp_path / "normopt_run.json").read_text())["metrics"]
     value = f"{results['test_accuracy']:.4f}"
     assert f"| this model | {' ' * 7}{value} |" in card
     assert f"| always 0   | {' ' * 7}0.5000 |" in card
@@ -107,7 +107,7 @@ def test_runs_are_compared_by_optimizer_and_rate(tmp_path):
     assert main(["card", str(tmp_path / "a"), "--compare", *others]) == 0
     card = card_of(tmp_path / "a")
     test = [
-        json.loads((tmp_path / name / "run.json").read_text())["metrics"]["test_accuracy"]
+        json.loads((tmp_path / name / "normopt_run.json").read_text())["metrics"]["test_accuracy"]
         for name in "bc"
     ]
     span = f"{sum(test) / 2:.4f} ({min(test):.4f} to {max(test):.4f})"
@@ -134,7 +134,7 @@ def test_the_record_names_what_trained(tmp_path):
     """NormOptTrainer makes NormOpt where the arguments have another name by default."""
     options = {"optim": "adamw_torch_fused", "optim_args": "preset=muon,lr_head=2.0"}
     finished(tmp_path, **options)
-    record = json.loads((tmp_path / "run.json").read_text())
+    record = json.loads((tmp_path / "normopt_run.json").read_text())
     assert (record["optimizer"], record["optim_args"]) == ("normopt_muon", "lr_head=2.0")
 
 
@@ -154,7 +154,7 @@ def test_runs_with_other_settings_are_not_compared(tmp_path, capsys, options, co
     assert f"{tmp_path / 'b'} cannot be compared with {tmp_path / 'a'}: " in error
     assert complaint in error
     assert main(["card", str(tmp_path / "a"), "--compare", str(tmp_path)]) == 2
-    assert f"{tmp_path} cannot be compared: it has no run.json" in capsys.readouterr().err
+    assert f"{tmp_path} cannot be compared: it has no normopt_run.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("secret", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
@@ -164,7 +164,7 @@ def test_the_command_has_no_token(tmp_path, monkeypatch, secret):
     )
     finished(tmp_path)
     card = card_of(tmp_path)
-    assert "hf_secret" not in card + (tmp_path / "run.json").read_text()
+    assert "hf_secret" not in card + (tmp_path / "normopt_run.json").read_text()
     assert "- command: `python train.py --hub_token" in card
     assert "... --a 1`" in card
 
@@ -187,9 +187,9 @@ def test_a_metric_that_was_not_saved_is_named(tmp_path):
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"run_version": 99}', '{"run'])
 def test_a_record_that_cannot_be_read_is_named(tmp_path, capsys, content):
-    (tmp_path / "run.json").write_text(content)
+    (tmp_path / "normopt_run.json").write_text(content)
     assert main(["card", str(tmp_path)]) == 2
-    assert f"{tmp_path / 'run.json'} " in capsys.readouterr().err
+    assert f"{tmp_path / 'normopt_run.json'} " in capsys.readouterr().err
 
 
 def test_a_record_of_an_earlier_run_is_not_taken_for_this_one(tmp_path):
@@ -221,7 +221,7 @@ def test_the_hub_receives_weights_card_and_picture(tmp_path):
     with hub() as endpoint:
         done = push(tmp_path, endpoint)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("README.md", "norms.png", "run.json", "normopt.json"):
+    for name in ("README.md", "normopt_norms.png", "normopt_run.json", "normopt.json"):
         assert Hub.files[f"me/tiny/{name}"] == (tmp_path / "out" / name).read_bytes()
     assert "me/tiny/model.safetensors" in Hub.files
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
@@ -236,5 +236,5 @@ def test_without_a_network_the_error_is_one_line_and_all_is_kept(tmp_path):
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("Nothing was pushed to the Hub: ")
     assert f"hf upload me/tiny {tmp_path / 'out'}" in line
-    for name in ("README.md", "norms.png", "model.safetensors", "run.json"):
+    for name in ("README.md", "normopt_norms.png", "model.safetensors", "normopt_run.json"):
         assert (tmp_path / "out" / name).stat().st_size > 0

@@ -290,7 +290,7 @@ def test_two_groups_of_one_role_have_their_own_names():
 
 def test_the_run_is_drawn(tmp_path):
     trainer = trained(tmp_path)
-    picture = (tmp_path / "norms.png").read_bytes()
+    picture = (tmp_path / "normopt_norms.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     lines = series(trainer.state.log_history, ("dual_norm",))
     assert set(lines) == {"linear", "embedding", "head", "norm", "bias"}
@@ -302,7 +302,7 @@ def test_the_run_is_drawn(tmp_path):
 def test_without_matplotlib_nothing_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     trained(tmp_path)
-    assert not (tmp_path / "norms.png").exists()
+    assert not (tmp_path / "normopt_norms.png").exists()
 
 
 def test_every_trainer_has_the_callback_once(tmp_path):
