@@ -12,6 +12,7 @@ import hf_normopt
 PACKAGE = Path(hf_normopt.__file__).parent
 ROWS = [
     {
+        "files",
         "kernels",
         "layouts",
         "interpreter",
