@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from .agreement import Facts, Own, agree, average_inplace
@@ -83,7 +84,7 @@ class NormOpt(torch.optim.Optimizer):
     observer: Callable[[Move, Tensor | float], None] | None = None
     replicas: ProcessGroup | None = None
     _text: tuple[Any, str] | None = None  # of what ranks must have the same, and its key
-    _wrappers: list[weakref.ref[nn.Module]] | None = None
+    _wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
     _is_apart: bool = False  # whether replicas were found to train by themselves
     _has_compared: bool = False
     _has_warned: bool = False
@@ -314,10 +315,10 @@ class NormOpt(torch.optim.Optimizer):
         ranks = self.replicas or replicas()
         if ranks is None or self._is_apart:
             return None
-        known = [module() for module in self._wrappers or ()]
-        if self._wrappers is None or None in known:
-            known = [*wrappers_of(params)]
-            self._wrappers = [weakref.ref(module) for module in known if module is not None]
+        known = [module for of in self._wrappers or () if (module := of()) is not None]
+        if self._wrappers is None or len(known) < len(self._wrappers):
+            known = wrappers_of(params)
+            self._wrappers = [weakref.ref(module) for module in known]
         if self.replicas is None and not known:
             return None  # nobody averages the gradients
         if any(map(is_alone, known)):
