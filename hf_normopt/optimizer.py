@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
@@ -83,7 +84,7 @@ class NormOpt(torch.optim.Optimizer):
     origin: Mapping[str, Any] = {}
     observer: Callable[[Move, Tensor | float], None] | None = None
     replicas: ProcessGroup | None = None
-    _text: tuple[Any, str] | None = None  # of what ranks must have the same, and its key
+    _fixed: tuple[list[int], Facts] | None = None  # what ranks must have the same, and its key
     _wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
     _is_apart: bool = False  # whether replicas were found to train by themselves
     _has_compared: bool = False
@@ -283,9 +284,9 @@ class NormOpt(torch.optim.Optimizer):
                 "its own step from now on, as with other optimizers."
             )
             self._is_apart, self._ranks = True, None
-            return
         for p, has_gradient in zip(params, agreed.has_gradient, strict=True):
-            if has_gradient and p.grad is None:  # another rank has one
+            is_common = not self._is_apart or isinstance(p, DTensor)
+            if has_gradient and p.grad is None and is_common:  # another rank has one
                 p.grad = torch.zeros_like(p)
         if self._ranks is not None:
             average_inplace([params[i] for i in agreed.unequal], self._ranks)
@@ -333,17 +334,20 @@ class NormOpt(torch.optim.Optimizer):
 
     def _common_text(self) -> str:
         """All that must be equal on the ranks."""
-        key = [(len(group["params"]), group["steps"] == 0) for group in self.param_groups]
-        if self._text is None or self._text[0] != key:
-            self._text = key, str(self._fixed_facts())
-        return self._text[1] + str(self._rates())
+        return str(self._facts())
 
     def _facts(self) -> Facts:
-        return {**self._fixed_facts(), **self._rates()}
+        key = [len(group["params"]) for group in self.param_groups]
+        if self._fixed is None or self._fixed[0] != key:
+            self._fixed = key, self._fixed_facts()
+        return {**self._fixed[1], **self._rates()}
 
     def _fixed_facts(self) -> Facts:
         """What does not change from step to step."""
-        facts: Facts = {"the optimizer": {"step size": str(self.step_size)}}
+        begun = max((group["steps"] for group in self.param_groups), default=0)
+        facts: Facts = {
+            "the optimizer": {"step size": str(self.step_size), "steps before this run": str(begun)}
+        }
         for group in self.param_groups:
             rows = zip(
                 group["param_names"],
@@ -468,6 +472,7 @@ class NormOpt(torch.optim.Optimizer):
                 raise ValueError(f"The checkpoint was made under the rules {found}, not {own}.")
         else:
             state_dict, self.complaints = matched(state_dict, self.param_groups, self.on_mismatch)
+        self._fixed = None
         super().load_state_dict(state_dict)
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         for i, saved in state_dict["state"].items():  # torch has cast it to the parameter's dtype

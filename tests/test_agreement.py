@@ -131,6 +131,13 @@ def _rates_are_compared_at_every_step():
                 _step(model, optimizer)
     model, optimizer = ready("ddp")
     _step(model, optimizer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    _step(model, optimizer)
+    _, again = ready("ddp")
+    if dist.get_rank() == 1:
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(RuntimeError, match="On rank 1: the optimizer has steps before this run 2"):
+        again.step()
     if dist.get_rank() == 0:
         extra = nn.Parameter(torch.ones(3))
         optimizer.add_param_group({"params": [("extra", extra)], "role": "bias"})
