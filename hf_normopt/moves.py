@@ -85,6 +85,16 @@ class Move:
                 one.smooth, one.direction = self.smooth[i], self.direction[i]
             yield one
 
+    def of_whole(self) -> Move:
+        """The same for who looks on: all ranks gather the parameter, whoever looks."""
+        if not isinstance(self.param, DTensor):
+            return self
+        whole = replace(
+            self, params=[gathered(self.param)], gradients=[gathered(self.gradients[0])]
+        )
+        whole.smooth, whole.direction = self.smooth, self.direction
+        return whole
+
     def of_shard(self) -> Move:
         """The move of what this rank holds of a parameter."""
         state = {key: local(value) for key, value in kept(self, 0).items()}

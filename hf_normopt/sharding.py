@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 NEEDS_WHOLE_MATRICES = (
     "FSDP1 and DeepSpeed ZeRO flatten parameters, and a norm needs the whole matrix. Use FSDP2: "
@@ -133,12 +133,24 @@ def replicas() -> ProcessGroup | None:
     return dist.group.WORLD
 
 
-def hold_the_same(text: str, ranks: ProcessGroup, device: torch.device) -> bool:
-    """Whether all ranks have the same text."""
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    ends = torch.tensor([digest, -digest], device=device)
-    dist.all_reduce(ends, dist.ReduceOp.MAX, group=ranks)
-    return bool(ends.sum() == 0)
+def wrappers_of(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    """The DDP modules that average the gradients of these parameters.
+
+    No parameter and no optimizer knows its DDP module: this looks through all objects, once.
+    """
+    own = set(map(id, params))
+    modules = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    return [
+        module
+        for module in modules
+        if "_modules" in vars(module) and any(id(p) in own for p in module.parameters())
+    ]
+
+
+def is_alone(module: DistributedDataParallel) -> bool:
+    """Whether ranks step without each other: under `no_sync` (local SGD), or torch's `Join`."""
+    joins = getattr(getattr(module, "_join_config", None), "enable", False)
+    return bool(joins or not module.require_backward_grad_sync)
 
 
 def groups_of(params: Sequence[Tensor], ranks: ProcessGroup | None) -> list[ProcessGroup]:
@@ -147,34 +159,6 @@ def groups_of(params: Sequence[Tensor], ranks: ProcessGroup | None) -> list[Proc
     for mesh in dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)):
         groups += [mesh.get_group(i) for i in range(mesh.ndim)]
     return [group for group in dict.fromkeys(groups) if dist.get_world_size(group) > 1]
-
-
-def agree(params: Sequence[Tensor], groups: Sequence[ProcessGroup], complaint: str) -> list[bool]:
-    """Which parameters have a gradient on any rank; all ranks fail if one has a complaint.
-
-    So all enter the same collectives, and none waits for a rank that has raised.
-
-    Raises:
-        RuntimeError: with the complaints of all ranks.
-    """
-    marks = [bool(complaint), *(p.grad is not None for p in params)]
-    if groups:
-        device = local(params[0]).device
-        marked = torch.tensor(marks, dtype=torch.int32, device=device)
-        for group in groups:
-            dist.all_reduce(marked, dist.ReduceOp.MAX, group=group)
-        marks = [bool(mark) for mark in marked.tolist()]
-    if marks[0]:
-        found = {dist.get_rank(): complaint} if groups else {0: complaint}
-        for group in groups:
-            everyone: list[dict[int, str]] = [{} for _ in range(dist.get_world_size(group))]
-            dist.all_gather_object(everyone, found, group=group)
-            found = {rank: text for each in everyone for rank, text in each.items()}
-        texts = dict.fromkeys(text for text in found.values() if text)
-        ranks = [str(rank) for rank, text in sorted(found.items()) if text]
-        where = f"On rank {', '.join(ranks)}: " if groups else ""
-        raise RuntimeError(where + " ".join(texts))
-    return marks[1:]
 
 
 def deepspeed_config() -> dict[str, Any]:

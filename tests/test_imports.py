@@ -22,7 +22,7 @@ ROWS = [
         "version",
         "launch",
     },
-    {"orthogonalize", "graph", "calls", "reading", "uses", "precision"},
+    {"orthogonalize", "graph", "calls", "reading", "uses", "precision", "agreement"},
     {"norms", "adapters", "fused", "frames", "checkpoints"},
     {"flow"},
     {"architectures"},
