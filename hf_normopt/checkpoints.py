@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .graph import canonical_name
+from .roles.graph import canonical_name
 
 logger = logging.getLogger(__name__)
 

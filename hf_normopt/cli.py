@@ -16,7 +16,7 @@ from .presets import PRESETS
 from .roles import ROLES, ParamSpec, classify
 from .rules import Rule, policy_key
 from .runs import compare_runs
-from .skeletons import skeleton
+from .roles.skeletons import skeleton
 from .tables import fold_names, format_table
 
 _FORMATS = ("table", "json", "markdown")

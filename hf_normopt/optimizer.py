@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from .agreement import Facts, Own, agree, average_inplace
 from .checkpoints import ON_MISMATCH, describe, matched, some
 from .exchange import directed_inplace, dual_norms
-from .graph import canonical_name
+from .roles.graph import canonical_name
 from .layouts import Layout, usual_layout
 from .moves import Move, apply_inplace, is_flat, moves_of
 from .precision import check_precision, is_low, loaded_compensation, loaded_momentum, state_dtype

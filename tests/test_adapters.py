@@ -19,8 +19,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from hf_normopt import classify
-from hf_normopt.adapters import PARTS, is_adapter
-from hf_normopt.graph import place
+from hf_normopt.roles.adapters import PARTS, is_adapter
+from hf_normopt.roles.graph import place
 from tests.adapter_models import BASES, CASES, build, wrap
 
 TABLE = Path(__file__).parent / "adapters" / "peft.txt"

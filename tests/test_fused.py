@@ -9,8 +9,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_normopt import Layout, classify, operator_norm
-from hf_normopt.architectures import fused_axis, head_axes, stored_layout
-from hf_normopt.fused import matrices
+from hf_normopt.roles.architectures import fused_axis, head_axes, stored_layout
+from hf_normopt.roles.fused import matrices
 
 SPECTRAL = operator_norm("rms", "rms")
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_m
 from torch import nn
 
 from hf_normopt import Layout, classify
-from hf_normopt.graph import canonical_name
+from hf_normopt.roles.graph import canonical_name
 from hf_normopt.roles import KINDS, ROLES
 from tests.role_models import BASES, MORE, build, classes
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from .graph import Finding, View, place
 from .heads import find_heads
-from .layouts import Layout, usual_layout
+from ..layouts import Layout, usual_layout
 from .matchers import find
 
 # In the order in which optimizers keep their groups: the main matrices first.

@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import nn
 
 from .graph import Finding, View, canonical_name, owner_layout
-from .layouts import Layout, usual_layout
+from ..layouts import Layout, usual_layout
 
 
 @dataclass(frozen=True)

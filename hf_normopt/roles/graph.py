@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .layouts import Layout
+from ..layouts import Layout
 
 
 def canonical_name(name: str) -> str:

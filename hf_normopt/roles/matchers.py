@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .adapters import adapter
 from .architectures import fused_axis, head_axes, listed_parameter, stored_layout
 from .graph import MATRIX, Finding, View, owner_layout, place
-from .layouts import Layout, usual_layout
+from ..layouts import Layout, usual_layout
 from .uses import uses
 
 
