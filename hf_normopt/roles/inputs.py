@@ -1,0 +1,259 @@
+"""Small example inputs for `forward`, made from its signature and the config.
+
+    args, kwargs = normalise(inputs)        # what a user passed: floats become empty ones on meta
+    result = first_that_runs(model, run)    # run(args, kwargs) on one candidate after the other
+    for args, kwargs in candidates(model):  # the same, by hand
+    kwargs = example_inputs(model)          # the first candidate of a model with a config
+
+Integers are real (token numbers, grids and lengths steer the code); floating tensors are empty, on
+meta. Batches have two rows, texts a few tokens, images and sounds the size that the config asks
+for. What an argument of a known name holds is told in `makers`; of modules without a config, the
+widths of their own parameters are tried.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .makers import Case, arguments
+from .twin import steers, unwrapped
+
+T = TypeVar("T")
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+ROWS = 2
+
+# Other choices, tried one after the other when the first ones do not run.
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"rows": 1},
+    {"features_last": True},
+    {"codebooks": "last"},
+    {"codebooks": "rows"},
+    {"features_last": "channel"},
+    {"length": 64},
+    {"frames": True},
+    {"separators": True},
+    {"large": True},
+    {"length": 64, "features_last": True, "large": True},
+)
+
+
+def example_inputs(model: nn.Module, *, device: str = "meta") -> dict[str, Any] | None:
+    """Keyword arguments for `forward` of a model with a config; None if nothing is known of it."""
+    model = base_model(model)
+    if getattr(model, "config", None) is None:
+        return None
+    return _tried(Case(model, device)) or None
+
+
+def candidates(model: nn.Module, *, device: str = "meta") -> Iterator[Inputs]:
+    """Positional and keyword arguments for `forward`, the likeliest first."""
+    model = base_model(model)
+    if hasattr(getattr(model, "config", None), "to_dict"):
+        seen: list[str] = []
+        for choices in VARIANTS:
+            kwargs = _tried(Case(model, device, **choices))
+            shapes = str({key: getattr(value, "shape", value) for key, value in kwargs.items()})
+            if kwargs and shapes not in seen:
+                seen.append(shapes)
+                yield (), kwargs
+    yield from _from_widths(model, device)
+
+
+def first_that_runs(
+    model: nn.Module, run: Callable[[tuple[Any, ...], dict[str, Any]], T], *, device: str = "meta"
+) -> T:
+    """What `run` returns on the first candidate on which it raises nothing.
+
+    Raises:
+        ValueError: if there is no candidate.
+        Exception: what the first candidate raised, if none runs.
+    """
+    first: Exception | None = None
+    for args, kwargs in candidates(model, device=device):
+        for _ in range(3):
+            try:
+                return run(args, kwargs)
+            except Exception as error:  # foreign code raises anything
+                first = first or error
+                mended = _with_places(base_model(model), kwargs, error, device)
+                if mended is None:
+                    break
+                kwargs = mended
+    raise first or ValueError("Nothing is known of what forward takes.")
+
+
+def _tried(case: Case) -> dict[str, Any]:
+    """The arguments of a case; none if its choices do not fit the config."""
+    try:
+        return arguments(case) or {}
+    except Exception:  # configs hold anything
+        return {}
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside wrappers and adapters."""
+    model = unwrapped(model)
+    inner = getattr(model, "get_base_model", None)
+    return unwrapped(inner()) if callable(inner) else model
+
+
+_COUNTS = re.compile(r"tokens\D{0,20}(\d+)\D+?features\D{0,20}(\d+)", re.IGNORECASE | re.DOTALL)
+
+
+def _with_places(
+    model: nn.Module, kwargs: dict[str, Any], error: Exception, device: str
+) -> dict[str, Any] | None:
+    """The inputs with as many places for features as the model says that it has."""
+    found = _COUNTS.search(str(error))
+    ids = kwargs.get("input_ids")
+    if found is None or ids is None:
+        return None
+    tokens, features = map(int, found.groups())
+    said = str(error).lower()
+    kind = next((k for k in ("video", "audio", "image") if k in said), "image")
+    rows = len(ids)
+    count = features // rows
+    if count in (0, tokens // rows) or count > 20_000:
+        return None
+    return _tried(Case(model, device, rows=rows, **{f"{kind}_tokens": count}))
+
+
+# ------------------------------------------------------------- modules without a config
+
+
+def _from_widths(model: nn.Module, device: str) -> Iterator[Inputs]:
+    """Arguments for a module of which only its parameters are known, the likeliest first.
+
+    What the first argument may be is read from the modules in the order of their definition: a
+    table takes token numbers, a convolution images, a matrix activations of its width.
+    """
+    case = Case(model, device)
+    required = [name for name, needed in case.parameters.items() if needed]
+    names = required or list(case.parameters)[:1]
+    for first in _first_arguments(model, names[0] if names else "", device):
+        rest = [_further(model, name, first) for name in names[1:]]
+        yield (first, *rest), {}
+
+
+def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tensor]:
+    shapes: dict[tuple[int, ...], None] = {}
+    raw = [
+        parameter.shape
+        for module in model.modules()
+        if not type(module).__module__.startswith("torch.nn.modules")
+        or isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        for parameter in module.parameters(recurse=False)
+    ]
+    lengths = list(dict.fromkeys([8, 4, *(n for s in raw for n in s if 1 < n <= 512)]))[:5]
+    sides = [32, *dict.fromkeys(16 * s[-1] for s in raw if len(s) == 4 and s[-1] > 3), 224][:4]
+    takes_ids = re.search(r"ids$|^idx|token|word", name) is not None
+    for module in [] if takes_ids else model.modules():
+        for shape in _taken(module, lengths, sides, raw):
+            shapes.setdefault(shape)
+    ids = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
+    tokens = [torch.arange(ROWS * n).view(ROWS, n) % ids for n in lengths]
+    first = next((m for m in model.modules() if not m._modules and m._parameters), None)
+    if takes_ids or isinstance(first, (nn.Embedding, nn.EmbeddingBag)):
+        yield from tokens
+        tokens = []
+    for shape in list(shapes)[:24]:
+        yield torch.empty(shape, device=device)
+    yield from tokens
+
+
+def _taken(
+    module: nn.Module, lengths: list[int], sides: list[int], raw: list[torch.Size]
+) -> Iterator[tuple[int, ...]]:
+    """Shapes of what a module takes by itself."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        dims = len(module.kernel_size)
+        strided = [s[-1] * module.stride[-1] for s in raw if len(s) == dims + 2]
+        sides = sides if dims == 2 else [32, *lengths]
+        for side in dict.fromkeys([*strided, *sides]):
+            yield (ROWS, module.in_channels, *[side] * dims)
+        return
+    if module._modules and not any(True for _ in module.parameters(recurse=False)):
+        return
+    widths: list[int] = []
+    for name in ("in_features", "input_size", "embed_dim", "num_features", "num_channels"):
+        if isinstance(width := getattr(module, name, None), int):
+            widths.append(width)
+    if isinstance(module, nn.LayerNorm):
+        widths.append(module.normalized_shape[-1])
+    if not type(module).__module__.startswith("torch.nn.modules"):
+        for parameter in module.parameters(recurse=False):
+            if len(parameter.shape) == 4:
+                yield (ROWS, parameter.shape[1], sides[0], sides[0])
+            widths += (
+                [parameter.shape[i] for i in (-1, *range(len(parameter.shape) - 1))]
+                if (parameter.ndim)
+                else []
+            )
+    for width in dict.fromkeys(widths):
+        yield (ROWS, lengths[0], width)
+        yield (ROWS, width)
+        for length in lengths[1:]:
+            yield (ROWS, length, width)
+
+
+def _further(model: nn.Module, name: str, first: Tensor) -> Any:
+    """An argument after the first, by its name; activations like the first if it says nothing."""
+    rows = first.shape[0]
+    if "mask" in name:
+        return torch.ones(first.shape[:2], dtype=torch.bool)
+    if re.search(r"label|target|class|^y$|^t$|step|^idx|index|depth|expert|which", name):
+        return torch.zeros(rows, dtype=torch.int64)
+    if re.search(r"length|lens$", name):
+        return torch.full((rows,), first.shape[1])
+    keys = [
+        k for m in model.modules() if isinstance(m, (nn.ModuleDict, nn.ParameterDict)) for k in m
+    ]
+    if keys and re.search(r"task|name|head|lang|domain|key|mode|which", name):
+        return keys[0]
+    return first
+
+
+def normalise(inputs: Any) -> Inputs:
+    """Arguments of `forward` from what a user passes, without floating values.
+
+    Args:
+        inputs: a tuple or list of positional, or a mapping of keyword arguments; one tensor is
+            one positional argument.
+
+    Raises:
+        TypeError: if it is none of these.
+    """
+    if isinstance(inputs, Tensor):
+        return (without_values(inputs),), {}
+    if isinstance(inputs, Mapping):
+        return (), {str(key): without_values(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(without_values(value) for value in inputs), {}
+    raise TypeError(
+        f"inputs is a {type(inputs).__name__}; pass a tuple of positional or a mapping of keyword "
+        "arguments of forward."
+    )
+
+
+def without_values(value: Any) -> Any:
+    """The value with empty floating tensors on meta and copies of integers on the CPU."""
+    if isinstance(value, Tensor):
+        if steers(value) and not value.is_meta:
+            return value.detach().to("cpu", copy=True)
+        if value.layout is not torch.strided:
+            return torch.empty(value.shape, dtype=value.dtype, device="meta")
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, Mapping):
+        return {key: without_values(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(without_values(item) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_values(item) for item in value)
+    return value
