@@ -59,6 +59,7 @@ class Move:
     rows: tuple[Tensor, Tensor] | None = None  # the param is a copy of these rows of a parameter
     copies: ProcessGroup | None = None  # ranks that hold the same, and may share the work
     shards: tuple[ProcessGroup, ...] = ()  # ranks that hold the other shards, if it is of a shard
+    sums: dict[torch.device, Tensor] = field(default_factory=dict)  # see `note_inplace`
     smooth: Tensor = field(init=False)
     direction: Tensor = field(init=False)
 
@@ -109,8 +110,9 @@ class Move:
 
     @property
     def grad(self) -> Tensor:
-        """The gradient, dense and in the dtype of the arithmetic."""
-        return _dense(self.gradients[0]).to(state_dtype(self.param))
+        """The gradient, dense, finite, and in the dtype of the arithmetic."""
+        gradient = _dense(self.gradients[0]).to(state_dtype(self.param))
+        return gradient.nan_to_num(0.0, 0.0, 0.0)
 
     def dual(self, tensor: Tensor | None = None) -> Tensor:
         """Scale · multiplier · dual norm: a part of the network's dual norm (Prop. 7)."""
@@ -136,6 +138,7 @@ def moves_of(
     rule: Rule,
     states: Mapping[Tensor, dict[str, Any]],
     copies: ProcessGroup | None = None,
+    sums: dict[torch.device, Tensor] | None = None,
 ) -> Iterator[Move]:
     """The moves of a group's parameters that have a gradient: small ones of one shape together.
 
@@ -144,7 +147,9 @@ def moves_of(
         rule: of the group.
         states: of the optimizer.
         copies: the ranks that hold the same parameters; a `DTensor` knows its own.
+        sums: of the optimizer, see `note_inplace`.
     """
+    own: dict[str, Any] = {"sums": {} if sums is None else sums}
     alike: dict[Any, list[Tensor]] = {}
     layouts = group["layouts"]
     if rule.of_entries or is_flat(group):
@@ -153,9 +158,10 @@ def moves_of(
         if p.grad is None or p.numel() == 0:
             continue
         if isinstance(p, DTensor):
-            yield Move([p], [p.grad], [states[p]], group, rule, _layout(layout))
+            yield Move([p], [p.grad], [states[p]], group, rule, _layout(layout), **own)
         elif p.numel() > SMALL:
-            yield Move([p], [p.grad], [states[p]], group, rule, _layout(layout), copies=copies)
+            one = Move([p], [p.grad], [states[p]], group, rule, _layout(layout), **own)
+            yield replace(one, copies=copies)
         else:
             alike.setdefault((layout, p.shape, p.dtype, p.device), []).append(p)
     for (layout, *_), params in alike.items():
@@ -164,7 +170,7 @@ def moves_of(
             some = params[i : i + count]
             gradients = [p.grad for p in some if p.grad is not None]
             kept = [states[p] for p in some]
-            yield Move(some, gradients, kept, group, rule, _layout(layout), copies=copies)
+            yield Move(some, gradients, kept, group, rule, _layout(layout), copies=copies, **own)
 
 
 def is_flat(group: Mapping[str, Any]) -> bool:
@@ -245,13 +251,36 @@ def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) ->
 
 
 def smooth_inplace(move: Move, weight: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Advance the momenta; return what the norm receives, and the weighted gradient."""
+    """Advance the momenta; return what the norm receives, and the weighted gradient.
+
+    Entries of the gradient that are NaN or infinite count as 0, and are noted.
+    """
     gradients = [_dense(gradient) for gradient in move.gradients]
     grad = (gradients[0] if move.alone else torch.stack(gradients)).to(state_dtype(move.param))
+    is_finite = note_inplace(move.sums, grad)
     if not (isinstance(weight, float) and weight == 1):
         grad = grad * weight
+    if not is_finite:
+        is_own = grad is not gradients[0]
+        grad = (torch.nan_to_num_ if is_own else torch.nan_to_num)(grad, 0.0, 0.0, 0.0)
     is_overwritten = move.rule.statistic is not None and not move.alone  # and needed as it is
     return _momenta_inplace(move, grad.clone() if is_overwritten else grad), grad
+
+
+def note_inplace(sums: dict[torch.device, Tensor], grad: Tensor) -> bool:
+    """Note for each device whether a gradient had an entry that is NaN or infinite.
+
+    The note is 0 times the sum of all gradients: NaN if there was one. It stays where it is, as a
+    CUDA graph needs it.
+
+    Returns:
+        Whether this one is known to be finite: only CPUs are asked, which nobody has to wait for.
+    """
+    total = local(grad).sum()
+    if total.device not in sums:
+        sums[total.device] = torch.zeros((), dtype=torch.float32, device=total.device)
+    sums[total.device].add_(total, alpha=0)
+    return total.is_cpu and math.isfinite(total)
 
 
 def apply_inplace(
