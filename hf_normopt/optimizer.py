@@ -23,7 +23,15 @@ from .exchange import directed_inplace, dual_norms
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
 from .moves import Move, apply_inplace, is_flat, may_be_flat, moves_of
-from .precision import check_precision, is_low, loaded_momentum, new_compensation, state_dtype
+from .precision import (
+    check_precision,
+    is_low,
+    loaded_momentum,
+    new_compensation,
+    packed,
+    state_dtype,
+    unpacked,
+)
 from .roles import ROLES, ParamSpec
 from .rules import Policy, Rule, check_total, policy_key
 from .sharding import (
@@ -198,7 +206,6 @@ class NormOpt(torch.optim.Optimizer):
 
         self._agree()
         self._count_inplace()
-        self._noises: dict[torch.device, torch.Generator] = {}
         groups = self.param_groups
         for scope in [[group] for group in groups] if self.step_size.per_role else [groups]:
             self._step_inplace(scope)
@@ -225,7 +232,7 @@ class NormOpt(torch.optim.Optimizer):
             if self.observer is not None:
                 for one in move.each():
                     self.observer(one, eta)
-            apply_inplace(move, eta, self._noise)
+            apply_inplace(move, eta, self.steps)
 
     def _eta(
         self, moves: list[Move], weight: Tensor | float, memory: dict[str, Any]
@@ -273,12 +280,6 @@ class NormOpt(torch.optim.Optimizer):
             if not self._are_same:
                 logger.warning("The ranks train different models: each computes all of its step.")
         return ranks if self._are_same else None
-
-    def _noise(self, device: torch.device) -> torch.Generator:
-        """What a rounding draws from: the same in every process, and when a run is resumed."""
-        if device not in self._noises:
-            self._noises[device] = torch.Generator(device).manual_seed(self.steps)
-        return self._noises[device]
 
     def _count_inplace(self) -> None:
         """Count the step, unless it is torch's rehearsal that creates the state: all is 0."""
@@ -345,6 +346,12 @@ class NormOpt(torch.optim.Optimizer):
                 name: describe(state_dict["state"], number)
                 for name, number in zip(group["param_names"], group["params"], strict=True)
             }
+        state = state_dict["state"]
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        state_dict["state"] = {
+            i: packed(state.get(i, {}), p, group["momentum_dtype"])
+            for i, (p, group) in enumerate(pairs)
+        }
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -355,6 +362,9 @@ class NormOpt(torch.optim.Optimizer):
                 parameters, was made under other rules, or is not whole; nothing is changed then.
                 Under `on_mismatch="reset"` these parameters start without state instead.
         """
+        if "state" in state_dict:
+            states = {number: unpacked(one) for number, one in state_dict["state"].items()}
+            state_dict = {**state_dict, "state": {i: one for i, one in states.items() if one}}
         if any(map(is_flat, self.param_groups)):  # DeepSpeed's business, but for the rules
             found, own = (
                 [g.get("rule") for g in gs]
@@ -379,7 +389,7 @@ class NormOpt(torch.optim.Optimizer):
                     self.state[p][key] = value.to(p.device, state_dtype(p), copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")  # and no generators
+        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __repr__(self) -> str:
