@@ -29,7 +29,15 @@ from .exchange import directed_inplace, dual_norms
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
 from .moves import Move, apply_inplace, is_flat, moves_of
-from .precision import check_precision, is_low, loaded_compensation, loaded_momentum, state_dtype
+from .precision import (
+    check_precision,
+    is_low,
+    loaded_compensation,
+    loaded_momentum,
+    packed,
+    state_dtype,
+    unpacked,
+)
 from .roles import ROLES, ParamSpec
 from .rules import Policy, Rule, check_total, policy_key
 from .sharding import (
@@ -212,7 +220,6 @@ class NormOpt(torch.optim.Optimizer):
 
         self._agree()
         self._count_inplace()
-        self._noises: dict[torch.device, torch.Generator] = {}
         groups = self.param_groups
         for scope in [[group] for group in groups] if self.step_size.per_role else [groups]:
             self._step_inplace(scope)
@@ -240,7 +247,7 @@ class NormOpt(torch.optim.Optimizer):
                 for whole in (one.of_whole() for one in move.each()):
                     if self.observer is not None:  # else another rank's
                         self.observer(whole, eta)
-            apply_inplace(move, eta, self._noise)
+            apply_inplace(move, eta, self.steps)
 
     def _eta(
         self, moves: list[Move], weight: Tensor | float, memory: dict[str, Any]
@@ -387,12 +394,6 @@ class NormOpt(torch.optim.Optimizer):
             }
         return facts
 
-    def _noise(self, device: torch.device) -> torch.Generator:
-        """What a rounding draws from: the same in every process, and when a run is resumed."""
-        if device not in self._noises:
-            self._noises[device] = torch.Generator(device).manual_seed(self.steps)
-        return self._noises[device]
-
     def _count_inplace(self) -> None:
         """Count the step, unless it is torch's rehearsal that creates the state: all is 0."""
         rates = [group["lr"] for group in self.param_groups]
@@ -460,6 +461,12 @@ class NormOpt(torch.optim.Optimizer):
                 name: describe(state_dict["state"], number)
                 for name, number in zip(group["param_names"], group["params"], strict=True)
             }
+        state = state_dict["state"]
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        state_dict["state"] = {
+            i: packed(state.get(i, {}), p, group["momentum_dtype"])
+            for i, (p, group) in enumerate(pairs)
+        }
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -470,6 +477,9 @@ class NormOpt(torch.optim.Optimizer):
                 parameters, was made under other rules, or is not whole; nothing is changed then.
                 Under `on_mismatch="reset"` these parameters start without state instead.
         """
+        if "state" in state_dict:
+            states = {number: unpacked(one) for number, one in state_dict["state"].items()}
+            state_dict = {**state_dict, "state": {i: one for i, one in states.items() if one}}
         if any(map(is_flat, self.param_groups)):  # DeepSpeed's business, but for the rules
             found, own = (
                 [g.get("rule") for g in gs]
@@ -495,7 +505,7 @@ class NormOpt(torch.optim.Optimizer):
                     self.state[p][key] = value.to(p.device, state_dtype(p), copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")  # and no generators
+        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __repr__(self) -> str:
