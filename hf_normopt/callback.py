@@ -32,16 +32,26 @@ logger = logging.getLogger(__name__)
 
 def unwrapped(optimizer: Any) -> NormOpt | None:
     """The NormOpt inside of accelerate's wrapper, if it is one."""
-    while optimizer is not None and not isinstance(optimizer, NormOpt):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+    return next((layer for layer in _layers(optimizer) if isinstance(layer, NormOpt)), None)
 
 
 def innermost(optimizer: Any) -> str:
     """The class of what trains, inside of all wrappers."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return type(optimizer).__name__
+    return type(_layers(optimizer)[-1]).__name__
+
+
+def _layers(optimizer: Any) -> list[Any]:
+    """An optimizer and what it wraps, from the outside. Others' may wrap themselves, or raise."""
+    layers = [optimizer]
+    while len(layers) < 10:
+        try:
+            inner = layers[-1].optimizer
+        except Exception:
+            break
+        if inner is None or any(inner is layer for layer in layers):
+            break
+        layers.append(inner)
+    return layers
 
 
 class NormOptCallback(TrainerCallback):
@@ -72,6 +82,7 @@ class NormOptCallback(TrainerCallback):
     ) -> None:
         """Check what was resumed, and attach the schedules."""
         self._optimizer = inner = unwrapped(optimizer)
+        self._has_warned = False
         self._curve = None
         if inner is None:
             name = optimizer_name(args)
@@ -152,9 +163,11 @@ class NormOptCallback(TrainerCallback):
 
     def write(self, folder: Path, state: TrainerState) -> None:
         """Write the report as it is now, if NormOpt trains; a failure is a warning."""
-        if self._optimizer is None or not state.is_world_process_zero or not folder.is_dir():
+        if self._optimizer is None or not state.is_world_process_zero:
             return
         try:
+            if not folder.is_dir():
+                return
             now = report(self._optimizer, self._schedule, state.log_history, state.max_steps)
             write_report(folder, now)
         except Exception as error:  # whatever it is, it must not cost a trained model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -88,10 +88,8 @@ def matched(
             f"the state of {some(broken.keys())} is not what was saved. {name} has "
             f"[{broken[name]}]; it was saved with [{fitting[name].state_text}]"
         )
-    memory, resets = (
-        next((g[key] for g in state_dict["param_groups"] if g.get(key)), default)
-        for key, default in (("memory", {}), ("resets", []))
-    )
+    memory: dict[str, Any] = _first(state_dict["param_groups"], "memory") or {}
+    resets: list[Any] = _first(state_dict["param_groups"], "resets") or []
     is_kept = bool(fitting) and all(map(_is_finite, memory.values()))
     if memory and (complaints or not is_kept):
         values = ", ".join(f"{key} {float(value):.3g}" for key, value in memory.items())
@@ -139,6 +137,11 @@ def _broken(fitting: Mapping[str, _Entry], states: State) -> dict[str, str]:
     }
 
 
+def _first(groups: Iterable[Group], key: str) -> Any:
+    """What the first group has that has any."""
+    return next((group[key] for group in groups if group.get(key)), None)
+
+
 def _is_finite(value: Tensor | float) -> bool:
     return math.isfinite(float(value))
 
@@ -177,8 +180,9 @@ def _checksum(value: Tensor) -> Tensor:
     Integers, so that it is the same on every device and in every order of addition. It finds any
     exchange of two entries, and nearly every other change.
     """
-    if hasattr(value, "block_size"):  # torchao's 8 bits
-        return _checksum(value.codes) + 3 * _checksum(value.scale)
+    kept: Any = value
+    if hasattr(kept, "block_size"):  # torchao's 8 bits
+        return _checksum(kept.codes) + 3 * _checksum(kept.scale)
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
     total = torch.zeros((), dtype=torch.int64, device=value.device)
     for i, chunk in enumerate(value.detach().reshape(-1).view(size).split(_CHUNK)):

@@ -117,7 +117,7 @@ class Gauge:
         """A quantity of a tensor, or where it is not its turn, its Frobenius norm times a ratio."""
         if not isinstance(move.rule.norm, Spectral) or self._work < LARGE:
             return measure(move, tensor)
-        key, length = (id(move.param), what), torch.linalg.vector_norm(tensor)
+        key, length = (id(move.state), what), torch.linalg.vector_norm(tensor)
         if key not in self._ratios or (self._matrices + self._steps) % PERIOD == 0:
             value = measure(move, tensor)
             self._ratios[key] = torch.where(length > 0, value / length, 0)

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
+from .files import write_whole
 from .plot import PICTURE
 from .presets import PRESETS
 from .report import has_report, read_report
@@ -72,7 +73,7 @@ def update_model_card(path: str | os.PathLike[str]) -> Path:
         card = run_card(run)
         is_ours = str(run["optimizer"]).lower().startswith("normopt")
         if not (is_ours and has_report(file.parent)):  # trained by another optimizer
-            card.save(file)
+            _save(card, file)
             return file
     elif file.is_file():
         card = _loaded(file)
@@ -91,7 +92,7 @@ def update_model_card(path: str | os.PathLike[str]) -> Path:
     listed = f"- optimizer: {_optimizer_line(content)}" in before
     section = _section(content, (file.parent / PICTURE).is_file(), listed)
     card.text = f"{before}{section}{after}" if marked else f"{before.rstrip()}\n\n{section}\n"
-    card.save(file)
+    _save(card, file)
     return file
 
 
@@ -105,13 +106,21 @@ def say_optimizer(path: str | os.PathLike[str], what: str) -> None:
     file = card_file(path)
     card = _loaded(file)
     card.text = _corrected(card.text, "optimizer", what)
-    card.save(file)
+    _save(card, file)
 
 
 def card_file(path: str | os.PathLike[str]) -> Path:
     """The card of a folder, or the card that is named itself."""
     path = Path(path)
     return path if path.suffix == ".md" and not path.is_dir() else path / "README.md"
+
+
+def _save(card: ModelCard, file: Path) -> None:
+    """Write a card: on a full disk the one that was there stays."""
+    if file.is_symlink():  # the file is where the user wants it
+        card.save(file)
+    else:
+        write_whole(file, str(card).encode())
 
 
 def _loaded(file: Path) -> ModelCard:

@@ -14,7 +14,7 @@ Momenta are kept in the group's `momentum_dtype`, and weights in 16 bits are wri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from .graph import canonical_name
 from .layouts import Layout, usual_layout
 from .precision import (
     BLOCK,
+    entry_noise,
     is_low,
     new_compensation,
     new_momentum,
@@ -35,7 +37,16 @@ from .precision import (
     write_inplace,
 )
 from .rules import SCALES, Rule, bias_correction
-from .sharding import copies_of, divided_among, gathered, local, placed_like, sharded_like
+from .sharding import (
+    copies_of,
+    divided_among,
+    gathered,
+    local,
+    placed_as_its_parameter,
+    placed_like,
+    places,
+    sharded_like,
+)
 
 SMALL = 2**16  # entries: tensors of one shape up to this size move together, [`PART`] at a time
 PART = 2**18  # entries of a part of a large tensor
@@ -59,6 +70,9 @@ class Move:
     rows: tuple[Tensor, Tensor] | None = None  # the param is a copy of these rows of a parameter
     copies: ProcessGroup | None = None  # ranks that hold the same, and may share the work
     shards: tuple[ProcessGroup, ...] = ()  # ranks that hold the other shards, if it is of a shard
+    names: list[str] = field(default_factory=list)
+    whole: Tensor | None = None  # the parameter, if the param is a shard of it or some of its rows
+    at: slice = field(default_factory=lambda: slice(None))  # which rows of the shard
     sums: dict[torch.device, Tensor] = field(default_factory=dict)  # see `note_inplace`
     smooth: Tensor = field(init=False)
     direction: Tensor = field(init=False)
@@ -78,13 +92,23 @@ class Move:
         if self.alone:
             yield self
             return
-        for i, (p, gradient, state) in enumerate(
-            zip(self.params, self.gradients, self.states, strict=True)
+        for i, (p, gradient, state, name) in enumerate(
+            zip(self.params, self.gradients, self.states, self.names, strict=True)
         ):
-            one = replace(self, params=[p], gradients=[gradient], states=[state])
+            one = replace(self, params=[p], gradients=[gradient], states=[state], names=[name])
             if hasattr(self, "smooth"):
                 one.smooth, one.direction = self.smooth[i], self.direction[i]
             yield one
+
+    def of_whole(self) -> Move:
+        """The same for who looks on: all ranks gather the parameter, whoever looks."""
+        if not isinstance(self.param, DTensor):
+            return self
+        whole = replace(
+            self, params=[gathered(self.param)], gradients=[gathered(self.gradients[0])]
+        )
+        whole.smooth, whole.direction = self.smooth, self.direction
+        return whole
 
     def of_shard(self) -> Move:
         """The move of what this rank holds of a parameter."""
@@ -96,6 +120,7 @@ class Move:
             states=[state],
             copies=copies_of(self.param),
             shards=divided_among(self.param),
+            whole=self.param,
         )
 
     @property
@@ -118,6 +143,8 @@ class Move:
         """Scale · multiplier · dual norm: a part of the network's dual norm (Prop. 7)."""
         if tensor is None:  # what the direction was made of: ⟨M, lmo(M)⟩
             return (self.smooth * self.direction).sum() * self.group["multiplier"]
+        if not tensor.numel():  # a shard of no rows
+            return tensor.new_zeros(())
         if self.rule.entrywise:
             return self.dual_of(tensor.reshape(1, -1))
         return torch.stack([self.dual_of(o) for o in self.layout.to_operators(tensor)]).sum()
@@ -154,14 +181,14 @@ def moves_of(
     layouts = group["layouts"]
     if rule.of_entries or is_flat(group):
         layouts = [_vector(p.ndim) for p in group["params"]]
+    names = dict(zip(group["params"], _names(group), strict=True))
     for p, layout in zip(group["params"], layouts, strict=True):
         if p.grad is None or p.numel() == 0:
             continue
-        if isinstance(p, DTensor):
-            yield Move([p], [p.grad], [states[p]], group, rule, _layout(layout), **own)
-        elif p.numel() > SMALL:
-            one = Move([p], [p.grad], [states[p]], group, rule, _layout(layout), **own)
-            yield replace(one, copies=copies)
+        own["names"], own["copies"] = [names[p]], None if isinstance(p, DTensor) else copies
+        if isinstance(p, DTensor) or p.numel() > SMALL:
+            gradient = placed_as_its_parameter(p.grad, p)
+            yield Move([p], [gradient], [states[p]], group, rule, _layout(layout), **own)
         else:
             alike.setdefault((layout, p.shape, p.dtype, p.device), []).append(p)
     for (layout, *_), params in alike.items():
@@ -170,7 +197,15 @@ def moves_of(
             some = params[i : i + count]
             gradients = [p.grad for p in some if p.grad is not None]
             kept = [states[p] for p in some]
-            yield Move(some, gradients, kept, group, rule, _layout(layout), copies=copies, **own)
+            own["names"], own["copies"] = [names[p] for p in some], copies
+            yield Move(some, gradients, kept, group, rule, _layout(layout), **own)
+
+
+def _names(group: Mapping[str, Any]) -> list[str]:
+    """The parameters' names, as every wrapper and number of ranks has them."""
+    if is_flat(group):
+        return [f"{group['label']} {i}" for i in range(len(group["params"]))]
+    return [canonical_name(name) for name in group["param_names"]]
 
 
 def is_flat(group: Mapping[str, Any]) -> bool:
@@ -215,7 +250,9 @@ def parts(move: Move) -> Iterator[Move]:
     for i in range(0, len(p), count):
         at = slice(i, min(i + count, len(p)))
         state = {key: value[at] for key, value in whole.items()}
-        yield replace(move, params=[p[at]], gradients=[gradient[at]], states=[state])
+        part = replace(move, params=[p[at]], gradients=[gradient[at]], states=[state], at=at)
+        part.whole = p if move.whole is None else move.whole
+        yield part
 
 
 def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) -> None:
@@ -232,6 +269,9 @@ def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) ->
         return
     smooth, grad = smooth_inplace(move, weight)
     move.smooth = gathered(smooth)
+    if not move.smooth.numel() and rule.statistic is None:  # norms take no maximum of nothing
+        move.direction = torch.empty_like(move.smooth)
+        return
     if rule.entrywise and rule.statistic is None:
         row = move.smooth.reshape(1, -1)
         move.direction = rule.norm.lmo(row, move.scale((1, 1))).reshape(move.smooth.shape)
@@ -283,10 +323,8 @@ def note_inplace(sums: dict[torch.device, Tensor], grad: Tensor) -> bool:
     return total.is_cpu and math.isfinite(total)
 
 
-def apply_inplace(
-    move: Move, eta: Tensor | float, noise: Callable[[torch.device], torch.Generator]
-) -> None:
-    """Move the parameters, and let go of the directions."""
+def apply_inplace(move: Move, eta: Tensor | float, steps: int) -> None:
+    """Move the parameters, and let go of the directions; `steps` is the number of this step."""
     group, params = move.group, move.params
     step = group["lr"] * eta
     step = step.reshape(()) if isinstance(step, Tensor) else step
@@ -299,8 +337,8 @@ def apply_inplace(
         for i, p in enumerate(params):
             update = direction if move.alone else direction[i]
             state = kept(move, i)
-            generator = noise(p.device) if group["rounding"] == "stochastic" else None
-            write_inplace(p, update, rate, 1 - step * decay, group["rounding"], state, generator)
+            noise = _noise(move, i, steps) if group["rounding"] == "stochastic" else None
+            write_inplace(p, update, rate, 1 - step * decay, group["rounding"], state, noise)
     elif decay and not isinstance(step, Tensor):  # towards -multiplier / decay · direction
         goals = direction.mul_(-group["multiplier"] / decay)
         torch._foreach_lerp_(params, [goals] if move.alone else goals.unbind(), step * decay)
@@ -312,6 +350,15 @@ def apply_inplace(
     if move.rows is not None:
         parameter, rows = move.rows
         parameter.index_copy_(0, rows, move.param)
+
+
+def _noise(move: Move, i: int, steps: int) -> Tensor:
+    """What rounding adds to the i-th parameter; each entry's own, whoever else holds it."""
+    whole = move.params[i] if move.whole is None else move.whole
+    axes = places(whole)
+    if axes:
+        axes[0] = axes[0][move.at]
+    return entry_noise(f"{steps} {move.names[i]}", axes, whole.shape)
 
 
 def _dense(gradient: Tensor) -> Tensor:

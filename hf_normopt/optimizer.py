@@ -12,31 +12,44 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
+from .agreement import Facts, Own, agree, average_inplace
 from .checkpoints import ON_MISMATCH, described, matched, some
 from .exchange import directed_inplace, dual_norms
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
 from .moves import Move, apply_inplace, is_flat, moves_of
-from .precision import check_precision, is_low, loaded_compensation, loaded_momentum, state_dtype
+from .precision import (
+    check_precision,
+    is_low,
+    loaded_compensation,
+    loaded_momentum,
+    packed,
+    state_dtype,
+    unpacked,
+)
 from .roles import ROLES, ParamSpec
 from .rules import Policy, Rule, check_total, policy_key
 from .sharding import (
     NEEDS_WHOLE_MATRICES,
-    agree,
     divided_among,
     groups_of,
-    hold_the_same,
-    local,
+    is_alone,
     replicas,
     total,
+    wrappers_of,
 )
 from .step_sizes import Fixed, StepSize
 from .tables import fold_names, format_table
@@ -86,8 +99,12 @@ class NormOpt(torch.optim.Optimizer):
     origin: Mapping[str, Any] = {}
     observer: Callable[[Move, Tensor | float], None] | None = None
     replicas: ProcessGroup | None = None
-    _are_same: bool | None = None
     _sums: dict[torch.device, Tensor] | None = None  # of gradients, see `note_inplace`
+    _fixed: tuple[list[int], Facts] | None = None  # what ranks must have the same, and its key
+    _wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
+    _is_apart: bool = False  # whether replicas were found to train by themselves
+    _has_compared: bool = False
+    _has_warned: bool = False
 
     def __init__(
         self,
@@ -208,7 +225,6 @@ class NormOpt(torch.optim.Optimizer):
 
         self._agree()
         self._count_inplace()
-        self._noises: dict[torch.device, torch.Generator] = {}
         self._sums = self._sums or {}
         groups = self.param_groups
         for scope in [[group] for group in groups] if self.step_size.per_role else [groups]:
@@ -217,7 +233,7 @@ class NormOpt(torch.optim.Optimizer):
 
     def _step_inplace(self, groups: list[dict[str, Any]]) -> None:
         """Move the parameters of groups that share one η, whose memory is in the first of them."""
-        size, memory, watched = self.step_size, groups[0]["memory"], self.observer is not None
+        size, memory, watched = self.step_size, groups[0]["memory"], self._is_watched
         moves = [
             move
             for group in groups
@@ -233,10 +249,11 @@ class NormOpt(torch.optim.Optimizer):
             unit = size.weight(memory)
             directed = directed_inplace(moves, weight, unit, keep=watched, whole=watched)
         for move in directed:
-            if self.observer is not None:
-                for one in move.each():
-                    self.observer(one, eta)
-            apply_inplace(move, eta, self._noise)
+            if watched:
+                for whole in (one.of_whole() for one in move.each()):
+                    if self.observer is not None:  # else another rank's
+                        self.observer(whole, eta)
+            apply_inplace(move, eta, self.steps)
 
     def _eta(
         self, moves: list[Move], weight: Tensor | float, memory: dict[str, Any]
@@ -262,34 +279,126 @@ class NormOpt(torch.optim.Optimizer):
         """Find the ranks that share the work, and make sure that all will do the same.
 
         Raises:
-            RuntimeError: on every rank, if any has a parameter that it cannot move.
+            RuntimeError: on every rank, if any has a parameter that it cannot move, or if they
+                differ in anything that must be equal.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         self._ranks = self._replicas(params)
         groups = groups_of(params, self._ranks)
-        found = agree(params, groups, self._complaint())
-        for p, has_gradient in zip(params, found, strict=True):
-            if has_gradient and p.grad is None:  # another rank has one
+        text = self._common_text() if groups else ""
+        own = Own(params, self._complaint(), text, self._facts, self.observer is not None)
+        if self._ranks is not None:
+            partial = any(
+                getattr(module(), "find_unused_parameters", False)
+                for module in self._wrappers or ()
+            )
+            own.compares = partial or not self._has_compared
+        agreed = agree(own, groups, self._ranks)
+        self._is_watched = agreed.is_watched
+        self._has_compared |= self._ranks is not None
+        if agreed.is_apart:
+            logger.warning(
+                "The ranks have different weights or gradients, as in local SGD: each computes "
+                "its own step from now on, as with other optimizers."
+            )
+            self._is_apart, self._ranks = True, None
+        for p, has_gradient in zip(params, agreed.has_gradient, strict=True):
+            is_common = not self._is_apart or isinstance(p, DTensor)
+            if has_gradient and p.grad is None and is_common:  # another rank has one
                 p.grad = torch.zeros_like(p)
+        if self._ranks is not None:
+            average_inplace([params[i] for i in agreed.unequal], self._ranks)
+
+    def agree_at_forward(self, model: nn.Module) -> None:
+        """Let ranks that share a mesh agree before the model's first forward pass.
+
+        Where they train different parameters, the backward pass would end in the transport.
+        """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            hook = FirstForward(weakref.ref(self))
+            hook.handle = model.register_forward_pre_hook(hook)
+
+    def agree_on_options(self) -> None:
+        """Make sure that all ranks of the parameters' meshes have the same options.
+
+        Raises:
+            RuntimeError: on every rank, naming the difference.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        if groups := groups_of(params, None):
+            own = Own(params, self._complaint(), self._common_text(), self._facts)
+            agree(own, groups, None)
 
     def _replicas(self, params: list[Tensor]) -> ProcessGroup | None:
+        """The ranks that hold the same parameters, unless each is to step by itself."""
         ranks = self.replicas or replicas()
-        if ranks is None or not params:
+        if ranks is None or self._is_apart:
             return None
-        if self._are_same is None:
-            text = str(
-                [(g["param_names"], g["param_shapes"], g["rule"]) for g in self.param_groups]
-            )
-            self._are_same = hold_the_same(text, ranks, local(params[0]).device)
-            if not self._are_same:
-                logger.warning("The ranks train different models: each computes all of its step.")
-        return ranks if self._are_same else None
+        known = [module for of in self._wrappers or () if (module := of()) is not None]
+        if self._wrappers is None or len(known) < len(self._wrappers):
+            known = wrappers_of(params)
+            self._wrappers = [weakref.ref(module) for module in known]
+        if self.replicas is None and not known:
+            return None  # nobody averages the gradients
+        if any(map(is_alone, known)):
+            if not self._has_warned:
+                logger.warning(
+                    "DDP does not average the gradients of every step (no_sync, Join): each rank "
+                    "computes its own step."
+                )
+            self._has_warned = True
+            return None
+        return ranks
 
-    def _noise(self, device: torch.device) -> torch.Generator:
-        """What a rounding draws from: the same in every process, and when a run is resumed."""
-        if device not in self._noises:
-            self._noises[device] = torch.Generator(device).manual_seed(self.steps)
-        return self._noises[device]
+    def _common_text(self) -> str:
+        """All that must be equal on the ranks."""
+        return str(self._facts())
+
+    def _facts(self) -> Facts:
+        key = [len(group["params"]) for group in self.param_groups]
+        if self._fixed is None or self._fixed[0] != key:
+            self._fixed = key, self._fixed_facts()
+        return {**self._fixed[1], **self._rates()}
+
+    def _fixed_facts(self) -> Facts:
+        """What does not change from step to step."""
+        begun = max((group["steps"] for group in self.param_groups), default=0)
+        facts: Facts = {
+            "the optimizer": {"step size": str(self.step_size), "steps before this run": str(begun)}
+        }
+        for group in self.param_groups:
+            rows = zip(
+                group["param_names"],
+                group["params"],
+                group["param_shapes"],
+                group["layouts"],
+                strict=False,  # their number may be what is wrong
+            )
+            for name, p, shape, layout in rows:
+                facts[name] = {
+                    "shape": str(tuple(shape)),
+                    "role": group["label"],
+                    "rule": group["rule"],
+                    "layout": layout,
+                    "dtype": str(p.dtype),
+                    "momentum_dtype": group["momentum_dtype"],
+                    "rounding": group["rounding"],
+                    "placements": str(getattr(p, "placements", "")),
+                }
+        return facts
+
+    def _rates(self) -> Facts:
+        """What schedules may change; rates that lie on another device are not asked for."""
+        facts: Facts = {}
+        for group in self.param_groups:
+            lr = group["lr"]
+            asked = not isinstance(lr, Tensor) or lr.is_cpu
+            facts[f"the group {group['label']}"] = {
+                "lr": repr(float(lr)) if asked else "a tensor",
+                "weight_decay": repr(group["weight_decay"]),
+                "multiplier": repr(group["multiplier"]),
+            }
+        return facts
 
     def _count_inplace(self) -> None:
         """Count the step, unless it is torch's rehearsal that creates the state."""
@@ -371,6 +480,12 @@ class NormOpt(torch.optim.Optimizer):
                 name: texts.get(number, "no state")
                 for name, number in zip(group["param_names"], group["params"], strict=True)
             }
+        state = state_dict["state"]
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        state_dict["state"] = {
+            i: packed(state.get(i, {}), p, group["momentum_dtype"])
+            for i, (p, group) in enumerate(pairs)
+        }
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -382,6 +497,9 @@ class NormOpt(torch.optim.Optimizer):
                 then.
                 Under `on_mismatch="reset"` these parameters start without state instead.
         """
+        if "state" in state_dict:
+            states = {number: unpacked(one) for number, one in state_dict["state"].items()}
+            state_dict = {**state_dict, "state": {i: one for i, one in states.items() if one}}
         if any(map(is_flat, self.param_groups)):  # DeepSpeed's business, but for the rules
             found, own = (
                 [g.get("rule") for g in gs]
@@ -393,6 +511,7 @@ class NormOpt(torch.optim.Optimizer):
             state_dict, self.complaints = matched(
                 state_dict, self.param_groups, self.on_mismatch, self.step_size.per_role
             )
+        self._fixed = None
         super().load_state_dict(state_dict)
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         for i, saved in state_dict["state"].items():  # torch has cast it to the parameter's dtype
@@ -411,7 +530,7 @@ class NormOpt(torch.optim.Optimizer):
                 self.step_size.restart_inplace(group["memory"], self.state.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")  # and no generators
+        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __repr__(self) -> str:
@@ -449,6 +568,30 @@ def _is_rehearsal() -> bool:
             return False
         frame = frame.f_back
     return True
+
+
+class FirstForward:
+    """A hook that runs once; a copy of the model does without."""
+
+    optimizer: weakref.ref[NormOpt] | None = None
+    handle: RemovableHandle | None = None
+
+    def __init__(self, optimizer: weakref.ref[NormOpt]) -> None:
+        self.optimizer = optimizer
+
+    def __call__(self, *args: Any) -> None:
+        """Agree, and go."""
+        if torch.compiler.is_compiling():
+            return
+        optimizer = self.optimizer() if self.optimizer is not None else None
+        if self.handle is not None:
+            self.handle.remove()
+        self.optimizer = self.handle = None
+        if optimizer is not None:
+            optimizer.agree_on_options()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
 
 def parameter_groups(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .files import write_whole
 
 PICTURE = "normopt_norms.png"  # beside the model
 _MARK = "drawn by hf_normopt"
@@ -43,11 +46,12 @@ def save_run(path: str | os.PathLike[str], log_history: Sequence[Mapping[str, An
     """Draw a run into a file.
 
     Args:
-        path: the picture, in a format that matplotlib knows.
+        path: the picture, a PNG.
         log_history: of `TrainerState`.
 
     Raises:
         ImportError: without matplotlib.
+        OSError: if it cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -67,8 +71,9 @@ def save_run(path: str | os.PathLike[str], log_history: Sequence[Mapping[str, An
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend(fontsize="small")
-    metadata = {"Description": _MARK} if Path(path).suffix == ".png" else None
-    figure.savefig(path, dpi=110, metadata=metadata)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110, metadata={"Description": _MARK})
+    write_whole(Path(path), picture.getvalue())
 
 
 def is_picture(path: str | os.PathLike[str]) -> bool:

@@ -271,6 +271,7 @@ def create_normopt_optimizer(
         )
         if value != usual
     }
+    optimizer.agree_at_forward(model)
     return optimizer
 
 

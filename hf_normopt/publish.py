@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from .arguments import optimizer_name
 from .callback import unwrapped
 from .model_card import options_text, update_model_card
 from .presets import optimizer_names
-from .report import has_report, read_report
+from .report import report
 from .runs import record_run
+
+logger = logging.getLogger(__name__)
 
 
 def finish_run(
@@ -59,6 +62,8 @@ def finish_run(
         library_name: which library loads the model: `transformers` or `peft`.
         push_to_hub: whether to push weights, card and picture to `hub_model_id`.
 
+    A record or a card that cannot be written is a warning.
+
     Raises:
         SystemExit: with one line, if the folder could not be pushed. It stays as it is.
     """
@@ -80,8 +85,11 @@ def finish_run(
         "license": license,
         "library_name": library_name,
     }
-    record_run(trainer, {**facts, **_optimizer(trainer)})
-    update_model_card(folder)
+    try:
+        record_run(trainer, {**facts, **_optimizer(trainer)})
+        update_model_card(folder)
+    except OSError as error:  # what was trained stands, and is pushed
+        logger.warning("The record and the card of the run are not whole: %r.", error)
     if not push_to_hub:
         return
     try:
@@ -108,10 +116,11 @@ def finish_run(
 def _optimizer(trainer: Any) -> dict[str, Any]:
     """What trained, which the training arguments need not say."""
     args = trainer.args
-    if unwrapped(trainer.optimizer) is None or not has_report(args.output_dir):
+    optimizer = unwrapped(trainer.optimizer)
+    if optimizer is None:
         options, rate = args.optim_args or "", args.learning_rate
         return {"optimizer": optimizer_name(args), "optim_args": options, "learning_rate": rate}
-    content = read_report(args.output_dir)
+    content = report(optimizer)
     names = {preset: name for name, preset in optimizer_names().items()}
     return {
         "optimizer": names.get(content["preset"]["name"], "NormOpt with a policy of its own"),

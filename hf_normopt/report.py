@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from .files import write_whole
 from .optimizer import NormOpt
 from .presets import PRESETS
 from .step_sizes import StepSize, format_step_size
@@ -155,18 +155,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    text = json.dumps(content, indent=1) + "\n"
-    number, draft = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(number, "w") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(draft, 0o666 & ~mask)  # as any other new file; mkstemp's is private
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    write_whole(path, f"{json.dumps(content, indent=1)}\n".encode())
 
 
 def has_report(folder: str | os.PathLike[str]) -> bool:
@@ -180,7 +169,7 @@ def json_object(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing if there is no such file, or it holds something else."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 NEEDS_WHOLE_MATRICES = (
     "FSDP1 and DeepSpeed ZeRO flatten parameters, and a norm needs the whole matrix. Use FSDP2: "
@@ -35,18 +36,55 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def placed_as_its_parameter(gradient: Tensor, p: Tensor) -> Tensor:
+    """A gradient in its parameter's placements; what is `Partial` is added up over its ranks."""
+    if not isinstance(p, DTensor):
+        return gradient
+    if not isinstance(gradient, DTensor) or gradient.device_mesh != p.device_mesh:
+        return sharded_like(gathered(gradient), p)
+    if gradient.placements == p.placements:
+        return gradient
+    return gradient.redistribute(p.device_mesh, p.placements)
+
+
+def places(p: Tensor) -> list[Tensor]:
+    """Along each axis of a parameter, the numbers of what this rank holds."""
+    axes = [torch.arange(length, device=p.device) for length in p.shape]
+    for axis in set((sharded_axes(p) if isinstance(p, DTensor) else None) or ()):
+        assert isinstance(p, DTensor)
+        placements = [_of_a_vector(placement, axis) for placement in p.placements]
+        numbers = distribute_tensor(axes[axis], p.device_mesh, placements, src_data_rank=None)
+        axes[axis] = local(numbers)
+    return axes
+
+
+def _of_a_vector(placement: Any, axis: int) -> Placement:
+    """A placement of one axis alone."""
+    if getattr(placement, "dim", None) != axis:
+        return Replicate()
+    if isinstance(placement, Shard):
+        return Shard(0)
+    return type(placement)(0, split_factor=placement.split_factor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def placed_like(shard: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds as its part of a tensor that is placed as `like` is."""
+def placed_like(shard: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """What this rank holds as its part of a tensor that is placed as `like` is.
+
+    Args:
+        shard: this rank's part.
+        like: a tensor with the placements, and the shape and strides if there is no `shape`.
+        shape: of the whole tensor.
+    """
     if not isinstance(like, DTensor):
         return shard
-    return DTensor.from_local(
-        shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-    )
+    whole = like.shape if shape is None else torch.Size(shape)
+    stride = like.stride() if shape is None else torch.empty(whole, device="meta").stride()
+    return DTensor.from_local(shard, like.device_mesh, like.placements, shape=whole, stride=stride)
 
 
 def sharded_axes(p: DTensor) -> list[int] | None:
@@ -86,6 +124,17 @@ def number_of_parts(p: Tensor) -> int:
 def copies_of(p: Tensor) -> ProcessGroup | None:
     """The ranks that hold the same part of a parameter as this one, along one mesh axis (HSDP)."""
     return next(iter(_along_axes(p, is_replicated=True)), None)
+
+
+def parts_are_multiples(p: DTensor, axis: int, size: int) -> bool:
+    """Whether an axis is divided, if at all, between whole groups of so many entries."""
+    length = p.shape[axis]
+    for i, placement in enumerate(p.placements):
+        if getattr(placement, "dim", None) == axis:
+            length = math.ceil(length / p.device_mesh.size(i))
+            if length % size:
+                return False
+    return p.shape[axis] % size == 0
 
 
 def _along_axes(p: Tensor, is_replicated: bool) -> tuple[ProcessGroup, ...]:
@@ -133,12 +182,24 @@ def replicas() -> ProcessGroup | None:
     return dist.group.WORLD
 
 
-def hold_the_same(text: str, ranks: ProcessGroup, device: torch.device) -> bool:
-    """Whether all ranks have the same text."""
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    ends = torch.tensor([digest, -digest], device=device)
-    dist.all_reduce(ends, dist.ReduceOp.MAX, group=ranks)
-    return bool(ends.sum() == 0)
+def wrappers_of(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    """The DDP modules that average the gradients of these parameters.
+
+    No parameter and no optimizer knows its DDP module: this looks through all objects, once.
+    """
+    own = set(map(id, params))
+    modules = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    return [
+        module
+        for module in modules
+        if "_modules" in vars(module) and any(id(p) in own for p in module.parameters())
+    ]
+
+
+def is_alone(module: DistributedDataParallel) -> bool:
+    """Whether ranks step without each other: under `no_sync` (local SGD), or torch's `Join`."""
+    joins = getattr(getattr(module, "_join_config", None), "enable", False)
+    return bool(joins or not module.require_backward_grad_sync)
 
 
 def groups_of(params: Sequence[Tensor], ranks: ProcessGroup | None) -> list[ProcessGroup]:
@@ -147,34 +208,6 @@ def groups_of(params: Sequence[Tensor], ranks: ProcessGroup | None) -> list[Proc
     for mesh in dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)):
         groups += [mesh.get_group(i) for i in range(mesh.ndim)]
     return [group for group in dict.fromkeys(groups) if dist.get_world_size(group) > 1]
-
-
-def agree(params: Sequence[Tensor], groups: Sequence[ProcessGroup], complaint: str) -> list[bool]:
-    """Which parameters have a gradient on any rank; all ranks fail if one has a complaint.
-
-    So all enter the same collectives, and none waits for a rank that has raised.
-
-    Raises:
-        RuntimeError: with the complaints of all ranks.
-    """
-    marks = [bool(complaint), *(p.grad is not None for p in params)]
-    if groups:
-        device = local(params[0]).device
-        marked = torch.tensor(marks, dtype=torch.int32, device=device)
-        for group in groups:
-            dist.all_reduce(marked, dist.ReduceOp.MAX, group=group)
-        marks = [bool(mark) for mark in marked.tolist()]
-    if marks[0]:
-        found = {dist.get_rank(): complaint} if groups else {0: complaint}
-        for group in groups:
-            everyone: list[dict[int, str]] = [{} for _ in range(dist.get_world_size(group))]
-            dist.all_gather_object(everyone, found, group=group)
-            found = {rank: text for each in everyone for rank, text in each.items()}
-        texts = dict.fromkeys(text for text in found.values() if text)
-        ranks = [str(rank) for rank, text in sorted(found.items()) if text]
-        where = f"On rank {', '.join(ranks)}: " if groups else ""
-        raise RuntimeError(where + " ".join(texts))
-    return marks[1:]
 
 
 def deepspeed_config() -> dict[str, Any]:

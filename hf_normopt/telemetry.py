@@ -49,6 +49,8 @@ class NormTelemetry(TrainerCallback):
         """Find the optimizer."""
         inner = unwrapped(optimizer)
         self._optimizer = inner if inner is not None and wants_telemetry(args) else None
+        if self._optimizer is None:  # another's data are not asked for their length
+            return
         self._gauge = Gauge()
         try:
             self._epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
@@ -103,7 +105,7 @@ class NormTelemetry(TrainerCallback):
             if os.path.lexists(path) and not is_picture(path):
                 raise FileExistsError("another file has its name, and is left as it is")
             save_run(path, state.log_history)
-        except ImportError:
+        except ModuleNotFoundError:
             logger.info("matplotlib is not installed: no %s.", PICTURE)
         except Exception as error:
             logger.warning("There is no picture of the run, %s: %r.", path, error)

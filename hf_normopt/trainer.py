@@ -32,7 +32,8 @@ class NormOptMixin:
     """Makes a trainer train with NormOpt: `class MyTrainer(NormOptMixin, Seq2SeqTrainer): ...`.
 
     It builds NormOpt when `args.optim` is one of its names, or is left at the default of
-    `TrainingArguments`; another optimizer that was asked for is the trainer's own business.
+    `TrainingArguments`; another optimizer that was asked for is the trainer's own business. The
+    default's name, written out, cannot be told from the default: a warning says what trains.
     """
 
     args: Any
@@ -51,6 +52,7 @@ class NormOptMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer unless there is one, see `Trainer.create_optimizer`."""
         if self.optimizer is None and _asks_for_normopt(self.args):
+            _say_what_trains(self.args)
             self.optimizer = optimizer_from_arguments(
                 self.model if model is None else model, self.args
             )
@@ -196,6 +198,19 @@ def _add_member(enum: Any, value: str) -> None:
 
 def _known_name(value: str) -> OptimizerNames:
     return OptimizerNames(value)
+
+
+def _say_what_trains(args: TrainingArguments) -> None:
+    name = optimizer_name(args)
+    if name not in optimizer_names() and args.process_index == 0:
+        logger.warning(
+            "NormOpt trains, and not %s: optim=%r is what TrainingArguments have by default, also "
+            'where it is written out. optim="normopt" says so; for %s take a Trainer that is not '
+            "NormOpt's.",
+            name,
+            name,
+            name,
+        )
 
 
 def _asks_for_normopt(args: TrainingArguments) -> bool:

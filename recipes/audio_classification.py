@@ -14,7 +14,7 @@ import io
 import sys
 import wave
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,6 @@ import datasets
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
@@ -35,6 +34,7 @@ from transformers import (
 )
 
 import hf_normopt
+from common import MetricArguments, Score, option
 
 SPLITS = ("train", "validation", "test")
 SPOKEN_DIGITS = Path(__file__).parent / "data" / "spoken_digits"
@@ -45,12 +45,8 @@ ABOUT_SPOKEN_DIGITS = (
 MOST = 20_000  # rows that the simple methods learn from
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class Arguments:
+class Arguments(MetricArguments):
     model_name_or_path: str | None = option(None, "On the Hub or a folder; default: from scratch.")
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
     dataset_config_name: str | None = option(None, "Its configuration.")
@@ -154,7 +150,7 @@ def read_wav(sound, rate, speed=1.0):
     return np.interp(places, np.arange(len(samples)), samples).astype(np.float32)
 
 
-def simple_methods(train, test, audio):
+def simple_methods(train, test, audio, score):
     """What the most frequent label reaches on the test data, and a linear model of the sound."""
     log_mel = WhisperFeatureExtractor(40)
 
@@ -168,10 +164,11 @@ def simple_methods(train, test, audio):
     if len(train) > MOST:
         train, some = train.shuffle(seed=0).select(range(MOST)), f", {MOST:,} rows"
     linear = LogisticRegression(C=100, max_iter=1000).fit(statistics(train), train["labels"][:])
-    return {
-        "most frequent label": float(np.mean(np.equal(test["labels"], most_frequent))),
-        f"linear on log-mel statistics{some}": linear.score(statistics(test), test["labels"][:]),
+    found = {
+        "most frequent label": [most_frequent] * len(test),
+        f"linear on log-mel statistics{some}": linear.predict(statistics(test)),
     }
+    return {name: score.value(labels, test["labels"][:]) for name, labels in found.items()}
 
 
 def small_whisper(labels, seconds):
@@ -226,6 +223,8 @@ def main():
 
     data, names = load_data(args)
     final = "test" if "test" in data else "validation"
+    score = Score(args, training_args, "accuracy.py", "accuracy")
+    baselines = simple_methods(data["train"], data[final], args.audio_column_name, score)
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     if args.model_name_or_path:
         extractor = AutoFeatureExtractor.from_pretrained(args.model_name_or_path)
@@ -262,7 +261,7 @@ def main():
         eval_dataset=ready["validation"],
         processing_class=extractor,
         data_collator=collate,
-        compute_metrics=lambda p: {"accuracy": accuracy_score(p.label_ids, p.predictions)},
+        compute_metrics=lambda p: score(p.predictions, p.label_ids),
         preprocess_logits_for_metrics=most_likely,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -283,17 +282,18 @@ def main():
         title=f"{Path(args.model_name_or_path or 'Whisper encoder').name} on {name}",
         task="audio-classification",
         metrics=results,
-        metric="accuracy",
+        metric=score.headline,
         dataset=name,
         dataset_id=args.dataset_name,
         data=f"{name if given else ABOUT_SPOKEN_DIGITS}. Rows: {rows}.",
-        baselines=simple_methods(data["train"], data[final], args.audio_column_name),
+        baselines=baselines,
         limits=f"It takes every sound for one of its labels: {', '.join(names)}.",
         base_model=args.model_name_or_path,
         language=None if given else "en",
         license=None if given or args.model_name_or_path else "cc-by-sa-4.0",
     )
-    print(f"{final}_accuracy = {results[f'{final}_accuracy']:.4f}")
+    headline = f"{final}_{score.headline}"
+    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":

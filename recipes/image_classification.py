@@ -14,7 +14,7 @@ data:
 
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -36,6 +35,7 @@ from transformers import (
 )
 
 import hf_normopt
+from common import MetricArguments, Score, option
 
 SPLITS = ("train", "validation", "test")
 FASHION_MNIST = Path(__file__).parent / "data" / "fashion_mnist"
@@ -47,12 +47,8 @@ ABOUT_FASHION_MNIST = (
 MOST = 20_000  # rows that the simple methods learn from
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class Arguments:
+class Arguments(MetricArguments):
     model_name_or_path: str | None = option(None, "On the Hub or a folder; default: from scratch.")
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
     dataset_config_name: str | None = option(None, "Its configuration.")
@@ -127,7 +123,7 @@ def load_data(args):
     return data, names
 
 
-def simple_methods(train, test, image):
+def simple_methods(train, test, image, score):
     """What the most frequent label reaches on the test data, and a linear model of pixels."""
 
     def pixels(rows):
@@ -139,10 +135,11 @@ def simple_methods(train, test, image):
     if len(train) > MOST:
         train, some = train.shuffle(seed=0).select(range(MOST)), f", {MOST:,} rows"
     linear = LogisticRegression(C=0.1, max_iter=1000).fit(pixels(train), train["labels"][:])
-    return {
-        "most frequent label": float(np.mean(np.equal(test["labels"], most_frequent))),
-        f"logistic regression on pixels{some}": linear.score(pixels(test), test["labels"][:]),
+    found = {
+        "most frequent label": [most_frequent] * len(test),
+        f"logistic regression on pixels{some}": linear.predict(pixels(test)),
     }
+    return {name: score.value(labels, test["labels"][:]) for name, labels in found.items()}
 
 
 def small_resnet(names, size):
@@ -191,6 +188,8 @@ def main():
 
     data, names = load_data(args)
     final = "test" if "test" in data else "validation"
+    score = Score(args, training_args, "accuracy.py", "accuracy")
+    baselines = simple_methods(data["train"], data[final], args.image_column_name, score)
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     if args.model_name_or_path:
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
@@ -220,7 +219,7 @@ def main():
         train_dataset=ready["train"],
         eval_dataset=ready["validation"],
         processing_class=processor,
-        compute_metrics=lambda p: {"accuracy": accuracy_score(p.label_ids, p.predictions)},
+        compute_metrics=lambda p: score(p.predictions, p.label_ids),
         preprocess_logits_for_metrics=most_likely,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -241,17 +240,18 @@ def main():
         title=f"{Path(args.model_name_or_path or 'ResNet').name} on {name}",
         task="image-classification",
         metrics=results,
-        metric="accuracy",
+        metric=score.headline,
         dataset=name,
         dataset_id=args.dataset_name,
         data=f"{name if given else ABOUT_FASHION_MNIST}. Rows: {rows}.",
-        baselines=simple_methods(data["train"], data[final], args.image_column_name),
+        baselines=baselines,
         limits="It knows the labels of its training data only, and takes every image for one of "
         f"them: {', '.join(names)}.",
         base_model=args.model_name_or_path,
         license=None if given or args.model_name_or_path else "apache-2.0",
     )
-    print(f"{final}_accuracy = {results[f'{final}_accuracy']:.4f}")
+    headline = f"{final}_{score.headline}"
+    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":

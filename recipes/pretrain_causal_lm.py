@@ -15,7 +15,7 @@ going on from a model:
 import bz2
 import lzma
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from transformers import (
 )
 
 import hf_normopt
+from common import MetricArguments, Score, option
 
 SHAKESPEARE = Path(__file__).parent / "data" / "tinyshakespeare"
 ABOUT_SHAKESPEARE = (
@@ -47,12 +48,8 @@ ABOUT_SHAKESPEARE = (
 LOADERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class Arguments:
+class Arguments(MetricArguments):
     model_name_or_path: str | None = option(None, "Go on from this model, on the Hub or a folder.")
     config_name: str | None = option(
         None, "From scratch, but this configuration and its tokenizer."
@@ -198,6 +195,7 @@ def main():
 
     raw, rows_are_lines = load_data(args)
     final = "test" if "test" in raw else "validation"
+    score = Score(args, training_args, "bits_per_byte.py", "bits_per_byte")
     model, tokenizer = load_model(args, raw)
 
     def encode(batch):
@@ -220,21 +218,27 @@ def main():
     def count_bytes(tokens):
         return len(tokenizer.decode(tokens, skip_special_tokens=True).encode())
 
-    def nats(logits, labels):
-        """The loss of each token, so that the logits need not be kept."""
-        logits = logits[0] if isinstance(logits, tuple) else logits
+    def keep(logits, labels):
+        """The loss of each token, or for another metric the best guess, in place of the logits."""
+        logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1]
+        if not score.is_own:
+            return logits.argmax(-1)
         return torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none"
+            logits.transpose(1, 2).float(), labels[:, 1:], reduction="none"
         )
 
     def compute_metrics(p):
         predicted = p.label_ids[:, 1:] != -100
-        loss = p.predictions[predicted].astype(np.float64)
-        size = count_bytes(p.label_ids[:, 1:][predicted])
-        return {
-            "perplexity": float(np.exp(loss.mean())),
-            "bits_per_byte": float(loss.sum() / np.log(2) / size),
-        }
+        found, true = p.predictions[predicted], p.label_ids[:, 1:][predicted]
+        return score(found, true, size=count_bytes(true)) if score.is_own else score(found, true)
+
+    texts = {split: tokenizer.decode(tokens[split], skip_special_tokens=True) for split in tokens}
+    if score.is_own:
+        baselines = compressed(texts["train"], texts[final])
+    else:
+        usual = np.bincount(tokens["train"]).argmax()
+        guesses = np.full_like(tokens[final], usual)
+        baselines = {"most frequent token": score.value(guesses, tokens[final])}
 
     trainer = Trainer(
         model,
@@ -244,7 +248,7 @@ def main():
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads the last block, and its labels
         compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=nats,
+        preprocess_logits_for_metrics=keep,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the tokenizer too
@@ -256,7 +260,6 @@ def main():
         trainer.save_metrics(split, metrics)
         results |= metrics
 
-    texts = {split: tokenizer.decode(tokens[split], skip_special_tokens=True) for split in tokens}
     is_default = not (args.dataset_name or args.train_file)
     name = "Shakespeare" if is_default else args.dataset_name or Path(args.train_file).name
     start = args.model_name_or_path or args.config_name
@@ -267,14 +270,19 @@ def main():
         title=f"{Path(start).name if start else 'A small Llama'} on {name}",
         task="text-generation",
         metrics=results,
-        metric="bits_per_byte",
+        metric=score.headline,
         dataset=name,
         dataset_id=args.dataset_name,
         data=f"{ABOUT_SHAKESPEARE if is_default else name}. Tokens: {sizes}.",
-        baselines=compressed(texts["train"], texts[final]),
-        limits="It writes text that looks like its training data, and means nothing. Less is "
-        "better: bits_per_byte is the loss of all tokens of the split, in bits, over the bytes of "
-        f"their text; a token is predicted from at most {args.block_size - 1} tokens before it.",
+        baselines=baselines,
+        limits="It writes text that looks like its training data, and means nothing. "
+        + (
+            "Less is better: bits_per_byte is the loss of all tokens of the split, in bits, over "
+            "the bytes of their text; a"
+            if score.is_own
+            else "A"
+        )
+        + f" token is predicted from at most {args.block_size - 1} tokens before it.",
         base_model=args.model_name_or_path,
         language="en" if is_default else None,
         license="apache-2.0" if is_default and not start else None,
@@ -284,7 +292,8 @@ def main():
         prompt, attention_mask=torch.ones_like(prompt), max_length=args.block_size, do_sample=True
     )
     print(tokenizer.decode(sample[0], skip_special_tokens=True))
-    print(f"{final}_bits_per_byte = {results[f'{final}_bits_per_byte']:.4f}")
+    headline = f"{final}_{score.headline}"
+    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from transformers import AutoConfig, set_seed
 from trl import (
@@ -33,6 +33,7 @@ from trl import (
 )
 
 import hf_normopt
+from common import MetricArguments, Score, option
 
 # peft 0.21 asks transformers 5.23 for a property's old name
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -52,12 +53,8 @@ PRETRAINED = Path("outputs/pretrain_causal_lm")
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class Arguments:
+class Arguments(MetricArguments):
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
     dataset_config_name: str | None = option(None, "Its configuration.")
     train_file: str | None = option(None, "A json, csv, parquet or txt file; default: GSM8K.")
@@ -113,15 +110,21 @@ def load_data(args):
     return data.rename_columns({old: new for old, new in names.items() if old != new})
 
 
-def most_frequent_token(trainer, train, test):
-    """The metric of always saying the most frequent token, in the batches that TRL averages."""
+def most_frequent_token(trainer, train, test, score):
+    """What it reaches to say always the most frequent token, in the batches that TRL averages."""
     counts = Counter(token for row in train["labels"] for token in row if token != -100)
     token = counts.most_common(1)[0][0]
-    shares = []
-    for batch in trainer.get_eval_dataloader(test):
-        labels = batch["labels"][:, 1:]
-        shares.append(((labels == token).sum() / (labels != -100).sum()).item())
-    return float(np.mean(shares))
+    batches = (batch["labels"][:, 1:] for batch in trainer.get_eval_dataloader(test))
+    true = [labels[labels != -100].tolist() for labels in batches]
+    if not score.is_own:
+        true = [*chain.from_iterable(true)]
+        return score.value([token] * len(true), true)
+    return score.value([[token] * len(batch) for batch in true], true)
+
+
+def best_guesses(logits, labels):
+    """What is kept of a batch's logits: of each token but the last the guess for the next one."""
+    return (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].argmax(-1)
 
 
 def main():
@@ -178,11 +181,20 @@ def main():
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    score = Score(args, training_args, "mean_token_accuracy.py", "mean_token_accuracy")
+
+    def compute_metrics(p):
+        predicted = p.label_ids[:, 1:] != -100
+        return score(p.predictions[predicted], p.label_ids[:, 1:][predicted])
+
     trainer = SFTTrainer(
         checkpoint,
         training_args,
         train_dataset=data["train"],
         eval_dataset={split: data[split] for split in dict.fromkeys(("validation", final))},
+        # TRL finds mean_token_accuracy with the loss; for another metric it runs the model again
+        compute_metrics=None if score.is_own else compute_metrics,
+        preprocess_logits_for_metrics=best_guesses,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
@@ -197,9 +209,10 @@ def main():
             for key, value in metrics.items()
         }
 
+    usual = most_frequent_token(trainer, trainer.train_dataset, prepared[final], score)
     baselines = {
-        "most frequent token": most_frequent_token(trainer, trainer.train_dataset, prepared[final]),
-        "the model before": evaluate(final, "before")["before_mean_token_accuracy"],
+        "most frequent token": usual,
+        "the model before": evaluate(final, "before")[f"before_{score.headline}"],
     }
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # the adapter, and the tokenizer
@@ -219,15 +232,20 @@ def main():
         title=f"{Path(checkpoint).name} on {name}{', by LoRA' if model_args.use_peft else ''}",
         task="text-generation",
         metrics=results,
-        metric="mean_token_accuracy",
+        metric=score.headline,
         dataset=name,
         dataset_id=args.dataset_name,
         data=f"{ABOUT_GSM8K if is_default else name}. Rows: {rows}.",
         baselines=baselines,
         limits=(TOO_SMALL if is_default and not model_args.model_name_or_path else "")
-        + "mean_token_accuracy is the share of the tokens to be learned that are the model's first "
-        "guess, given the true ones before them, averaged over batches; it does not say that an "
-        "answer is right.",
+        + (
+            "mean_token_accuracy is the share of the tokens to be learned that are the model's "
+            "first guess, given the true ones before them, averaged over batches; it"
+            if score.is_own
+            else "The metric compares the model's first guess for each token, given the true ones "
+            "before it, with the true one; it"
+        )
+        + " does not say that an answer is right.",
         base_model=checkpoint,
         language="en" if is_default else None,
         license="apache-2.0" if is_default and not model_args.model_name_or_path else None,
@@ -239,7 +257,8 @@ def main():
         inputs = tokenizer(row["prompt"], return_tensors="pt").to(model.device)
         answer = model.generate(**inputs, max_new_tokens=100, do_sample=False)
         print(tokenizer.decode(answer[0], skip_special_tokens=True))
-    print(f"{final}_mean_token_accuracy = {results[f'{final}_mean_token_accuracy']:.4f}")
+    headline = f"{final}_{score.headline}"
+    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":

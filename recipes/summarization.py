@@ -14,14 +14,13 @@ models and data:
 import random
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 from transformers import (
@@ -39,6 +38,7 @@ from transformers import (
 )
 
 import hf_normopt
+from common import MetricArguments, Score, option
 
 SPLITS = ("train", "validation", "test")
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -49,15 +49,10 @@ ABOUT_SCITLDR = (
     "([Cachola et al. 2020](https://arxiv.org/abs/2004.15011)), Apache-2.0"
 )
 MOST = 20_000  # rows that the simple methods learn from
-ROUGE = ("rouge1", "rouge2", "rougeL")
-
-
-def option(default, text):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
-class Arguments:
+class Arguments(MetricArguments):
     model_name_or_path: str | None = option(None, "On the Hub or a folder; default: MiniLM.")
     num_decoder_layers: int = option(2, "Of the decoder that MiniLM gets.")
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
@@ -160,14 +155,14 @@ def minilm_with_decoder(layers, longest):
     return model, tokenizer
 
 
-def rouge(written, references):
-    """ROUGE in percent, of each text the best over its references."""
-    scorer = RougeScorer(ROUGE, use_stemmer=True)
-    found = [scorer.score_multi(r, w) for w, r in zip(written, references, strict=True)]
-    return {name: 100 * float(np.mean([row[name].fmeasure for row in found])) for name in ROUGE}
+def references(rows, score):
+    """Lists of them, for another metric texts where each text has one: most take nothing else."""
+    found = rows["references"][:]
+    is_one = not score.is_own and all(len(several) == 1 for several in found)
+    return [several[0] for several in found] if is_one else found
 
 
-def simple_methods(train, test):
+def simple_methods(train, test, score):
     """What a text's first sentence reaches, and summaries of other texts."""
     some = ""
     if len(train) > MOST:
@@ -181,7 +176,8 @@ def simple_methods(train, test):
         f"summary of the nearest training text{some}": train[nearest]["summary"],
         "first sentence": [re.split(r"(?<=[.!?])\s", text)[0] for text in test["text"]],
     }
-    return {name: rouge(texts, test["references"])["rougeL"] for name, texts in written.items()}
+    true = references(test, score)
+    return {name: score.value(texts, true) for name, texts in written.items()}
 
 
 def main():
@@ -214,7 +210,9 @@ def main():
         training_args.generation_max_length or args.max_target_length
     )
     if not training_args.predict_with_generate:
-        raise SystemExit("ROUGE is of texts that are written: leave --predict_with_generate True.")
+        raise SystemExit(
+            "The metric is of texts that are written: leave --predict_with_generate True."
+        )
     if training_args.train_sampling_strategy == "group_by_length":
         raise SystemExit(
             "--train_sampling_strategy group_by_length sorts the validation data too, and their "
@@ -224,6 +222,8 @@ def main():
 
     raw = load_data(args)
     final = "test" if "test" in raw else "validation"
+    score = Score(args, training_args, "rouge.py", "rougeL")
+    baselines = simple_methods(raw["train"], raw[final], score)
     if args.model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         model = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path, dtype="float32")
@@ -246,7 +246,7 @@ def main():
     def compute_metrics(p):
         ids = np.where(p.predictions < 0, tokenizer.pad_token_id, p.predictions)
         written = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return rouge(written, trainer.eval_dataset["references"])
+        return score(written, references(trainer.eval_dataset, score))
 
     data = raw.map(encode, batched=True, remove_columns=["text", "summary"])
     shown = range(min(args.max_eval_samples, len(data["validation"])))
@@ -279,24 +279,29 @@ def main():
         title=f"{Path(args.model_name_or_path or 'MiniLM with a decoder').name} on {name}",
         task="summarization",
         metrics=results,
-        metric="rougeL",
+        metric=score.headline,
         dataset=name,
         dataset_id=args.dataset_name,
         data=f"{name if given else ABOUT_SCITLDR}. Rows: {rows}.",
-        baselines=simple_methods(raw["train"], raw[final]),
+        baselines=baselines,
         limits=(
             ""
             if args.model_name_or_path
             else "Only the decoder was trained: the encoder and "
             "the words are MiniLM's as they were. "
         )
-        + "ROUGE counts words in common with the references, and not whether a sentence is "
-        "true. Compare with the first sentence of the text, which needs no model.",
+        + (
+            "ROUGE counts words in common with the references, and not whether a sentence is true. "
+            if score.is_own
+            else ""
+        )
+        + "Compare with the first sentence of the text, which needs no model.",
         base_model=args.model_name_or_path or "sentence-transformers/all-MiniLM-L6-v2",
         language=None if given else "en",
         license=None if given or args.model_name_or_path else "apache-2.0",
     )
-    print(f"{final}_rougeL = {results[f'{final}_rougeL']:.4f}")
+    headline = f"{final}_{score.headline}"
+    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":

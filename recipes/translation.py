@@ -13,14 +13,13 @@ the same run with AdamW. Other models and data:
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from sacrebleu import corpus_chrf
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 from tokenizers import ByteLevelBPETokenizer
@@ -38,6 +37,7 @@ from transformers import (
 )
 
 import hf_normopt
+from common import MetricArguments, Score, option
 
 SPLITS = ("train", "validation", "test")
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -50,12 +50,8 @@ ABOUT_TATOEBA = (
 MOST = 20_000  # rows that the simple methods learn from
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class Arguments:
+class Arguments(MetricArguments):
     model_name_or_path: str | None = option(None, "On the Hub or a folder; default: from scratch.")
     vocab_size: int = option(1500, "Of the tokenizer that is trained, without a model.")
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
@@ -160,11 +156,7 @@ def load_model(args, texts):
     return model, tokenizer
 
 
-def chrf(written, references):
-    return corpus_chrf(written, [list(references)]).score
-
-
-def simple_methods(train, test, source, target):
+def simple_methods(train, test, source, target, score):
     """What copies reach: of the source, and of the translation of the nearest training source."""
     some = ""
     if len(train) > MOST:
@@ -173,12 +165,11 @@ def simple_methods(train, test, source, target):
     known = NearestNeighbors(n_neighbors=1, metric="cosine")
     known.fit(vectorizer.fit_transform(train[source]))
     nearest = known.kneighbors(vectorizer.transform(test[source]), return_distance=False)[:, 0]
-    return {
-        "copy of the source": chrf(list(test[source]), test[target]),
-        f"translation of the nearest training source{some}": chrf(
-            train[nearest][target], test[target]
-        ),
+    written = {
+        "copy of the source": test[source][:],
+        f"translation of the nearest training source{some}": train[nearest][target],
     }
+    return {name: score.value(texts, test[target][:]) for name, texts in written.items()}
 
 
 def main():
@@ -211,7 +202,9 @@ def main():
         training_args.generation_max_length or args.max_target_length
     )
     if not training_args.predict_with_generate:
-        raise SystemExit("chrF is of texts that are written: leave --predict_with_generate True.")
+        raise SystemExit(
+            "The metric is of texts that are written: leave --predict_with_generate True."
+        )
     if training_args.train_sampling_strategy == "group_by_length":
         raise SystemExit(
             "--train_sampling_strategy group_by_length sorts the validation data too, and their "
@@ -221,6 +214,8 @@ def main():
 
     raw, (source, target) = load_data(args)
     final = "test" if "test" in raw else "validation"
+    score = Score(args, training_args, "chrf.py", "chrf")
+    baselines = simple_methods(raw["train"], raw[final], source, target, score)
     model, tokenizer = load_model(args, chain(raw["train"][source], raw["train"][target]))
 
     def encode(batch):
@@ -237,7 +232,7 @@ def main():
     def compute_metrics(p):
         ids = np.where(p.predictions < 0, tokenizer.pad_token_id, p.predictions)
         written = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return {"chrf": chrf(written, trainer.eval_dataset[target])}  # whole, also where cut
+        return score(written, trainer.eval_dataset[target][:])  # whole, also where cut
 
     data = raw.map(encode, batched=True)
     shown = range(min(args.max_eval_samples, len(data["validation"])))
@@ -270,18 +265,19 @@ def main():
         title=f"{Path(args.model_name_or_path or 'A small M2M100').name} on {name}",
         task="translation",
         metrics=results,
-        metric="chrf",
+        metric=score.headline,
         dataset=name,
         dataset_id=args.dataset_name,
         data=f"{name if given else ABOUT_TATOEBA}. Rows: {rows}.",
-        baselines=simple_methods(raw["train"], raw[final], source, target),
+        baselines=baselines,
         limits="It translates sentences like those that it was trained on, and others badly: what "
         "it writes may be fluent and mean something else.",
         base_model=args.model_name_or_path,
         language=None if given else ["en", "sv"],
         license=None if given or args.model_name_or_path else "apache-2.0",
     )
-    print(f"{final}_chrf = {results[f'{final}_chrf']:.4f}")
+    headline = f"{final}_{score.headline}"
+    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":

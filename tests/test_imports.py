@@ -12,6 +12,7 @@ import hf_normopt
 PACKAGE = Path(hf_normopt.__file__).parent
 ROWS = [
     {
+        "files",
         "kernels",
         "layouts",
         "interpreter",
@@ -21,7 +22,7 @@ ROWS = [
         "version",
         "launch",
     },
-    {"orthogonalize", "graph", "calls", "reading", "uses", "precision"},
+    {"orthogonalize", "graph", "calls", "reading", "uses", "precision", "agreement"},
     {"norms", "adapters", "fused", "frames", "checkpoints"},
     {"flow"},
     {"architectures"},

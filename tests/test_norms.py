@@ -152,6 +152,23 @@ def test_norm_is_the_operator_norm_of_definition_1(norm: Norm):
     assert gain.amax() >= norm.norm(w) * (1 - 1e-3)
 
 
+@pytest.mark.parametrize("norm", INDUCED.values(), ids=INDUCED.keys())
+def test_weight_is_the_least_that_bounds_a_convolution_as_a_map_from_patches(norm: Norm):
+    """‖[W_1 ... W_T]‖ <= weight · max_t ‖W_t‖, attained; by every kernel where inputs are l1."""
+    taps = torch.randn(6, 5, 4, dtype=torch.float64)
+    alike = taps[:1].expand(6, 5, 4)
+
+    def of_patches(taps):
+        return norm.norm(taps.movedim(0, -2).flatten(-2))
+
+    bound = norm.weight(6) * norm.norm(taps).amax()
+    assert of_patches(taps) <= bound * (1 + 1e-9)
+    close(of_patches(alike), norm.weight(6) * norm.norm(taps[0]), torch.float64)
+    if norm.input == "l1":
+        close(of_patches(taps), bound, torch.float64)
+    assert norm.weight(1) == 1
+
+
 @every_norm
 def test_arguments_are_never_changed(norm: Norm):
     for dtype in DTYPES:

@@ -10,12 +10,18 @@ import wave
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import corpus_chrf
+from seqeval.metrics import f1_score, precision_score, recall_score
+from sklearn.metrics import accuracy_score
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     BartConfig,
@@ -38,6 +44,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
+from common import METRICS, MetricArguments, Score
 from hf_normopt import PRESETS, update_model_card
 from recipes.compare import OPTIMIZERS, RECIPES, SEEDS, table
 
@@ -241,11 +248,12 @@ def test_other_data_and_another_model(tmp_path, recipe):
     assert card.data.base_model is None  # a folder is none that the Hub has
     assert "![Norms by role during training](normopt_norms.png)" in card.text
     assert (tmp_path / "out" / "normopt_norms.png").stat().st_size > 10_000
-    wrong = dict.fromkeys(columns, "nowhere")
-    failed = start(recipe, *argv, *(word for item in wrong.items() for word in item))
-    assert failed.returncode == 1
-    assert "nowhere" in failed.stderr.splitlines()[-1]
-    assert "Traceback" not in failed.stderr
+    module, wrong = import_module(f"recipes.{recipe}"), dict.fromkeys(columns, "nowhere")
+    words = [str(word) for word in (*data, *(word for item in wrong.items() for word in item))]
+    parser = HfArgumentParser(module.Arguments)
+    args, _ = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    with pytest.raises(SystemExit, match="nowhere"):
+        module.load_data(args)
 
 
 def load(recipe, **given):
@@ -301,33 +309,146 @@ def test_a_single_reference_is_not_a_list_of_letters(tmp_path):
     }
 
 
+SHIPPED = {
+    "accuracy": ([0, 1, 2, 2], [0, 1, 1, 2]),
+    "seqeval": (
+        [["B-a", "I-a", "O"], ["B-b", "O", "B-a"]],
+        [["B-a", "I-a", "O"], ["B-b", "I-b", "O"]],
+    ),
+    "chrf": (["en liten katt", "hunden sover"], ["en katt", "hunden sover nu"]),
+    "rouge": (["a small cat", "dogs sleep"], [["a cat", "one small cat"], ["the dog sleeps"]]),
+    "mean_token_accuracy": ([[1, 2, 3], [4]], [[1, 5, 3], [4]]),
+    "bits_per_byte": (np.linspace(0.1, 3, 7, dtype=np.float32), np.arange(7)),
+}
+
+
+def by_the_libraries(name):
+    """What the metrics have to be, by the packages that define them."""
+    found, true = SHIPPED[name]
+    if name == "accuracy":
+        return {"accuracy": accuracy_score(true, found)}
+    if name == "seqeval":
+        kinds = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
+        return {key: kind(true, found) for key, kind in kinds.items()} | {"accuracy": 4 / 6}
+    if name == "chrf":
+        return {"chrf": corpus_chrf(found, [true]).score}
+    if name == "rouge":
+        names = ("rouge1", "rouge2", "rougeL")
+        scorer = RougeScorer(names, use_stemmer=True)
+        rows = [scorer.score_multi(r, w) for w, r in zip(found, true, strict=True)]
+        return {key: 100 * np.mean([row[key].fmeasure for row in rows]) for key in names}
+    if name == "mean_token_accuracy":
+        pairs = zip(map(torch.tensor, found), map(torch.tensor, true), strict=True)
+        return {name: np.mean([((f == t).sum() / len(t)).item() for f, t in pairs])}
+    loss = found.astype(np.float64)
+    return {"perplexity": np.exp(loss.mean()), "bits_per_byte": loss.sum() / np.log(2) / 12}
+
+
+def score(script, usual, best=None, **given):
+    return Score(
+        MetricArguments(**given), SimpleNamespace(metric_for_best_model=best), script, usual
+    )
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_metric_is_the_librarys_to_the_last_bit(name):
+    assert {path.stem for path in METRICS.glob("*.py")} == set(SHIPPED)
+    expected = by_the_libraries(name)
+    usual = list(expected)[-1]
+    ours = score(f"{name}.py", usual)
+    more = {"size": 12} if name == "bits_per_byte" else {}
+    assert ours(*SHIPPED[name], **more) == expected
+    assert ours.value(*SHIPPED[name], **more) == expected[ours.headline]
+    assert ours.headline == usual
+
+
+ANOTHER = """
+import datasets
+import evaluate
+import numpy as np
+
+class Another(evaluate.Metric):
+    def _info(self):
+        kind = datasets.Value("int32")
+        features = datasets.Features(predictions=kind, references=kind)
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references, average):
+        return {
+            "kind": average, "table": [[1, 2], [3, 4]], "score": np.float32(0.5),
+            "each": [p == r for p, r in zip(predictions, references)], "recall": np.int64(1),
+        }
+"""
+
+
+def test_another_metric_takes_the_place_of_the_recipes(tmp_path):
+    path = tmp_path / "another.py"
+    path.write_text(ANOTHER)
+    given = {"metric": str(path), "metric_arguments": '{"average": "macro"}'}
+    another = score("accuracy.py", "accuracy", **given)
+    found = another([1, 2, 3, 4], [1, 2, 3, 5])
+    assert found == {"another": 0.5, "each": 0.75, "recall": 1.0}  # numbers, none by "score" alone
+    assert another.headline == "another"  # the first
+    assert (tmp_path / "another.py").read_text() == ANOTHER
+    assert [*tmp_path.iterdir()] == [path]
+    for best in ("recall", "eval_recall"):
+        asked = score("accuracy.py", "accuracy", best=best, **given)
+        assert asked.value([1], [1]) == 1.0
+        assert asked.headline == "recall"
+    same = score("accuracy.py", "each", **given)
+    assert same.value([1, 2], [1, 3]) == 0.5  # that with the name of the recipe's own
+
+
+def test_a_metric_that_cannot_be_is_told_before_training(tmp_path):
+    (tmp_path / "another.py").write_text(ANOTHER)
+    with pytest.raises(SystemExit, match=r"metric nowhere cannot be loaded: .* rouge\.py, seqeval"):
+        score("accuracy.py", "accuracy", metric="nowhere")
+    with pytest.raises(SystemExit, match="metric missing cannot be loaded"):
+        score("accuracy.py", "accuracy", metric=str(tmp_path / "missing.py"))
+    with pytest.raises(SystemExit, match=r"--metric_arguments average=macro is no JSON"):
+        score("accuracy.py", "accuracy", metric_arguments="average=macro")
+    without = score("accuracy.py", "accuracy", metric=str(tmp_path / "another.py"))
+    with pytest.raises(SystemExit, match=r"cannot score this task: .*average.* --metric_arguments"):
+        without([1], [1])
+    texts = score("accuracy.py", "accuracy", metric=str(METRICS / "chrf.py"))
+    with pytest.raises(SystemExit, match="metric chrf cannot score this task"):
+        texts([1], [1])
+
+
 @pytest.mark.slow
+def test_another_metric_and_optimizer_and_a_card_without_ours(tmp_path):
+    (tmp_path / "another.py").write_text(ANOTHER)
+    data, columns = text_classification(tmp_path)
+    argv = [*data, *(word for item in columns.items() for word in item), "--max_steps", 2]
+    argv += ["--model_name_or_path", tmp_path / "model", "--eval_steps", 1, "--save_steps", 1]
+    argv += ["--metric", tmp_path / "another.py", "--metric_arguments", '{"average": "macro"}']
+    argv += ["--metric_for_best_model", "each", "--load_best_model_at_end", "True"]
+    argv += ["--optim", "adamw_torch"]
+    done = run("text_classification", *argv, "--output_dir", tmp_path / "out")
+    value = result(done, "each")
+    record = json.loads((tmp_path / "out" / "normopt_run.json").read_text())
+    assert record["metric"] == "each"
+    assert record["metrics"]["validation_another"] == 0.5
+    assert "validation_accuracy" not in record["metrics"]
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_metric"] == pytest.approx(value, abs=1e-4)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.eval_results[0].metric_type == "each"
+    assert "ADAMW_TORCH" in card.content
+    assert "NormOpt" not in card.content
+
+
 def test_labels_that_are_kept_secret_are_not_scored(tmp_path):
     """The test data of GLUE and others are labelled -1."""
     rows = [{"text": row["text"], "label": row["label"]} for row in sentences()]
     columns = {"text": datasets.Value("string"), "label": datasets.ClassLabel(num_classes=7)}
     table = datasets.Dataset.from_list(rows, features=datasets.Features(columns))
-    table.to_parquet(tmp_path / "data" / "train.parquet")
+    table.to_parquet(tmp_path / "train.parquet")
     secret = [{"text": row["text"], "label": -1} for row in rows]
-    datasets.Dataset.from_list(secret, features=table.features).to_parquet(
-        tmp_path / "data" / "test.parquet"
-    )
-    gpt2(tmp_path / "model")
-    argv = ["--dataset_name", tmp_path / "data", "--model_name_or_path", tmp_path / "model"]
-    argv += ["--max_steps", 1, "--per_device_train_batch_size", 4, "--eval_strategy", "no"]
-    done = run("text_classification", *argv, "--output_dir", tmp_path / "out")
-    assert done.stdout.splitlines()[-1].startswith("validation_accuracy = ")
-
-
-@pytest.mark.slow
-def test_another_optimizer_has_a_card_without_ours(tmp_path):
-    data, columns = text_classification(tmp_path)
-    argv = [*data, *(word for item in columns.items() for word in item), "--max_steps", 1]
-    argv += ["--model_name_or_path", tmp_path / "model", "--optim", "adamw_torch"]
-    run("text_classification", *argv, "--output_dir", tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "ADAMW_TORCH" in card
-    assert "NormOpt" not in card
+    secret = datasets.Dataset.from_list(secret, features=table.features)
+    secret.to_parquet(tmp_path / "test.parquet")
+    data, _, _ = load("text_classification", dataset_name=tmp_path)
+    assert set(data) == {"train", "validation"}
 
 
 @pytest.mark.slow

@@ -370,18 +370,6 @@ def _nan_reaches_everybody():
     assert many.embedding.weight.full_tensor().isfinite().all()
 
 
-def _other_models_share_nothing():
-    torch.manual_seed(0)
-    width = 6 + dist.get_rank()
-    model = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)])
-    optimizer = create_normopt_optimizer(model, lr=1e-2, overrides={".": "linear"})
-    optimizer.replicas = dist.group.WORLD
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert optimizer._ranks is None
-
-
 def _fsdp1_is_refused():
     for use_orig_params in (True, False):
         wrapped = FullyShardedDataParallel(
@@ -406,7 +394,6 @@ def test_two_ranks(tmp_path):
         _who_has_no_gradient_waits_for_nobody,
         _a_complaint_is_everybodys,
         _nan_reaches_everybody,
-        _other_models_share_nothing,
         _fsdp1_is_refused,
     )
 

@@ -1,0 +1,229 @@
+"""What ranks agree on before a step: so all enter the same collectives, or all raise.
+
+Each rank puts what must be equal into digests, and one reduction of fixed size finds whether all
+have the same. Only where they differ do ranks tell each other more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .sharding import local
+
+Facts = dict[str, dict[str, str]]  # of a parameter, a group or the optimizer: option, value
+
+DIGITS = 4  # of a digest, 16 bits each: exact in float32
+COARSE = 1e-4  # of the norm of all gradients: more is looked at by parameter
+FINE = 5e-3  # of a tensor's norm: less is rounding
+
+
+@dataclass
+class Own:
+    """What a rank brings to an agreement."""
+
+    params: Sequence[Tensor]
+    complaint: str  # "" if all is well
+    text: str  # of all that must be equal
+    facts: Callable[[], Facts]  # the same for people; asked for only where the texts differ
+    is_watched: bool = False
+    compares: bool = False  # gradients and weights of replicas, by parameter
+
+
+@dataclass
+class Agreed:
+    """What all ranks found.
+
+    Attributes:
+        has_gradient: of each parameter, on any rank.
+        is_watched: whether any rank watches the step.
+        is_apart: whether replicas train by themselves: gradients or weights are not the same.
+        unequal: numbers of the parameters whose gradients replicas have not averaged.
+    """
+
+    has_gradient: list[bool]
+    is_watched: bool
+    is_apart: bool = False
+    unequal: list[int] = field(default_factory=list)
+
+
+def agree(own: Own, groups: Sequence[ProcessGroup], replicas: ProcessGroup | None) -> Agreed:
+    """Find what all ranks will do, or that they cannot do the same.
+
+    Args:
+        own: what this rank brings.
+        groups: with which it must do the same, the replicas among them.
+        replicas: the ranks that are to hold the same gradients.
+
+    Raises:
+        RuntimeError: on every rank, with the complaints of all ranks, or the first difference.
+    """
+    has = [p.grad is not None for p in own.params]
+    if not groups:
+        if own.complaint:
+            raise RuntimeError(own.complaint)
+        return Agreed(has, own.is_watched)
+    device = _device(own.params, groups[0])
+    digests = [*_digest(own.text), *_digest(str(has))]
+    flags = [bool(own.complaint), own.is_watched, own.compares]
+    sent = torch.tensor([*flags, *digests, *(-digit for digit in digests)], device=device)
+    ends = sent.new_zeros(2)
+    for group in groups:
+        if group is replicas:
+            size = _length(own.params, device)
+            both = torch.cat([sent, size, -size])
+            dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+            sent, ends = both[:-2], both[-2:]
+        else:
+            dist.all_reduce(sent, dist.ReduceOp.MAX, group=group)
+    *found, most, least = torch.cat([sent, ends]).tolist()
+    is_wrong, is_watched, compares, *found = found
+    differs = [a != -b for a, b in zip(found[: 2 * DIGITS], found[2 * DIGITS :], strict=True)]
+    if is_wrong or any(differs[:DIGITS]):
+        raise RuntimeError(_told(own, groups))
+    agreed, everyone = Agreed(has, bool(is_watched)), has
+    if any(differs[DIGITS:]):
+        agreed.has_gradient, everyone = _marks(has, groups, device)
+    if replicas is not None:
+        agreed.unequal = [
+            i for i, (a, b) in enumerate(zip(agreed.has_gradient, everyone, strict=True)) if a > b
+        ]
+        if compares or most + least > COARSE * most:
+            _compare(own.params, everyone, replicas, device, agreed)
+    return agreed
+
+
+def average_inplace(params: Iterable[Tensor], replicas: ProcessGroup) -> None:
+    """Average gradients over replicas, as DDP has not; each rank has one, maybe of zeros."""
+    for p in params:
+        assert p.grad is not None
+        if p.grad.is_sparse:
+            p.grad = p.grad.to_dense()
+        dist.all_reduce(local(p.grad), group=replicas)
+        p.grad /= dist.get_world_size(replicas)
+
+
+def difference(facts: Mapping[int, Facts]) -> str:
+    """Where ranks first differ: on which, in what, and both values; "" if nowhere."""
+    first, *others = sorted(facts)
+    one = facts[first]
+    is_same = lambda its: its == one and list(its) == list(one)
+    other = next((rank for rank in others if not is_same(facts[rank])), None)
+    if other is None:
+        return ""
+    another = facts[other]
+    alike = ", ".join(str(rank) for rank in others if facts[rank] == another)
+    pairs = [
+        (what, option, ours, theirs)
+        for what in {**one, **another}
+        for option in {**one.get(what, {}), **another.get(what, {})}
+        if (ours := one.get(what, {}).get(option)) != (theirs := another.get(what, {}).get(option))
+    ]
+    absent = sorted(name for name in one.keys() ^ another.keys() if not name.startswith("the "))
+    if absent:
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        is_here, is_there = ("is not" if absent[0] not in its else "is" for its in (another, one))
+        told = f"{absent[0]}{more} {is_here} trained; on rank {first} it {is_there}."
+    elif pairs:
+        what, option, ours, theirs = pairs[0]
+        places = {what for what, *_ in pairs}
+        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+        told = f"{what}{more} has {option} {theirs}; on rank {first} it has {ours}."
+    else:
+        here, there = next(two for two in zip(another, one, strict=True) if two[0] != two[1])
+        told = f"the order of the parameters is another: {here} where rank {first} has {there}."
+    return (
+        f"On rank {alike}: {told} All ranks need the same model and the same options: give every "
+        "process the same arguments."
+    )
+
+
+def _digest(text: str) -> list[float]:
+    raw = hashlib.sha256(text.encode()).digest()
+    return [float(int.from_bytes(raw[2 * i : 2 * i + 2], "big")) for i in range(DIGITS)]
+
+
+def _device(params: Sequence[Tensor], group: ProcessGroup) -> torch.device:
+    if params:
+        return local(params[0]).device
+    accelerator = torch.accelerator.current_accelerator()
+    is_cpu = accelerator is None or "gloo" in dist.get_backend(group)
+    return torch.device("cpu") if is_cpu or accelerator is None else accelerator
+
+
+def _told(own: Own, groups: Sequence[ProcessGroup]) -> str:
+    """The complaints of all ranks, else their first difference."""
+    found: dict[int, tuple[str, Facts]] = {dist.get_rank(): (own.complaint, own.facts())}
+    for group in groups:
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, found, group=group)
+        found = {rank: its for each in everyone for rank, its in each.items()}
+    ranks = [str(rank) for rank, (complaint, _) in sorted(found.items()) if complaint]
+    if ranks:
+        texts = dict.fromkeys(complaint for complaint, _ in found.values() if complaint)
+        return f"On rank {', '.join(ranks)}: {' '.join(texts)}"
+    return difference({rank: facts for rank, (_, facts) in found.items()})
+
+
+def _marks(
+    has: Sequence[bool], groups: Sequence[ProcessGroup], device: torch.device
+) -> tuple[list[bool], list[bool]]:
+    """Which parameters have a gradient on any rank, and which on all."""
+    marks = torch.tensor([*has, *(not mark for mark in has)], dtype=torch.int32, device=device)
+    for group in groups:
+        dist.all_reduce(marks, dist.ReduceOp.MAX, group=group)
+    found = [bool(mark) for mark in marks.tolist()]
+    return found[: len(has)], [not lacks for lacks in found[len(has) :]]
+
+
+def _length(params: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The norm of all gradients, one entry."""
+    by_kind: dict[Any, list[Tensor]] = {}
+    for p in params:
+        if p.grad is not None:
+            grad = _entries(p.grad)
+            by_kind.setdefault((grad.dtype, grad.device), []).append(grad)
+    norms = [
+        norm.to(device, torch.float32)
+        for alike in by_kind.values()
+        for norm in torch._foreach_norm(alike)
+    ]
+    total = torch.stack(norms).norm() if norms else torch.zeros((), device=device)
+    return total.nan_to_num(nan=3e38, posinf=3e38)[None]
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    tensor = local(tensor.detach())
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def _compare(
+    params: Sequence[Tensor],
+    everyone: Sequence[bool],
+    replicas: ProcessGroup,
+    device: torch.device,
+    agreed: Agreed,
+) -> None:
+    """Find whose gradients and weights differ between replicas, by their norm and sum."""
+    shared = [i for i, has in enumerate(everyone) if has]
+    tensors = [_entries(params[i].grad) for i in shared] + [_entries(p) for p in params]  # type: ignore[arg-type]
+    sizes = [
+        torch.stack([torch.linalg.vector_norm(wide), wide.sum()]).to(device, torch.float32)
+        for tensor in tensors
+        for wide in [tensor.to(torch.promote_types(tensor.dtype, torch.float32))]
+    ]
+    found = torch.stack(sizes).nan_to_num(nan=3e38, posinf=3e38, neginf=-3e38)
+    ends = torch.stack([found, -found])
+    dist.all_reduce(ends, dist.ReduceOp.MAX, group=replicas)
+    differs = (ends.double().sum(0) > FINE * ends[0, :, :1].double()).any(1).tolist()
+    unequal = [i for i, is_other in zip(shared, differs, strict=False) if is_other]
+    moving = (ends[0, : len(shared), 0] > 0).sum().item()
+    agreed.is_apart = any(differs[len(shared) :]) or 2 * len(unequal) > moving
+    agreed.unequal += unequal
