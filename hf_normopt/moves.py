@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .graph import canonical_name
+from .roles.graph import canonical_name
 from .layouts import Layout, usual_layout
 from .precision import (
     BLOCK,

@@ -1,8 +1,7 @@
 """What the module graph cannot tell: how single architectures fuse, stack and transpose their maps.
 
-Most of it is read from the source of each module's own `forward` by `fused.py`, so that an
-architecture in no release is known too. The tables hold the rest; each row was read off the
-architecture's modelling source. A new row names the class that multiplies by the tensor, the
+Most of it is seen when `forward` runs, so that an architecture in no release is known too. The
+tables hold the rest; each row was read off the architecture's modelling source. A new row names the class that multiplies by the tensor, the
 tensor's name under it, and how its axes are to be read.
 """
 
@@ -10,12 +9,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .fused import Matrix, matrices
-from .reading import matrix_fans
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Fused:
     reason: str
 
 
-# What the source of `forward` does not tell `fused.py`; a row here wins over what it tells.
+# What a pass does not see; a row here wins over what it does.
 FUSED: tuple[Fused, ...] = (
     Fused(
         "DiffLlamaAttention",
@@ -125,116 +122,20 @@ FUSED: tuple[Fused, ...] = (
 )
 
 
-def fused_axis(owner: Any, path: str) -> Fused | None:
-    """How an owner divides what one of its matrices gives.
+def fused_row(owner: Any, path: str) -> Fused | None:
+    """The row for a matrix of an owner, if there is one.
 
     Args:
         owner: a module.
         path: name of a matrix's module under the owner, or of a raw parameter of it.
-
-    Returns:
-        The row of [`FUSED`], else one made from the source of the owner's `forward`; None if the
-        matrix is one map, or of another module.
     """
-    row = _fused_row(owner, path)
-    if row is not None:
-        return row if row.axis(owner) != "out" else None
-    matrix = matrices(owner).get(path)
-    if matrix is None or matrix.axis == "out" or any(_rows_below(owner, path)):
-        return None
-    name = type(owner).__name__
-    return Fused(name, path, lambda _: matrix.axis, f"several maps, as {name} divides them")
-
-
-def _fused_row(owner: Any, path: str) -> Fused | None:
-    rows = (row for row in FUSED if re.fullmatch(row.path, path) and _is(owner, row.owner))
+    rows = (row for row in FUSED if re.fullmatch(row.path, path) and is_a(owner, row.owner))
     return next(rows, None)
 
 
-def _rows_below(owner: Any, path: str) -> Iterator[Fused | None]:
-    """The rows of modules between an owner and its matrix."""
-    names = path.split(".")
-    for i in range(1, len(names)):
-        yield _fused_row(owner.get_submodule(".".join(names[:i])), ".".join(names[i:]))
-
-
-def _is(owner: Any, pattern: str) -> bool:
+def is_a(owner: Any, pattern: str) -> bool:
     """Whether an owner's class, or one that it refines (as FSDP does), has such a name."""
     return any(re.fullmatch(pattern, cls.__name__) for cls in type(owner).__mro__)
-
-
-def head_axes(owner: Any, path: str) -> tuple[str, str] | None:
-    """The axes of an attention matrix with heads as operators of their own.
-
-    Args:
-        owner: a module above the matrix.
-        path: name of the matrix's module under the owner.
-
-    Returns:
-        What replaces `out` (a fused axis as a whole) and what replaces `in`: for queries, keys and
-        values as `("(head=32 out)", "in")`, for the map after them `("out", "(head=32 in)")`. None
-        for a matrix that has no heads there.
-    """
-    known = matrices(owner)
-    matrix = known.get(path)
-    if matrix is not None and matrix.heads is not None and _counts_heads(owner, matrix):
-        return matrix.heads, "in"
-    if matrix is not None and path == list(known)[-1]:
-        return _output(owner, matrix.inputs)
-    first, _, rest = path.partition(".")
-    if matrix is not None or not rest:
-        return None
-    # BERT's way: the attention is a module beside the one with the map after it
-    fans = matrix_fans(owner.get_submodule(path)) if first in dict(owner.named_children()) else None
-    beside = [child for name, child in owner.named_children() if name != first]
-    answers = (_output(child, fans[1]) for child in beside if fans is not None and not _own(child))
-    return next(filter(None, answers), None)
-
-
-def _output(attention: Any, inputs: int) -> tuple[str, str] | None:
-    """The map after an attention, if its inputs are the heads' values one after the other."""
-    found = [m for m in matrices(attention).values() if m.heads and _counts_heads(attention, m)]
-    sizes = [size for matrix in found for size in matrix.sizes]
-    heads = max((heads for heads, _ in sizes), default=0)
-    if any(heads * size == inputs for _, size in sizes):
-        return "out", f"(head={heads} in)"
-    return None
-
-
-def _own(attention: Any) -> bool:
-    """Whether an attention holds the map after it."""
-    known = matrices(attention)
-    return bool(known) and list(known.values())[-1].heads is None
-
-
-def _counts_heads(owner: Any, matrix: Matrix) -> bool:
-    """Whether an attribute says that these are attention heads, not another (count, size)."""
-    known = vars(owner) | getattr(getattr(owner, "config", None), "__dict__", {})
-    counts = {
-        value
-        for name, value in known.items()
-        if "head" in name and "dim" not in name and isinstance(value, int)
-    }
-    return any(heads in counts for heads, _ in matrix.sizes)
-
-
-def stored_layout(owner: Any, name: str) -> str | None:
-    """The layout of a raw matrix, its parts told apart.
-
-    Args:
-        owner: the module that holds it.
-        name: the parameter's name there.
-
-    Returns:
-        As the source of the owner's `forward` multiplies by it; None where that shows no product.
-    """
-    matrix = matrices(owner).get(name)
-    if matrix is None or not matrix.pattern:
-        return None
-    divided = fused_axis(owner, name)
-    stack = "expert" if _is(owner, ".*Experts.*") else "stack"
-    pattern = matrix.pattern.replace("stack", stack)
-    return re.sub(r"\bout\b", divided.axis(owner) if divided else "out", pattern)
 
 
 @dataclass(frozen=True)

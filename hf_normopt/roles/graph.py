@@ -9,6 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..layouts import Layout
+from .observe import Seen
+from .parts import Matrix
 
 
 def canonical_name(name: str) -> str:
@@ -59,6 +61,18 @@ class View:
     shape: tuple[int, ...]
     owners: tuple[tuple[str, nn.Module], ...]  # (path below that owner, owner), the innermost first
     head: str | None  # why it is a head, if it is
+    seen: Seen
+    key: str  # the parameter's name in what was seen
+
+    @property
+    def uses(self) -> dict[str, Layout | None]:
+        """What `forward` was seen to do with it, with the layout that this gives."""
+        return self.seen.uses.get(self.key, {})
+
+    @property
+    def matrix(self) -> Matrix | None:
+        """How the features of the matrix, or of that to which a bias belongs, are divided."""
+        return self.seen.matrices.get(self.seen.beside.get(self.key, self.key))
 
     @property
     def owner(self) -> nn.Module:

@@ -1,28 +1,22 @@
 """Which matrices are heads: the last ones before a task's output.
 
 A transformers model says itself what its outputs are: `forward` returns a `ModelOutput` whose
-fields are named. [`find_heads`] follows those of [`OUTPUTS`] back to the matrices that made them
-(`flow.py`); other models are followed from all that they return. A base model's hidden states are
-no task's output.
+fields are named. [`find_heads`] takes those of [`OUTPUTS`] and the matrices that were seen to make
+them last; of other models all that they return. A base model's hidden states are no task's output.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import FunctionType
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import is_adapter
 from .architectures import HEADS
-from .flow import Reader
 from .graph import is_matrix, place
-from .interpreter import parsed
-from .values import INPUT, Known, Later, Made, Makers, Record, Value, makers, now
+from .observe import Seen
 
 # Fields of transformers' outputs that are a task's output; `router_logits` choose experts.
 OUTPUTS = re.compile(
@@ -36,176 +30,146 @@ _INSIDE = re.compile(r"hidden|attention|attn|past_key|cache|loss|feature|(^|_)st
 _TASK = re.compile(r"For[A-Z]|Head|GAN|Gan$|Code2Wav$")
 
 
-def find_heads(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+def find_heads(modules: Mapping[str, nn.Module], seen: Seen) -> dict[str, str]:
     """Why a matrix is a head, by the place of its module, or of the parameter if it is a raw one.
 
     Args:
         modules: all modules of a model, by name.
+        seen: what was seen of `forward`.
     """
-    places = _places(modules)
+    sight = _Sight(modules, seen)
     heads: dict[str, str] = {}
     inner = list(_outermost(modules))
     for name, model in modules.items():
         if isinstance(model, PreTrainedModel):
             read = name in inner or _TASK.search(_name(model)) is not None
-            heads |= (_task_heads(model, places) if read else {}) or _output_embeddings(
-                model, places
-            )
+            found = sight.task_heads(name, model) if read else {}
+            heads |= found or sight.output_embeddings(model)
     root = _unwrapped(modules[""])
     if not isinstance(root, PreTrainedModel):
-        heads |= _own_heads(root, modules, places, [place(name) for name in inner])
-    heads |= _listed(set(places.values()), modules, is_head=True)
+        heads |= sight.own_heads(root, [place(name) for name in inner])
+    heads |= sight.beside(heads)
+    places = {place(name) for name in modules} | {sight.stands(name) for name in seen.uses}
+    heads |= _listed(places, modules, is_head=True)
     for name in _listed(heads, modules, is_head=False):
         del heads[name]
     return heads
 
 
-def _own_heads(
-    root: nn.Module, modules: Mapping[str, nn.Module], places: Mapping[int, str], inner: list[str]
-) -> dict[str, str]:
-    """The heads of a module that is none of transformers' models, outside those inside it."""
+class _Sight:
+    """What was seen, by the places of modules."""
 
-    def own(name: str) -> bool:
-        return not any(name == model or name.startswith(f"{model}.") for model in inner)
+    def __init__(self, modules: Mapping[str, nn.Module], seen: Seen) -> None:
+        self.modules, self.seen = modules, seen
+        self.skipped: dict[str, list[str]] = {}
+        for name, ran in seen.alike.items():
+            self.skipped.setdefault(ran, []).append(name)
 
-    if is_matrix(root):
-        return {place(next(n for n, m in modules.items() if m is root)): "the model's only matrix"}
-    parts = list(root.children()) if isinstance(root, (nn.ModuleList, nn.ModuleDict)) else [root]
-    fields = [_made(part, places, lambda key: not _INSIDE.search(key)) for part in parts]
-    if any(made is not None for made in fields):
-        names = (name for made in fields if made for each in made.values() for name in each)
-        return {name: f"made last what {_name(root)} returns" for name in filter(own, names)}
-    lists = [f"{name}." for name, m in modules.items() if isinstance(m, nn.ModuleList)]
-    matrices = [
-        place(name)
-        for name, module in modules.items()
-        if is_matrix(module) and not is_adapter(name, modules) and not name.startswith(tuple(lists))
-    ]
-    return {name: f"the last matrix of {_name(root)}" for name in list(filter(own, matrices))[-1:]}
+    def stands(self, name: str) -> str:
+        """The place of a parameter, or of its module where that is a matrix."""
+        path, _, _ = name.rpartition(".")
+        return place(path if is_matrix(self.modules.get(path, nn.Identity())) else name)
 
+    def made(
+        self, path: str, wanted: Callable[[str], bool], is_plain: bool
+    ) -> dict[str, set[str]] | None:
+        """What made the wanted fields of a model's output last; None if it was not seen."""
+        fields = self.seen.fields.get(path)
+        if fields is None:
+            return None
+        made = {key: set(names) for key, names in fields.items() if wanted(key) or key == _WHOLE}
+        if is_plain:  # what else is returned on the way to an output is none itself
+            above = self.upstream(set().union(*made.values()))
+            made = {key: names - above for key, names in made.items()}
+        found = {}
+        for key, names in made.items():
+            own = [n for n in names if not is_adapter(n.rpartition(".")[0], self.modules)]
+            alike = [other for n in own for other in self.skipped.get(n, ())]
+            found[key] = {self.stands(n) for n in (*own, *alike)}
+        return found
 
-def _output_embeddings(model: PreTrainedModel, places: Mapping[int, str]) -> dict[str, str]:
-    output = model.get_output_embeddings()
-    return {places[id(output)]: "get_output_embeddings()"} if id(output) in places else {}
+    def upstream(self, names: set[str]) -> set[str]:
+        """Those of some matrices whose output reaches another of them."""
+        found: set[str] = set()
+        for name in names:
+            above, todo = {name}, [name]
+            while todo:
+                new = self.seen.feeds.get(todo.pop(), set()) - above
+                above |= new
+                todo += new
+            found |= (above - {name}) & names
+        return found
 
+    def task_heads(self, path: str, model: PreTrainedModel) -> dict[str, str]:
+        """What made the outputs of a model last."""
+        custom = not type(model).__module__.startswith("transformers.")
+        task = custom or _TASK.search(_name(model)) is not None
 
-def _task_heads(model: PreTrainedModel, places: Mapping[int, str]) -> dict[str, str]:
-    """What made the outputs of a model last."""
-    custom = not type(model).__module__.startswith("transformers.")
-    task = custom or _TASK.search(_name(model)) is not None
+        def wanted(key: str) -> bool:
+            return not _INSIDE.search(key) if custom else OUTPUTS.search(key) is not None
 
-    def wanted(key: str) -> bool:
-        return not _INSIDE.search(key) if custom else OUTPUTS.search(key) is not None
+        fields = self.made(path, wanted, is_plain=False) or {}
+        if not any(fields.values()) and task and not model.get_output_embeddings():
+            fields = self.made(path, lambda key: key == "last_hidden_state", is_plain=False) or {}
+        return {
+            name: f"made the {key} of {_name(model)} last"
+            for key, made in reversed(fields.items())
+            for name in made
+            if task or key != _WHOLE
+        }
 
-    fields = _made(model, places, wanted) or {}
-    if not any(fields.values()) and task and not model.get_output_embeddings():
-        fields = _made(model, places, lambda key: key == "last_hidden_state") or {}
-    return {
-        name: f"made the {key} of {_name(model)} last"
-        for key, made in reversed(fields.items())
-        for name in made
-        if task or key != _WHOLE
-    }
+    def own_heads(self, root: nn.Module, inner: list[str]) -> dict[str, str]:
+        """The heads of a module that is none of transformers' models, outside those inside it."""
+
+        def own(name: str) -> bool:
+            return not any(name == model or name.startswith(f"{model}.") for model in inner)
+
+        modules = self.modules
+        if is_matrix(root):
+            name = next(n for n, m in modules.items() if m is root)
+            return {place(name): "the model's only matrix"}
+        fields = self.made("", lambda key: not _INSIDE.search(key), is_plain=True)
+        if fields is not None and any(fields.values()):
+            names = set().union(*fields.values())
+            return {name: f"made last what {_name(root)} returns" for name in filter(own, names)}
+        lists = [f"{name}." for name, m in modules.items() if isinstance(m, nn.ModuleList)]
+        matrices = [
+            place(name)
+            for name, module in modules.items()
+            if is_matrix(module)
+            and not is_adapter(name, modules)
+            and not name.startswith(tuple(lists))
+        ]
+        reason = f"the last matrix of {_name(root)}, whose forward was not seen to its end"
+        return {name: reason for name in list(filter(own, matrices))[-1:]}
+
+    def output_embeddings(self, model: PreTrainedModel) -> dict[str, str]:
+        """What the model itself says."""
+        output = model.get_output_embeddings()
+        name = next((n for n, m in self.modules.items() if m is output), None)
+        return {} if name is None or output is None else {place(name): "get_output_embeddings()"}
+
+    def beside(self, heads: Iterable[str]) -> dict[str, str]:
+        """Matrices that did not run, in the same dictionary or list as a head that did."""
+        found = {}
+        ran = {self.stands(name) for name in self.seen.uses}
+        for name, module in self.modules.items():
+            if not isinstance(module, (nn.ModuleDict, nn.ModuleList)):
+                continue
+            below = f"{place(name)}.".lstrip(".")
+            for head in heads:
+                rest = head.removeprefix(below).partition(".")[2]
+                if head.startswith(below):
+                    for child in module._modules:
+                        other = f"{below}{child}.{rest}".rstrip(".")
+                        if other not in ran and is_matrix(
+                            self.modules.get(other, nn.Identity())
+                        ):
+                            found[other] = f"did not run, beside the head {head}"
+        return found
 
 
 _WHOLE = "output"
-
-
-def _made(
-    model: nn.Module, places: Mapping[int, str], wanted: Callable[[str], bool]
-) -> dict[str, Makers] | None:
-    """What made the wanted fields of a model's output last; one without fields is [`_WHOLE`].
-
-    None where the source of `forward` cannot be read.
-    """
-
-    def last(module: nn.Module) -> Makers | None:
-        if isinstance(module, nn.MultiheadAttention):
-            module = module.out_proj
-        if is_matrix(module):
-            return frozenset({places.get(id(module), "")})
-        # what is looked up, normalised or remembered is no output yet
-        tables = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
-        normalises = "norm" in _name(module).lower() and not list(module.children())
-        return INPUT if isinstance(module, tables) or normalises else None
-
-    plain = not isinstance(model, PreTrainedModel)
-    reader = Reader(places, last, _unwrapped, plain)
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(
-        max(limit, 4_000)
-    )  # values wait for each other, within `values.py`'s bound
-    try:
-        outputs = _outputs(model, reader)
-        fields = {
-            str(key): makers(later.value) - INPUT
-            for output in outputs
-            for key, later in _fields(output).items()
-            if wanted(str(key)) or key == _WHOLE
-        }
-        if plain:  # what else is returned on the way to an output is none itself
-            upstream = _upstream(reader, frozenset().union(*fields.values()))
-            fields = {key: made - upstream for key, made in fields.items()}
-        return fields if outputs else None
-    except Exception:  # code that means something else than was read into it
-        return None
-    finally:
-        sys.setrecursionlimit(limit)
-
-
-def _outputs(model: nn.Module, reader: Reader) -> list[Value]:
-    """What `forward` returns; without one, what the class's own public methods do."""
-    forward, given = type(model).forward, [now(Known(model))]
-    if isinstance(model, nn.Sequential):
-        return [reader.call(model, [now(Made(INPUT))], {})]
-    if not isinstance(forward, FunctionType):  # of a scripted module
-        return []
-    if forward is not nn.Module.forward:
-        read = parsed(inspect.unwrap(forward)) is not None
-        return [reader.function(forward, given, {})] if read else []
-    known = {*dir(nn.Module), *dir(PreTrainedModel)}
-    methods = [
-        method
-        for name, method in inspect.getmembers(type(model), inspect.isfunction)
-        if name not in known and not name.startswith(("_", "configure", "init"))
-    ]
-    outputs = [reader.function(method, given, {}) for method in methods]
-    return [output for output in outputs if makers(output) - INPUT]
-
-
-def _fields(output: Value) -> Mapping[str | int, Later]:
-    if isinstance(output, Record) and any(isinstance(key, str) for key in output.fields):
-        return output.fields
-    return {_WHOLE: now(output)}
-
-
-def _upstream(reader: Reader, names: Makers) -> Makers:
-    """Those of some matrices whose output reaches another of them."""
-    if len(names) < 2:
-        return frozenset()
-    found: set[str] = set()
-    for name in names:
-        seen, todo = {name}, [name]
-        while todo:
-            given = reader.inputs.get(todo.pop(), ())
-            above = {maker for later in given for maker in makers(later.value)} - {""} - seen
-            seen |= above
-            todo += above
-        found |= seen & names - {name}
-    return frozenset(found)
-
-
-def _places(modules: Mapping[str, nn.Module]) -> dict[int, str]:
-    """The places of modules and parameters; a matrix module's weight stands for the module."""
-    places: dict[int, str] = {}
-    for name, module in modules.items():
-        if is_adapter(name, modules):
-            continue
-        places.setdefault(id(module), place(name))
-        for leaf, parameter in module.named_parameters(recurse=False):
-            own = place(name) if is_matrix(module) else place(f"{name}.{leaf}".lstrip("."))
-            places.setdefault(id(parameter), own)
-    return places
 
 
 def _outermost(modules: Mapping[str, nn.Module]) -> Iterator[str]:

@@ -15,16 +15,19 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .adapters import adapter
-from .architectures import fused_axis, head_axes, listed_parameter, stored_layout
+from .architectures import fused_row, is_a, listed_parameter
 from .graph import MATRIX, Finding, View, owner_layout, place
 from ..layouts import Layout, usual_layout
-from .uses import uses
 
 
 def _normalisation(view: View) -> Finding | None:
     """Gain and bias of LayerNorm, RMSNorm, BatchNorm, GroupNorm and their likes."""
     several = sum(size > 1 for size in view.shape) > 1
     if "norm" not in view.owner_class.lower() or several or isinstance(view.owner, MATRIX):
+        return None
+    if any(True for child in view.owner.children() for _ in child.parameters()):
+        return None  # a model of that name
+    if view.uses.keys() & {"product", "kernel", "lookup", "place"}:
         return None
     added = not type(view.owner).__module__.startswith("torch.") and _uses(view).keys() == {"sum"}
     if "bias" in view.leaf or view.leaf == "beta" or added:
@@ -72,7 +75,7 @@ def _experts(view: View) -> Finding | None:
         return Finding("bias", f"biases of stacked experts{fused}", Layout(f"expert {out}"), "")
     if len(view.shape) != 3:
         return None
-    stored = stored_layout(view.owner, view.leaf) or ""
+    stored = str(view.uses.get("product") or "").replace("stack", "expert")
     transposed = getattr(view.owner, "is_transposed", stored.split()[1:2] in (["in"], ["in0"]))
     usual = f"expert in {out}" if transposed else f"expert {out} in"
     layout = Layout(stored if "expert" in stored else usual)
@@ -81,8 +84,12 @@ def _experts(view: View) -> Finding | None:
 
 def _bias(view: View) -> Finding | None:
     """Additive vectors, by name: the one thing for which every library uses the same word."""
+    if "offset" in view.uses and view.uses.keys() <= {"offset", "sum"}:
+        return Finding("bias", f"added to what {_where(view)} has multiplied")
     if "bias" not in view.leaf or re.search(r"table|position", view.leaf):
         return None
+    if view.uses and not view.uses.keys() & {"sum", "lookup"}:
+        return None  # it has another use, whatever its name says
     if isinstance(view.owner, (nn.RNNBase, nn.RNNCellBase)):
         return Finding(
             "bias", f"biases of the gates of {view.owner_class}", Layout(_gates(view.owner))
@@ -128,7 +135,7 @@ def _matrix(view: View) -> Finding | None:
         return Finding("head", view.head, layout)
     if isinstance(view.owner, nn.modules.conv._ConvNd):
         return Finding("conv", f"weight of {view.owner_class}", layout)
-    looked_up = _uses(view, above=1).get("lookup")
+    looked_up = None if "product" in view.uses else view.uses.get("lookup")
     if looked_up:  # LayoutLMv3 indexes the transpose of a layer's weight
         reason = f"weight of {view.owner_class}, looked up"
         return Finding("embedding", reason, looked_up, _position(view.name))
@@ -202,9 +209,8 @@ _MAYBE_TOKEN = re.compile(r"position|(^|_)pos(_|$)|quer(y|ies)(_|$)|newline|sepa
 
 def _raw_matrix(view: View) -> Finding | None:
     """Raw parameters that the module multiplies by, or convolves with."""
-    stored = stored_layout(view.owner, view.leaf)
-    layout = Layout(stored) if stored else _uses(view).get("product")
-    if layout is None or len(view.shape) < 2 or _TOKEN.search(view.leaf):
+    layout = _stored(view)
+    if layout is None or len(view.shape) < 2:
         return None
     if view.head is not None:
         return Finding("head", view.head, layout)
@@ -228,14 +234,15 @@ def _token(view: View) -> Finding | None:
     if "lookup" in uses and len(view.shape) > 1:
         return Finding("embedding", "rows looked up by an index", uses["lookup"], kind)
     if (
-        _TOKEN.search(view.leaf)
+        (_TOKEN.search(view.leaf) and uses.keys() <= {"sum", "place", "return"})
         or uses.keys() & {"place", "return"}
         or (kind and "gain" not in uses)
     ):
         return Finding("embedding", "a learned vector placed into the sequence", None, kind)
     several = sum(size > 1 for size in view.shape) > 1
     if uses.keys() == {"sum"} and several:
-        return Finding("embedding", "a table of vectors that is added to the sequence")
+        reason = "a table of vectors that is added to the sequence"
+        return Finding("embedding", reason, uses["sum"])
     if _MAYBE_TOKEN.search(view.leaf) and uses.keys() <= {"sum"}:
         return Finding("embedding", "a learned vector placed into the sequence")
     return None
@@ -255,7 +262,7 @@ def _decay(view: View) -> Finding | None:
     """Rates of state-space models and other recurrences."""
     if not _DECAY.search(view.leaf) or isinstance(view.owner, MATRIX):
         return None
-    if view.leaf == "A" and "product" in _uses(view):
+    if "product" in view.uses:
         return None  # a matrix of that name
     return Finding("other", f"{view.leaf} of {view.owner_class}: rates of a recurrence")
 
@@ -266,7 +273,7 @@ def _vector(view: View) -> Finding | None:
     leaf = view.leaf.rpartition(".")[2]
     if "gain" in uses:
         return Finding("norm", f"{view.owner_class} multiplies by it, entry by entry")
-    if "sum" in uses:
+    if uses.keys() & {"sum", "offset"}:
         return Finding("bias", f"{view.owner_class} adds it")
     one_axis = sum(size > 1 for size in view.shape) <= 1
     if leaf == "D" or (one_axis and re.search(r"weights?$|gamma|lambda|scale|scaling|gain", leaf)):
@@ -274,19 +281,24 @@ def _vector(view: View) -> Finding | None:
     return None
 
 
-def _uses(view: View, above: int = 0) -> dict[str, Layout | None]:
-    """How the owner (or a module above it) uses a parameter, with the layout that this gives."""
-    listed = isinstance(view.owner, (nn.ParameterList, nn.ParameterDict))
-    path, owner = view.owners[min(above + listed, len(view.owners) - 1)]
-    path = path.rpartition(".")[0] if listed else path
-    found: dict[str, Layout | None] = {}
-    for use in uses(cast(Hashable, type(owner)), path, len(view.shape), listed):
-        found[use.how] = Layout(use.layout) if use.layout else found.get(use.how)
+def _uses(view: View) -> dict[str, Layout | None]:
+    """What was seen of a parameter, with the layout that this gives."""
     return {
         how: layout
         or (usual_layout(_ROLE_OF_USE[how], view.shape) if how in _ROLE_OF_USE else None)
-        for how, layout in found.items()
+        for how, layout in view.uses.items()
     }
+
+
+def _stored(view: View) -> Layout | None:
+    """The layout of a raw matrix, as it was seen to be multiplied by."""
+    product = view.uses.get("product")
+    if product is None:
+        return _uses(view).get("product")
+    matrix = view.seen.matrices.get(view.key)
+    pattern = str(product) if matrix is None else matrix.pattern
+    stack = "expert" if is_a(view.owner, ".*Experts.*") else "stack"
+    return Layout(pattern.replace("stack", stack))
 
 
 _ROLE_OF_USE = {"product": "linear", "kernel": "conv", "lookup": "embedding"}
@@ -315,20 +327,47 @@ def _divided(view: View, found: Finding, heads: bool) -> Finding:
     words = str(layout).split()
     if found.role not in ("linear", "conv", "head", "bias") or "out" not in words:
         return found
+    out, into, reason = _axes(view, heads)
+    if (out, into) == ("out", "in"):
+        return found
+    words = [{"out": out, "in": into}.get(word, word) for word in words]
+    divided = Layout(" ".join(words))
+    if not divided.fits(view.shape):
+        return found
+    return replace(found, layout=divided, reason=f"{found.reason}: {reason}")
+
+
+def _axes(view: View, heads: bool) -> tuple[str, str, str]:
+    """What replaces `out` and `in` in a layout, and why."""
+    matrix = view.matrix
+    if heads and matrix is not None:
+        counts = {n for _, owner in view.owners[:5] for n in _counts(owner)}
+        if matrix.heads is not None and any(n in counts for n, _ in matrix.sizes):
+            return matrix.heads, "in", f"heads of {_where(view)}"
+        size = view.seen.head_sizes.get(view.key, 0)
+        if size and matrix.inputs % size == 0 and matrix.inputs // size in counts - {1}:
+            return "out", f"(head={matrix.inputs // size} in)", f"heads of {_where(view)}"
     for i, (path, owner) in enumerate(view.owners):
-        matrix = place(path).rpartition(".")[0] if i else path
-        axes = head_axes(owner, matrix) if heads else None
-        row = fused_axis(owner, matrix) if axes is None else None
-        if axes is None and row is None:
-            continue
-        out, into = axes or (row.axis(owner) if row else "out", "in")
-        words = [{"out": out, "in": into}.get(word, word) for word in words]
-        divided = Layout(" ".join(words))
-        if not divided.fits(view.shape):  # the source was misread
-            return found
-        reason = row.reason if row else f"heads of {type(owner).__name__}"
-        return replace(found, layout=divided, reason=f"{found.reason}: {reason}")
-    return found
+        row = fused_row(owner, place(path).rpartition(".")[0] if i else path)
+        if row is not None:
+            return row.axis(owner), "in", row.reason
+    if matrix is not None and matrix.axis != "out":
+        return matrix.axis, "in", f"several maps, as {_where(view)} divides them"
+    return "out", "in", ""
+
+
+def _where(view: View) -> str:
+    return view.seen.where.get(view.key, view.owner_class)
+
+
+def _counts(owner: nn.Module) -> set[int]:
+    """Numbers of attention heads that a module's attributes tell."""
+    known = vars(owner) | getattr(getattr(owner, "config", None), "__dict__", {})
+    return {
+        value
+        for name, value in known.items()
+        if "head" in name and "dim" not in name and isinstance(value, int)
+    }
 
 
 Matcher = Callable[[View], Finding | None]

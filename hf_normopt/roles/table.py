@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from .graph import Finding, View, place
 from .heads import find_heads
 from ..layouts import Layout, usual_layout
 from .matchers import find
+from .observe import observe
 
 # In the order in which optimizers keep their groups: the main matrices first.
 ROLES: dict[str, str] = {
@@ -66,7 +68,11 @@ class ParamSpec:
 
 
 def classify(
-    model: nn.Module, overrides: Mapping[str, str] | None = None, *, heads: bool = False
+    model: nn.Module,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    inputs: Any = None,
+    heads: bool = False,
 ) -> list[ParamSpec]:
     """Find the role and the layout of every trainable parameter.
 
@@ -76,6 +82,9 @@ def classify(
         overrides: role (a key of [`ROLES`] or [`KINDS`]) by regular expression, searched in the
             parameter's name; the first expression that is found decides. A parameter whose layout
             its module determines keeps it, a raw one gets its new role's usual layout.
+        inputs: one example of what `forward` takes: a tuple of positional or a mapping of keyword
+            arguments, such as a batch of the collator. Only shapes and integers are looked at. If
+            None, they are made from the signature of `forward`, the config and the modules' sizes.
         heads: whether each attention head is an operator of its own, in queries, keys, values and
             the map after them; one operator for all heads if not.
 
@@ -88,7 +97,7 @@ def classify(
     overrides = _checked(overrides or {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the model's properties, which are looked at
-        graph = _Graph(model)
+        graph = _Graph(model, inputs)
         specs = [
             _spec(graph, tensor, names, overrides, heads) for tensor, names in graph.trainable()
         ]
@@ -164,9 +173,10 @@ def _overridden(found: Finding, names: list[str], overrides: Mapping[str, str]) 
 class _Graph:
     """A model's parameters by all their names, and its heads."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._heads = find_heads(self._modules)
+        self._seen = observe(model, inputs)
+        self._heads = find_heads(self._modules, self._seen)
         self._names: dict[int, list[str]] = {}
         self._tensors: dict[int, nn.Parameter] = {}
         for name, tensor in model.named_parameters(remove_duplicate=False):
@@ -187,4 +197,4 @@ class _Graph:
             )
             stands = place(name)
             head = self._heads.get(stands, self._heads.get(stands.rpartition(".")[0]))
-            yield View(name, tuple(tensor.shape), owners, head)
+            yield View(name, tuple(tensor.shape), owners, head, self._seen, names[0])

@@ -1,22 +1,39 @@
 """How a module divides what its matrices give: into maps, and into heads.
 
-Features that go to the same uses (see `reading.py`) are one map; where they are used in the shape
-(heads, size), they are heads.
+Features that go to the same uses are one map; where they are used in the shape (heads, size), they
+are heads.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .interpreter import UNKNOWN
-from .reading import Path, Reading, Source, divides, no_matrices, signature
+
+@dataclass(frozen=True)
+class Source:
+    """A matrix whose output features are followed.
+
+    Attributes:
+        start, stop: the numbers of its features.
+        inputs: number of its input features.
+        pattern: how it is stored, with `out` for the followed axis.
+        outs: sizes of the axes `out0`, `out1`, ... where it has several.
+    """
+
+    start: int
+    stop: int
+    inputs: int
+    pattern: str = ""
+    outs: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of its features."""
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,7 @@ class Matrix:
         axis: text of the out axis in a layout, as `(part=3 out)`; "out" if it is one map.
         heads: the same with heads as operators of their own; None where there are none.
         sizes: (heads, size of a head) for each map; empty where there are none.
-        pattern: the layout of a raw parameter, with `out` for that axis; "" for a module.
+        pattern: the layout, with `out` for that axis.
         inputs: number of input features.
     """
 
@@ -38,82 +55,18 @@ class Matrix:
     inputs: int
 
 
-def matrices(owner: nn.Module) -> dict[str, Matrix]:
-    """The matrices that a module calls by itself, by their path under it.
+def divided(matrix: Source, uses: list[Tensor]) -> Matrix:
+    """How the features of a matrix are divided.
 
     Args:
-        owner: any module, on any device.
-
-    Returns:
-        Empty where the source tells nothing.
+        matrix: the numbers of its features.
+        uses: numbers of features, in the shapes in which something received them.
     """
-    known = _OF_MODULE.get(owner)
-    if known is None:
-        known = _OF_MODULE[owner] = _read(owner)
-    return known
-
-
-_OF_MODULE: weakref.WeakKeyDictionary[nn.Module, dict[str, Matrix]] = weakref.WeakKeyDictionary()
-# What was asked of modules of a class, and what followed from the answers.
-_OF_CLASS: dict[type, list[tuple[dict[Path, Any], dict[str, Matrix]]]] = {}
-
-
-def _read(owner: nn.Module) -> dict[str, Matrix]:
-    cls = type(owner)
-    torchs = (getattr(cls.forward, "__module__", None) or "").startswith("torch.")
-    if (torchs and not isinstance(owner, nn.Sequential)) or not _worth_reading(owner):
-        return {}
-    for reads, found in _OF_CLASS.setdefault(cls, []):
-        if all(signature(_reach(owner, path)) == value for path, value in reads.items()):
-            return found
-    try:
-        readings = _readings(owner)
-    except Exception:  # too long a reading, as of a model, or code that means something else
-        _OF_CLASS[cls].append(({}, {}))
-        return {}
-    reading, found = readings[0], _divided(readings[0])
-    if reading.failures:
-        best = _divided(min(readings, key=lambda reading: reading.failures))
-        whole = {path for path, matrix in found.items() if matrix.axis == "out"}
-        found |= {path: matrix for path, matrix in best.items() if path in whole}
-    _OF_CLASS[cls].append((reading.reads, found))
-    return found
-
-
-def _readings(owner: nn.Module) -> tuple[Reading, ...]:
-    """The source seldom says how many axes the activations have; it fails at a wrong number."""
-    reading = Reading(owner, 3)
-    if not reading.failures:
-        return (reading,)
-    return (reading, Reading(owner, 4), Reading(owner, 2))
-
-
-def _worth_reading(module: nn.Module) -> bool:
-    """Whether a module's own source divides or multiplies, or that of its activations does."""
-    return divides(cast(Hashable, type(module))) or any(
-        isinstance(child, nn.GLU)
-        or ((isinstance(child, nn.Sequential) or no_matrices(child)) and _worth_reading(child))
-        for child in module.children()
-    )
-
-
-def _reach(owner: Any, path: Path) -> Any:
-    for name in path:
-        if name.isdigit() and isinstance(owner, (list, tuple)):
-            owner = owner[int(name)] if int(name) < len(owner) else UNKNOWN
-        else:
-            owner = getattr(owner, name, UNKNOWN)
-    return owner
-
-
-def _divided(reading: Reading) -> dict[str, Matrix]:
-    uses = [(int(use.min()), use) for use in reading.uses if use.numel()]
-    found = {}
-    for path, matrix in reading.sources.items():
-        own = [use - matrix.start for at, use in uses if matrix.start <= at < matrix.stop]
-        own = [use for use in own if int(use.max()) < matrix.stop - matrix.start]
-        found[".".join(path)] = _matrix(matrix, own)
-    return found
+    own = []
+    for use in uses:
+        if use.numel() and matrix.start <= int(use.min()) and int(use.max()) < matrix.stop:
+            own.append(use - matrix.start)
+    return _matrix(matrix, own)
 
 
 def _matrix(matrix: Source, uses: list[Tensor]) -> Matrix:

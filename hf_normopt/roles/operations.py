@@ -1,0 +1,211 @@
+"""What an operation gives while nothing is computed: shapes of floats, values of integers.
+
+Floating tensors are on the meta device. Integers and booleans are computed on the CPU, since they
+steer the code; those that depend on floating values are guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+Args = tuple[Any, ...]
+aten = torch.ops.aten
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a tensor that holds numbers, and no integers."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def evaluate(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """What an operation gives.
+
+    Args:
+        func: the overload.
+        args, kwargs: what it was called with.
+    """
+    special = _SPECIAL.get(func.overloadpacket.__name__)
+    values, _ = tree_flatten((args, kwargs))
+    unknown = any(isinstance(value, Tensor) and value.is_meta for value in values)
+    if special is not None:
+        found = special(func, args, kwargs, unknown)
+        if found is not NotImplemented:
+            return found
+    if not unknown:
+        return _of_integers(func, args, kwargs)
+    if "device" in kwargs and kwargs["device"] is not None:
+        kwargs = kwargs | {"device": torch.device("meta")}
+    on_meta = tree_map(_to_meta, (args, kwargs))
+    result = func(*on_meta[0], **on_meta[1])
+    if func._schema.is_mutable and isinstance(result, Tensor):
+        return next((a for a in (kwargs.get("out"), args[0]) if isinstance(a, Tensor)), result)
+    return tree_map(_without_unknown_integers, result)
+
+
+def _of_integers(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """An operation on known integers, or one that makes a tensor of nothing."""
+    if _takes_device(func):
+        result = func(*args, **(kwargs | {"device": torch.device("meta")}))
+        if is_real(result):
+            return result
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    result = func(*args, **kwargs)
+    return tree_map(lambda t: t.to("meta") if is_real(t) else t, result)
+
+
+def _takes_device(func: Any) -> bool:
+    return any(argument.name == "device" for argument in func._schema.arguments)
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
+
+
+def _without_unknown_integers(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_meta and not is_real(value):
+        return torch.zeros(value.shape, dtype=value.dtype)
+    return value
+
+
+# ------------------------------------------------------------------------- operations of their own
+
+
+def _item(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    if not unknown:
+        return NotImplemented
+    return True if args[0].dtype == torch.bool else 1.0 if is_real(args[0]) else 1
+
+
+def _to_copy(func: Any, args: Args, kwargs: dict[str, Any], unknown: bool) -> Any:
+    source, dtype = args[0], kwargs.get("dtype") or args[0].dtype
+    real = dtype.is_floating_point or dtype.is_complex
+    if unknown and not real:
+        return torch.zeros(source.shape, dtype=dtype)
+    return func(*args, **(kwargs | {"device": torch.device("meta" if real else "cpu")}))
+
+
+def _nonzero(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    if not unknown:
+        return NotImplemented
+    return torch.zeros(min(2, args[0].numel()), args[0].ndim, dtype=torch.int64)
+
+
+def _masked_select(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    if not args[0].is_meta:
+        return NotImplemented
+    count = args[0].numel() if args[1].is_meta else int(args[1].broadcast_to(args[0].shape).sum())
+    return torch.empty(count, dtype=args[0].dtype, device="meta")
+
+
+def _chosen(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    """Places of the largest values: each in turn, so that every expert is chosen by some token."""
+    if not unknown:
+        return NotImplemented
+    result = func(*args, **kwargs)
+    dim = next((a for a in args[1:] if isinstance(a, int) and not isinstance(a, bool)), -1)
+    if func.overloadpacket.__name__ in ("topk", "kthvalue"):
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+    elif func.overloadpacket.__name__ == "sort":
+        dim = kwargs.get("dim", args[1] if len(args) > 1 and type(args[1]) is int else -1)
+    size = args[0].shape[dim] if args[0].ndim else 1
+
+    def places(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_meta and not is_real(value):
+            return (torch.arange(value.numel()) % max(size, 1)).view(value.shape).to(value.dtype)
+        return value
+
+    return tree_map(places, result)
+
+
+def _bincount(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    if not unknown:
+        return NotImplemented
+    count = args[2] if len(args) > 2 else kwargs.get("minlength", 1)
+    return torch.zeros(max(count, 1), dtype=torch.int64)
+
+
+def _unique(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    if not unknown:
+        return NotImplemented
+    zeros = tree_map(lambda t: torch.zeros(t.shape) if isinstance(t, Tensor) else t, args)
+    return func(*zeros, **kwargs)
+
+
+def _indexed(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    """Boolean indices become numbers, since their count must be known."""
+    if not unknown:
+        return NotImplemented
+    name = func.overloadpacket.__name__
+    if name in ("index_put_", "_index_put_impl_"):
+        return args[0]
+    if name == "index_put":
+        return torch.empty_like(args[0])
+    places: list[Any] = []
+    for index in args[1]:
+        if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+            known = torch.ones(index.shape) if index.is_meta else index
+            places.extend(known.nonzero(as_tuple=True))
+        else:
+            places.append(index)
+    return func(*tree_map(_to_meta, (args[0], places)))
+
+
+def _grouped(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    left, right = args[:2]
+    if left.ndim == right.ndim == 2:
+        groups = (args[2] if len(args) > 2 else kwargs["offs"]).shape[0]
+        shape: tuple[int, ...] = (groups, left.shape[0], right.shape[1])
+    elif left.ndim == right.ndim:
+        shape = (*left.shape[:2], right.shape[-1])
+    else:
+        shape = (left.shape[-2], right.shape[-1])
+    return torch.empty(shape, dtype=left.dtype, device="meta")
+
+
+def _guess(value: bool) -> Callable[..., Any]:
+    """What a comparison of unknown values gives: of equality, that they differ from nothing."""
+
+    def compare(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+        if not unknown or func._schema.is_mutable:
+            return NotImplemented
+        shapes = [a.shape for a in args if isinstance(a, Tensor)]
+        return torch.full(torch.broadcast_shapes(*shapes), value)
+
+    return compare
+
+
+def _histogram(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    if unknown:
+        return NotImplemented
+    return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+
+
+def _equal(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    return True if unknown else NotImplemented
+
+
+def _in_place(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    return args[0] if unknown else NotImplemented
+
+
+_SPECIAL: dict[str, Callable[..., Any]] = {
+    "_local_scalar_dense": _item,
+    "equal": _equal,
+    "_to_copy": _to_copy,
+    "nonzero": _nonzero,
+    "masked_select": _masked_select,
+    "bincount": _bincount,
+    "histc": _histogram,
+    "_grouped_mm": _grouped,
+    **dict.fromkeys(("unique_consecutive", "_unique2", "unique_dim", "_unique"), _unique),
+    **dict.fromkeys(("index", "index_put", "index_put_", "_index_put_impl_"), _indexed),
+    **dict.fromkeys(("topk", "argmax", "argmin", "sort", "argsort", "multinomial"), _chosen),
+    **dict.fromkeys(("eq", "isnan", "isinf", "ne"), _guess(False)),
+    **dict.fromkeys(("gt", "ge", "lt", "le", "isfinite"), _guess(True)),
+    **dict.fromkeys(("bernoulli_", "normal_", "uniform_", "random_", "exponential_"), _in_place),
+}
