@@ -35,6 +35,12 @@ class Fused:
 # What a pass does not see; a row here wins over what it does.
 FUSED: tuple[Fused, ...] = (
     Fused(
+        ".*Attention.*",
+        "sampling_offsets",
+        lambda _: "out",
+        "one map: offsets of points, of all levels",
+    ),
+    Fused(
         "DiffLlamaAttention",
         "v_proj",
         lambda _: "out",

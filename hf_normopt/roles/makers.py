@@ -25,7 +25,8 @@ class Case:
         self.parameters = _parameters(model)
         self.choices = choices
         self.length = choices.get("length", 8)
-        self.rows = choices.get("rows", 2)
+        one = "SequenceClassification" in type(model).__name__ and self.get("pad_token_id") is None
+        self.rows = choices.get("rows", 1 if one else 2)
         self.values: dict[str, Any] = {}
 
     def get(self, *names: str, kind: str = "", default: Any = None) -> Any:
@@ -359,6 +360,8 @@ MAKERS: dict[str, Callable[[Case], Any]] = {
     "visual_feats": lambda c: c.floats(c.rows, 4, c.get("visual_feat_dim", default=16)),
     "visual_pos": lambda c: c.floats(c.rows, 4, c.get("visual_pos_dim", default=4)),
     "entity_ids": _entities,
+    "entity_start_positions": lambda c: torch.zeros(c.rows, 2, dtype=torch.int64),
+    "entity_end_positions": lambda c: torch.ones(c.rows, 2, dtype=torch.int64),
     "entity_position_ids": lambda c: _entities(c, 4),
     "task_inputs": lambda c: c.ids(c.rows, int(c.get("task_seq_len", default=c.length))),
     "codebook_idx": lambda c: 1,
@@ -386,6 +389,8 @@ def arguments(case: Case) -> dict[str, Any] | None:
             value = make(case)
             if value is not None:
                 case.values[name] = value
+    if case.has("encoder_hidden_states") and case.get("add_cross_attention"):
+        case.values.setdefault("encoder_hidden_states", MAKERS["encoder_hidden_states"](case))
     return case.values or None
 
 

@@ -88,7 +88,7 @@ def _bias(view: View) -> Finding | None:
         return Finding("bias", f"added to what {_where(view)} has multiplied")
     if "bias" not in view.leaf or re.search(r"table|position", view.leaf):
         return None
-    if view.uses and not view.uses.keys() & {"sum", "lookup"}:
+    if view.uses and view.leaf != "bias" and not view.uses.keys() & {"sum", "lookup"}:
         return None  # it has another use, whatever its name says
     if isinstance(view.owner, (nn.RNNBase, nn.RNNCellBase)):
         return Finding(
@@ -209,9 +209,12 @@ _MAYBE_TOKEN = re.compile(r"position|(^|_)pos(_|$)|quer(y|ies)(_|$)|newline|sepa
 
 def _raw_matrix(view: View) -> Finding | None:
     """Raw parameters that the module multiplies by, or convolves with."""
-    layout = _stored(view)
+    layout, looked_up = _stored(view), view.uses.get("lookup")
     if layout is None or len(view.shape) < 2:
         return None
+    if looked_up is not None:
+        reason = "rows looked up by an index, and multiplied by: a tied tensor takes the "
+        return Finding("embedding", f"{reason}embedding's rule", looked_up, _position(view.leaf))
     if view.head is not None:
         return Finding("head", view.head, layout)
     return Finding("linear", f"{view.owner_class} multiplies by it", layout, _kind(view))
@@ -327,7 +330,7 @@ def _divided(view: View, found: Finding, heads: bool) -> Finding:
     words = str(layout).split()
     if found.role not in ("linear", "conv", "head", "bias") or "out" not in words:
         return found
-    out, into, reason = _axes(view, heads)
+    out, into, reason = _axes(view, heads, view.head is not None)
     if (out, into) == ("out", "in"):
         return found
     words = [{"out": out, "in": into}.get(word, word) for word in words]
@@ -337,7 +340,7 @@ def _divided(view: View, found: Finding, heads: bool) -> Finding:
     return replace(found, layout=divided, reason=f"{found.reason}: {reason}")
 
 
-def _axes(view: View, heads: bool) -> tuple[str, str, str]:
+def _axes(view: View, heads: bool, is_head: bool) -> tuple[str, str, str]:
     """What replaces `out` and `in` in a layout, and why."""
     matrix = view.matrix
     if heads and matrix is not None:
@@ -351,7 +354,7 @@ def _axes(view: View, heads: bool) -> tuple[str, str, str]:
         row = fused_row(owner, place(path).rpartition(".")[0] if i else path)
         if row is not None:
             return row.axis(owner), "in", row.reason
-    if matrix is not None and matrix.axis != "out":
+    if matrix is not None and matrix.axis != "out" and not is_head:
         return matrix.axis, "in", f"several maps, as {_where(view)} divides them"
     return "out", "in", ""
 

@@ -10,6 +10,7 @@ activations.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,6 +129,61 @@ class Note:
     stacked: bool = False
     patches: bool = False
     head_size: int = 0
+
+
+def is_batch(index: Tensor, d: int) -> bool:
+    """Whether numbers of features are the same all along an axis."""
+    if index.shape[d] <= 1 or index.stride(d) == 0:
+        return True
+    first = index.select(d, 0)
+    return torch.equal(first, index.select(d, -1)) and bool((index == first.unsqueeze(d)).all())
+
+
+def narrowed(index: Tensor, dims: Iterable[int] | None = None) -> Tensor:
+    """Numbers of features with size 1 along axes that hold the same all along."""
+    for d in range(index.ndim) if dims is None else dims:
+        if index.shape[d] > 1 and is_batch(index, d):
+            index = index.narrow(d, 0, 1)
+    return index
+
+
+def reshaped(index: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """Numbers of features in another shape; None where that would copy too much."""
+    try:
+        return index.view(shape)
+    except RuntimeError:
+        pass
+    small = list(shape)
+    for into, out in groups(tuple(index.shape), shape):
+        if into and all(is_batch(index, d) for d in into):
+            index = narrowed(index, into)
+            for d in out:
+                small[d] = 1
+    return index.reshape(small).expand(shape) if index.numel() <= LARGEST else None
+
+
+def groups(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
+    """The axes of two shapes of one size that a reshape divides or merges among themselves."""
+    i = j = 0
+    while i < len(before) or j < len(after):
+        into, out = [], []
+        left = right = 1
+        if i < len(before):
+            into.append(i)
+            left, i = before[i], i + 1
+        while left != right or not out:
+            if right < left and j < len(after):
+                out.append(j)
+                right, j = right * after[j], j + 1
+            elif left < right and i < len(before):
+                into.append(i)
+                left, i = left * before[i], i + 1
+            elif not out and j < len(after):
+                out.append(j)
+                right, j = right * after[j], j + 1
+            else:
+                break
+        yield into, out
 
 
 def essential(index: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ notes (`notes.py`) from what goes in to what comes out. To support an operation,
 
 from __future__ import annotations
 
+import itertools
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,18 +26,19 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ..layouts import Layout, usual_layout
-from .inputs import base_model, candidates, normalise
-from .notes import LARGEST, Note, Shown, essential
+from .inputs import candidates, normalise
+from .notes import LARGEST, Note, Shown, essential, is_batch, narrowed, reshaped
 from .operations import evaluate, is_real
 from .parts import Matrix, Source, divided
-from .twin import Twin, undisturbed
+from .twin import Twin, structure, undisturbed, unwrapped
 
 _SMALL = 3  # matrices of a module whose features go on to the one that called it
-_SUMS = 200  # sums of features that are remembered
+_SUMS = 64  # sums of features that are remembered
 
 
 @dataclass
@@ -65,48 +68,139 @@ class Seen:
     alike: dict[str, str] = field(default_factory=dict)
     failure: str = ""
 
+    def update(self, other: Seen) -> None:
+        """Add what was seen of modules that ran alone."""
+        for name, table in self._tables():
+            for key, value in getattr(other, name).items():
+                table.setdefault(key, value)
+        for key, makers in other.feeds.items():
+            self.feeds.setdefault(key, set()).update(makers)
+        for path, fields in other.fields.items():
+            self.fields.setdefault(path, fields)
+
+    def copy_to_equals(self) -> None:
+        """What was seen of a parameter holds for the same one of an equal module that did not run."""
+        for name, ran in self.alike.items():
+            for _, table in self._tables():
+                if ran in table:
+                    table.setdefault(name, table[ran])
+
+    def _tables(self) -> list[tuple[str, dict[str, Any]]]:
+        names = ("uses", "matrices", "beside", "head_sizes", "where")
+        return [(name, getattr(self, name)) for name in names]
+
 
 def observe(model: nn.Module, inputs: Any = None) -> Seen:
     """Run a twin of the model once and tell what was seen.
+
+    Modules that `forward` did not reach run alone, on activations of their own width.
 
     Args:
         model: any module; it is only read.
         inputs: what `forward` takes, see [`inputs.normalise`]; made from its signature if None.
     """
     given: Iterable[Any] = candidates(model) if inputs is None else [normalise(inputs)]
-    best = Seen(failure="no inputs are known")
     with undisturbed(model) as twin:
-        for args, kwargs in given:
-            seen = _run(twin, args, kwargs)
-            if not seen.failure:
-                best = seen
-                break
-            if len(seen.uses) > len(best.uses) or not best.uses:
-                best = seen
-        best.alike = twin.alike
-        for name, ran in twin.alike.items():
-            _copy_inplace(best, name, ran)
+        seen = _best(twin, twin.module, "", given)
+        seen.alike = twin.alike
+        seen.copy_to_equals()
+        _observe_rest_inplace(seen, twin, unwrapped(model))
+    return seen
+
+
+def _best(twin: Twin, module: nn.Module, path: str, given: Iterable[Any], tries: int = 60) -> Seen:
+    """What was seen of a module on the first inputs that it takes, or on those that led farthest."""
+    best = Seen(failure="no inputs are known for it")
+    for args, kwargs in itertools.islice(given, tries):
+        seen = _run(twin, module, path, args, kwargs)
+        if not seen.failure:
+            return seen
+        if len(seen.uses) > len(best.uses) or not best.uses:
+            best = seen
     return best
 
 
-def _run(twin: Twin, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Seen:
+def _run(
+    twin: Twin, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Seen:
     watch = Watch(twin)
     try:
-        with watch.hooks(), watch:
+        with watch.hooks(), watch, _Lists():
             watch.given((args, kwargs))
-            output = twin.module(*args, **kwargs)
-        watch.returned("", output)
+            output = module(*args, **kwargs)
+        watch.returned(path, output)
     except Exception as error:  # foreign code raises anything
-        watch.seen.failure = f"{type(error).__name__}: {error}"
+        watch.seen.failure = f"{type(error).__name__}: {error} ({_place(error)})"
     watch.finish()
     return watch.seen
 
 
-def _copy_inplace(seen: Seen, name: str, ran: str) -> None:
-    """What was seen of a parameter holds for the same one of an equal layer that was skipped."""
-    for table in (seen.uses, seen.matrices, seen.head_sizes, seen.where, seen.beside):
-        if ran in table:
-            table.setdefault(name, table[ran])  # type: ignore[attr-defined]
+def _observe_rest_inplace(seen: Seen, twin: Twin, model: nn.Module) -> None:
+    """Run alone what was not reached; of equal modules the first."""
+    known: dict[Any, str] = {}
+    todo = [("", model)]
+    while todo and len(known) < _ALONE:
+        path, module = todo.pop(0)
+        names = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters()]
+        missing = [name for name in names if name not in seen.uses]
+        if not missing or not is_worth_running(module):
+            continue
+        if path and len(missing) == len(names) and not isinstance(module, _CONTAINERS):
+            kind = structure(module)
+            if kind in known:
+                first = known[kind]
+                for name in names:
+                    seen.alike[name] = first + name.removeprefix(path)
+                continue
+            copy = twin.copies.get(id(module))
+            if copy is not None:
+                known[kind] = path
+                alone = _best(twin, copy, path, candidates(module), _TRIES)
+                seen.update(alone)
+                if not alone.failure:
+                    continue
+        todo[:0] = [
+            (f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()
+        ]
+    seen.copy_to_equals()
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_ALONE = 60  # kinds of modules that run alone
+_TRIES = 8  # inputs of such a module
+
+
+def is_worth_running(module: nn.Module) -> bool:
+    """Whether what a module does is told by more than the class of torch that it is of."""
+    return any(
+        not type(part).__module__.startswith("torch.") and next(part.parameters(), None) is not None
+        for part in module.modules()
+    )
+
+
+def _place(error: Exception) -> str:
+    """The last line of code that is not this package's or torch's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and "hf_normopt" not in f.filename]
+    frame = (own or frames)[-1]
+    return f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
+
+
+class _Lists(TorchFunctionMode):
+    """Lists of numbers that index are kept on the CPU, where their values are known."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].is_meta:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            index = tuple(torch.tensor(i) if _is_list(i) else i for i in index)
+            args = (args[0], index, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(i, (int, bool)) for i in value)
 
 
 def note_of(value: Any) -> Note | None:
@@ -128,6 +222,7 @@ class Watch(TorchDispatchMode):
         self.received: dict[Any, Tensor] = {}
         self.sums: list[tuple[Tensor, Tensor]] = []
         self.written: dict[int, Note] = {}
+        self.pieces: dict[int, list[Tensor]] = {}  # written into one memory, by its address
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.kept: list[Any] = []  # whose storages' addresses are keys of `written`
         self.stack: list[nn.Module] = []
@@ -223,6 +318,8 @@ class Watch(TorchDispatchMode):
         notes = [n for n in map(self.noted, values) if n is not None]
         if not notes:
             return
+        if base.endswith("_like") or base.startswith("new_"):
+            return None
         if func.is_view or base in _SAME:
             return self.view(func, args, kwargs, result)
         method = _NOTED.get(base)
@@ -272,8 +369,13 @@ class Watch(TorchDispatchMode):
             return self._complex(name, note, outputs)
         if name in _COPIES:
             return [note.index]
+        if name == "as_strided" and tuple(args[1]) != tuple(note.index.shape):
+            self.use(note)
+            return none
+        if name == "as_strided":
+            return [note.index]
         try:
-            if name in ("_unsafe_view", "view", "reshape"):
+            if name in _RESHAPES:
                 return [self._reshaped(note, tuple(outputs[0].shape))]
             moved = func(note.index, *args[1:], **kwargs)
             return list(moved) if isinstance(moved, (list, tuple)) else [moved]
@@ -283,13 +385,10 @@ class Watch(TorchDispatchMode):
 
     def _reshaped(self, note: Note, shape: tuple[int, ...]) -> Tensor | None:
         assert note.index is not None
-        try:
-            return note.index.view(shape)
-        except RuntimeError:
-            if note.index.numel() <= LARGEST:
-                return note.index.reshape(shape)
-        self.use(note)
-        return None
+        index = reshaped(note.index, shape)
+        if index is None:
+            self.use(note)
+        return index
 
     def _complex(self, name: str, note: Note, outputs: Any) -> list[Tensor | None]:
         index = note.index
@@ -328,9 +427,10 @@ class Watch(TorchDispatchMode):
 
     def use(self, note: Note | None) -> None:
         """Something that is no view receives these features."""
-        if note is None or note.index is None or note.index.numel() > LARGEST:
-            return
-        self._receive(essential(note.index))
+        if note is not None and note.index is not None:
+            index = narrowed(note.index)
+            if index.numel() <= LARGEST:
+                self._receive(essential(index))
 
     def _receive(self, index: Tensor) -> None:
         received = [index]
@@ -388,7 +488,7 @@ class Watch(TorchDispatchMode):
         index = next((n.index for n in active if n.index is not None), None)
         axis = output.ndim - 1
         if index is not None and index.ndim == output.ndim:
-            axes = [d for d in range(index.ndim) if index.shape[d] > 1 and index.stride(d)]
+            axes = [d for d in range(index.ndim) if not is_batch(index, d)]
             axis = axes[0] if len(axes) == 1 else axis
             if how == "sum" and len(axes) == 1:
                 self._link(note, essential(index))
@@ -487,13 +587,18 @@ class Watch(TorchDispatchMode):
             a = _unsqueezed(a, 0)
         if a is not None and b is not None and a.fixed and b.fixed:
             a, b = self._settled(a, b)
-        if a is not None and a.fixed and (b is None or b.fixed):
+        if a is not None and b is not None and a.fixed and b.fixed:
             return self._of_parameters(a, b, result)
-        if b is not None and b.fixed and (a is None or a.fixed):
-            return self._of_parameters(a, b, result)
-        if a is not None and a.fixed and b is not None:
+        a, b = a or Note(), b or Note()  # constants are activations: positions, frequencies
+        for note, kept in ((a, left.ndim - 2), (b, right.ndim - 1)):
+            if note.fixed and note.shown and all(_is_token(s, kept) for s in note.shown):
+                self.record(note, "place")
+                return self._activations(
+                    Note() if note is a else a, Note() if note is b else b, result
+                )
+        if a.fixed:
             return self._weighted(a, b, (left.ndim - 1, left.ndim - 2), result)
-        if b is not None and b.fixed and a is not None:
+        if b.fixed:
             return self._weighted(b, a, (right.ndim - 2, right.ndim - 1), result)
         return self._activations(a, b, result)
 
@@ -622,16 +727,14 @@ class Watch(TorchDispatchMode):
         shape = [len(numbers) if d == axis else 1 for d in range(result.ndim)]
         return numbers.view(shape).expand(result.shape)
 
-    def _activations(self, a: Note | None, b: Note | None, result: Tensor) -> Note:
-        """A product of activations, as in attention."""
+    def _activations(self, a: Note, b: Note, result: Tensor) -> Note:
+        """A product of activations: weights of an attention times values, or a comparison."""
         self.use(a)
         self.use(b)
-        notes = [n for n in (a, b) if n is not None]
-        plain = [n for n in notes if not n.squashed]
-        size = result.shape[-1] if a is not None and a.squashed and b is not None else 0
-        return Note(
-            makers=frozenset().union(*(n.makers for n in (plain or notes))), head_size=size
-        )
+        if a.squashed == b.squashed:
+            return Note()
+        values = b if a.squashed else a
+        return Note(makers=values.makers, head_size=result.shape[-1] if a.squashed else 0)
 
     def attention(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
         """A fused attention: queries, keys, values."""
@@ -749,7 +852,8 @@ class Watch(TorchDispatchMode):
     ) -> Tensor | None:
         index = note.index
         assert index is not None
-        if result.numel() <= LARGEST:
+        known = all(not i.is_meta for i in tree_flatten(args[1:])[0] if isinstance(i, Tensor))
+        if known and result.numel() <= LARGEST:
             try:
                 found = getattr(torch.ops.aten, name)(index, *args[1:])
                 return found if found.shape == result.shape else None
@@ -786,8 +890,7 @@ class Watch(TorchDispatchMode):
         if not indices:
             return None
         if name == "cat":
-            along = [i.shape[dim] == 1 or i.stride(dim) == 0 for i in indices]
-            if all(along):  # along the sequence
+            if all(is_batch(i, dim) for i in indices):  # along the sequence
                 first = indices[0].narrow(dim, 0, 1)
                 for other in indices[1:]:
                     other = other.narrow(dim, 0, 1)
@@ -798,8 +901,11 @@ class Watch(TorchDispatchMode):
                 except RuntimeError:
                     return None
         sources = {self._source(int(i.min())) for i in indices if i.numel()}
-        if len(indices) == len(notes) and len(sources) == 1 and result.numel() <= LARGEST:
-            return torch.stack(indices, dim) if name == "stack" else torch.cat(indices, dim)
+        if len(indices) == len(notes) and len(sources) == 1:
+            join = torch.stack if name == "stack" else torch.cat
+            rest = [d for d in range(indices[0].ndim) if name == "stack" or d != dim]
+            rest = [d for d in rest if all(is_batch(i, d) for i in indices)]
+            return _expanded(join([narrowed(i, rest) for i in indices], dim), result.shape)
         for note in notes:
             self.use(note)
         return None
@@ -837,14 +943,13 @@ class Watch(TorchDispatchMode):
             if note.fixed:
                 self.record(note, "place")
         for note in notes:
-            if note is not target and not (name == "copy" and target is None):
-                self.use(note)
+            if note is not target and note.index is not None:
+                index = narrowed(note.index)
+                if index.numel() <= LARGEST:
+                    key = args[0].untyped_storage()._cdata
+                    self.pieces.setdefault(key, []).append(essential(index))
         active = [n for n in notes if not n.fixed]
-        source = self.noted(args[1]) if name == "copy" and len(args) > 1 else None
-        index = source.index if source is not None and target is None else None
-        if index is not None:
-            index = _expanded(index, args[0].shape)
-        return Note(makers=frozenset().union(*(n.makers for n in active)), index=index)
+        return Note(makers=frozenset().union(*(n.makers for n in active)))
 
     def reduced(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """Sums, means and norms along axes."""
@@ -869,7 +974,7 @@ class Watch(TorchDispatchMode):
         given = given if given is not None else kwargs.get("dim")
         given = [given] if isinstance(given, int) else given
         dims = sorted({d % index.ndim for d in given}) if given else list(range(index.ndim))
-        if any(index.shape[d] > 1 and index.stride(d) for d in dims):
+        if not all(is_batch(index, d) for d in dims):
             self.use(note)
             return None
         keep = result.ndim == index.ndim
@@ -884,6 +989,17 @@ class Watch(TorchDispatchMode):
             return note
         self.use(note)
         return replace(note, index=None, squashed="log" not in name)
+
+    def gated(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+        """One half times the sigmoid of the other."""
+        note = self.noted(args[0])
+        if note is None:
+            return None
+        if note.index is not None:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
+            for half in note.index.chunk(2, dim):
+                self.use(replace(note, index=half))
+        return replace(note, index=None, shown=())
 
     def patched(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """Patches of an image as columns."""
@@ -923,6 +1039,11 @@ class Watch(TorchDispatchMode):
 
     def finish(self) -> None:
         """Divide each matrix as its features were used."""
+        for pieces in self.pieces.values():
+            # of one matrix: put together anew, as by a rotation
+            if len({self._source(int(piece.min())) for piece in pieces}) == len(pieces):
+                for piece in pieces:
+                    self._receive(piece)
         uses = list(self.received.values())
         for name, source in self.sources.items():
             self.seen.matrices[name] = divided(source, uses)
@@ -987,7 +1108,7 @@ def _resized(index: Tensor, shape: torch.Size) -> Tensor | None:
         return None
     for d, size in enumerate(shape):
         if index.shape[d] != size:
-            if index.shape[d] > 1 and index.stride(d):
+            if not is_batch(index, d):
                 return None
             index = index.narrow(d, 0, 1)
     return _expanded(index, shape)
@@ -999,6 +1120,11 @@ def _unsqueezed(note: Note | None, dim: int = -1) -> Note | None:
     shown = tuple(s.moved(s.view.unsqueeze(dim)) for s in note.shown if s.start is None)
     index = None if note.index is None else note.index.unsqueeze(dim)
     return replace(note, shown=shown, index=index)
+
+
+def _is_token(shown: Shown, kept: int) -> bool:
+    """Whether a vector was repeated for each row, as a query that is learned."""
+    return shown.expanded and kept < shown.view.ndim and shown.view.shape[kept] == 1
 
 
 def _numbered(words: list[str]) -> list[str]:
@@ -1109,7 +1235,9 @@ def _moved(
     if shown.start is not None or shown.given is not None:
         return _permuted(shown, func, args, kwargs, outputs)
     try:
-        if name in ("_unsafe_view", "view", "reshape", "_reshape_alias"):
+        if name == "as_strided":
+            return [shown] if tuple(args[1]) == tuple(shown.view.shape) else none
+        if name in _RESHAPES:
             shape = tuple(outputs[0].shape)
             try:
                 return [shown.moved(shown.view.view(shape))]
@@ -1184,6 +1312,7 @@ def _permuted(
 _COPIES = frozenset(
     ("clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy", "lift", "to", "detach_copy")
 )
+_RESHAPES = frozenset(("_unsafe_view", "view", "reshape", "_reshape_alias"))
 _SAME = _COPIES | {"_unsafe_view", "repeat", "_reshape_alias", "_conj", "view_as_real_copy"}
 _POINTWISE = frozenset(("complex", "polar", "real", "imag", "native_dropout", "dropout", "addcmul", "addcdiv", "lerp", "where", "rsub"))
 _SUMS_OF = frozenset(("add", "sub", "rsub", "addcmul", "addcdiv", "subtract"))
@@ -1224,7 +1353,8 @@ _NOTED: dict[str, Callable[..., Note | None]] = {
     ),
     **dict.fromkeys(("prod", "logsumexp", "var_mean", "median", "nansum"), Watch.reduced),
     **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax"), Watch.softmax),
-    **dict.fromkeys(("im2col",), Watch.patched),
+    "im2col": Watch.patched,
+    "glu": Watch.gated,
     **dict.fromkeys(
         (
             "_scaled_dot_product_flash_attention",
@@ -1237,4 +1367,3 @@ _NOTED: dict[str, Callable[..., Note | None]] = {
         Watch.attention,
     ),
 }
-_ = base_model

@@ -54,8 +54,17 @@ def _of_integers(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
         if is_real(result):
             return result
         kwargs = kwargs | {"device": torch.device("cpu")}
+    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    if torch.Tag.pointwise in func.tags and not func._schema.is_mutable:
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+        if shape.numel() > _LARGEST:
+            result = func(*tree_map(_to_meta, args), **kwargs)
+            return result if is_real(result) else torch.zeros((), dtype=result.dtype).expand(shape)
     result = func(*args, **kwargs)
     return tree_map(lambda t: t.to("meta") if is_real(t) else t, result)
+
+
+_LARGEST = 1 << 24  # entries of integers that are computed
 
 
 def _takes_device(func: Any) -> bool:
@@ -185,6 +194,12 @@ def _histogram(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
     return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
 
 
+def _clamp(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    if all(bound is None for bound in (*args[1:], *kwargs.values())):
+        return args[0].clone()
+    return NotImplemented
+
+
 def _equal(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
     return True if unknown else NotImplemented
 
@@ -196,6 +211,7 @@ def _in_place(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
 _SPECIAL: dict[str, Callable[..., Any]] = {
     "_local_scalar_dense": _item,
     "equal": _equal,
+    "clamp": _clamp,
     "_to_copy": _to_copy,
     "nonzero": _nonzero,
     "masked_select": _masked_select,

@@ -370,7 +370,7 @@ def _skip_repeated_inplace(
     kinds: dict[Any, list[str]] = {}
     for name, layer in layers._modules.items():
         if layer is not None and layer._modules:  # heads and gates are single modules
-            kinds.setdefault(_structure(layer), []).append(name)
+            kinds.setdefault(structure(layer), []).append(name)
     for alike in kinds.values():
         if len(alike) < 4:
             continue
@@ -413,7 +413,7 @@ def _shape(value: Any) -> Any:
     return value if isinstance(value, (str, bool, int, type(None))) else type(value).__name__
 
 
-def _structure(module: nn.Module) -> Any:
+def structure(module: nn.Module) -> Any:
     """What layers of one kind have in common, as a key: classes, shapes, plain attributes."""
     tensors = [*module._parameters.items(), *module._buffers.items()]
     shapes = tuple((n, None if t is None else (tuple(t.shape), t.dtype)) for n, t in tensors)
@@ -423,7 +423,7 @@ def _structure(module: nn.Module) -> Any:
         if not key.startswith("_") or isinstance(value, (int, str))
     )
     children = tuple(
-        (name, None if child is None else _structure(child))
+        (name, None if child is None else structure(child))
         for name, child in module._modules.items()
     )
     return (type(module), shapes, plain, children)
