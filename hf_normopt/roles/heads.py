@@ -42,9 +42,9 @@ def find_heads(modules: Mapping[str, nn.Module], seen: Seen) -> dict[str, str]:
     inner = list(_outermost(modules))
     for name, model in modules.items():
         if isinstance(model, PreTrainedModel):
-            read = name in inner or _TASK.search(_name(model)) is not None
+            read = name in inner or _TASK.search(_name(model)) is not None or seen.failure != ""
             found = sight.task_heads(name, model) if read else {}
-            heads |= found or sight.output_embeddings(model)
+            heads |= found or sight.output_embeddings(model) or sight.last_outside(name, model)
     root = _unwrapped(modules[""])
     if not isinstance(root, PreTrainedModel):
         heads |= sight.own_heads(root, [place(name) for name in inner])
@@ -142,6 +142,25 @@ class _Sight:
         ]
         reason = f"the last matrix of {_name(root)}, whose forward was not seen to its end"
         return {name: reason for name in list(filter(own, matrices))[-1:]}
+
+    def last_outside(self, path: str, model: PreTrainedModel) -> dict[str, str]:
+        """The last matrix outside the base model, where a task's output was not seen."""
+        base = getattr(model, model.base_model_prefix, None)
+        failed = self.seen.fields.get(path) is None
+        if not failed or not _TASK.search(_name(model)) or not isinstance(base, nn.Module):
+            return {}
+        inside = {id(module) for module in base.modules()}
+        below = f"{path}.".lstrip(".")
+        matrices = [
+            name
+            for name, module in self.modules.items()
+            if name.startswith(below)
+            and is_matrix(module)
+            and id(module) not in inside
+            and not is_adapter(name, self.modules)
+        ]
+        reason = f"the last matrix of {_name(model)}, whose output was not seen"
+        return {place(name): reason for name in matrices[-1:]}
 
     def output_embeddings(self, model: PreTrainedModel) -> dict[str, str]:
         """What the model itself says."""

@@ -1,9 +1,7 @@
 """Small example inputs for `forward`, made from its signature and the config.
 
     args, kwargs = normalise(inputs)        # what a user passed: floats become empty ones on meta
-    result = first_that_runs(model, run)    # run(args, kwargs) on one candidate after the other
-    for args, kwargs in candidates(model):  # the same, by hand
-    kwargs = example_inputs(model)          # the first candidate of a model with a config
+    for args, kwargs in candidates(model):  # the likeliest first
 
 Integers are real (token numbers, grids and lengths steer the code); floating tensors are empty, on
 meta. Batches have two rows, texts a few tokens, images and sounds the size that the config asks
@@ -13,9 +11,10 @@ widths of their own parameters are tried.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from .makers import Case, arguments
 from .twin import steers, unwrapped
 
-T = TypeVar("T")
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 ROWS = 2
@@ -40,16 +38,10 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"frames": True},
     {"separators": True},
     {"large": True},
+    {"side": 256},
+    {"length": 256},
     {"length": 64, "features_last": True, "large": True},
 )
-
-
-def example_inputs(model: nn.Module, *, device: str = "meta") -> dict[str, Any] | None:
-    """Keyword arguments for `forward` of a model with a config; None if nothing is known of it."""
-    model = base_model(model)
-    if getattr(model, "config", None) is None:
-        return None
-    return _tried(Case(model, device)) or None
 
 
 def candidates(model: nn.Module, *, device: str = "meta") -> Iterator[Inputs]:
@@ -63,30 +55,9 @@ def candidates(model: nn.Module, *, device: str = "meta") -> Iterator[Inputs]:
             if kwargs and shapes not in seen:
                 seen.append(shapes)
                 yield (), kwargs
+        yield from itertools.islice(_from_widths(model, device), 8)
+        return
     yield from _from_widths(model, device)
-
-
-def first_that_runs(
-    model: nn.Module, run: Callable[[tuple[Any, ...], dict[str, Any]], T], *, device: str = "meta"
-) -> T:
-    """What `run` returns on the first candidate on which it raises nothing.
-
-    Raises:
-        ValueError: if there is no candidate.
-        Exception: what the first candidate raised, if none runs.
-    """
-    first: Exception | None = None
-    for args, kwargs in candidates(model, device=device):
-        for _ in range(3):
-            try:
-                return run(args, kwargs)
-            except Exception as error:  # foreign code raises anything
-                first = first or error
-                mended = _with_places(base_model(model), kwargs, error, device)
-                if mended is None:
-                    break
-                kwargs = mended
-    raise first or ValueError("Nothing is known of what forward takes.")
 
 
 def _tried(case: Case) -> dict[str, Any]:
@@ -107,22 +78,25 @@ def base_model(model: nn.Module) -> nn.Module:
 _COUNTS = re.compile(r"tokens\D{0,20}(\d+)\D+?features\D{0,20}(\d+)", re.IGNORECASE | re.DOTALL)
 
 
-def _with_places(
-    model: nn.Module, kwargs: dict[str, Any], error: Exception, device: str
-) -> dict[str, Any] | None:
-    """The inputs with as many places for features as the model says that it has."""
-    found = _COUNTS.search(str(error))
+def with_places(model: nn.Module, kwargs: Mapping[str, Any], said: str) -> dict[str, Any] | None:
+    """The inputs with as many places for features as the model said that it has.
+
+    Args:
+        model: the model.
+        kwargs: its inputs.
+        said: what it raised.
+    """
+    found = _COUNTS.search(said)
     ids = kwargs.get("input_ids")
     if found is None or ids is None:
         return None
     tokens, features = map(int, found.groups())
-    said = str(error).lower()
-    kind = next((k for k in ("video", "audio", "image") if k in said), "image")
+    kind = next((k for k in ("video", "audio", "image") if k in said.lower()), "image")
     rows = len(ids)
     count = features // rows
     if count in (0, tokens // rows) or count > 20_000:
         return None
-    return _tried(Case(model, device, rows=rows, **{f"{kind}_tokens": count}))
+    return _tried(Case(base_model(model), "meta", rows=rows, **{f"{kind}_tokens": count}))
 
 
 # ------------------------------------------------------------- modules without a config

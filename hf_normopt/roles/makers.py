@@ -137,7 +137,7 @@ class Case:
         if isinstance(size, (list, tuple)):
             size = size if len(size) > 1 else (size[0], size[0])
             return int(size[-2]), int(size[-1])
-        size = int(size or 64)
+        size = int(size or self.choices.get("side", 64))
         if size > 600 and not self.choices.get("large"):
             size = 8 * self.patch_size()
         return size, size

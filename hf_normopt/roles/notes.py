@@ -195,10 +195,10 @@ def essential(index: Tensor) -> Tensor:
         size = index.shape[d]
         if size > 1:
             line = index[tuple(slice(None) if i == d else 0 for i in range(index.ndim))]
-            period, run = _period(line), _run(line)
+            period = _period(line)
             if period < size and _equal(index, d, period):
-                index = index.narrow(d, 0, period)
-            elif run > 1:
+                index, line, size = index.narrow(d, 0, period), line[:period], period
+            if (run := _run(line)) > 1:
                 index = index.index_select(d, torch.arange(0, size, run))
     return index
 

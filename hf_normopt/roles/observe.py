@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ..layouts import Layout, usual_layout
-from .inputs import candidates, normalise
+from .inputs import candidates, normalise, with_places
 from .notes import LARGEST, Note, Shown, essential, is_batch, narrowed, reshaped
 from .operations import evaluate, is_real
 from .parts import Matrix, Source, divided
@@ -112,11 +112,16 @@ def _best(twin: Twin, module: nn.Module, path: str, given: Iterable[Any], tries:
     """What was seen of a module on the first inputs that it takes, or on those that led farthest."""
     best = Seen(failure="no inputs are known for it")
     for args, kwargs in itertools.islice(given, tries):
-        seen = _run(twin, module, path, args, kwargs)
-        if not seen.failure:
-            return seen
-        if len(seen.uses) > len(best.uses) or not best.uses:
-            best = seen
+        for _ in range(3):
+            seen = _run(twin, module, path, args, kwargs)
+            if not seen.failure:
+                return seen
+            if len(seen.uses) > len(best.uses) or not best.uses:
+                best = seen
+            mended = with_places(module, kwargs, seen.failure)
+            if mended is None:
+                break
+            kwargs = mended
     return best
 
 
@@ -248,11 +253,27 @@ class Watch(TorchDispatchMode):
 
         stack = ExitStack()
         for handle in (
-            register_module_forward_pre_hook(lambda module, _: self.stack.append(module)),
+            register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave),
         ):
             stack.callback(handle.remove)
         return stack
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Features are followed into small modules; others receive them as they are."""
+        self.stack.append(module)
+        if self._count(module) <= _SMALL + 1:
+            return None
+        return tuple(self._received(value) if is_real(value) else value for value in args)
+
+    def _received(self, value: Tensor) -> Tensor:
+        note = note_of(value)
+        if note is None or note.index is None:
+            return value
+        self.use(note)
+        value = value.detach()
+        value._note = replace(note, index=None)  # type: ignore[attr-defined]
+        return value
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         while self.stack and self.stack.pop() is not module:
@@ -945,7 +966,7 @@ class Watch(TorchDispatchMode):
         for note in notes:
             if note is not target and note.index is not None:
                 index = narrowed(note.index)
-                if index.numel() <= LARGEST:
+                if 0 < index.numel() <= LARGEST:
                     key = args[0].untyped_storage()._cdata
                     self.pieces.setdefault(key, []).append(essential(index))
         active = [n for n in notes if not n.fixed]
