@@ -229,6 +229,7 @@ RAW: tuple[Raw, ...] = (
     Raw("DbrxExpertGLU", "w1|v1", "linear", "experts", lambda glu: _experts_of(glu, "out", "in")),
     Raw("DbrxExpertGLU", "w2", "linear", "experts", lambda glu: _experts_of(glu, "in", "out")),
     Raw("ZambaMambaMixer", "x_proj_weight", "linear", "time step, B and C", _zamba),
+    Raw(".*MultiModalProjector", "mm_input_projection_weight", "linear", "of an image", "in out"),
     # a layer's weight that is viewed as a kernel, never called
     Raw("TDNNLayer", r"kernel\.weight", "conv", "kernel over time", _tdnn),
     Raw(".*Snake.*", "alpha|beta", "norm", "frequency or inverse height of a periodic activation"),

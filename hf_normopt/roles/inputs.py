@@ -161,7 +161,8 @@ def _taken(
             widths.append(width)
     if isinstance(module, nn.LayerNorm):
         widths.append(module.normalized_shape[-1])
-    if not type(module).__module__.startswith("torch.nn.modules"):
+    lists = (nn.ParameterList, nn.ParameterDict)
+    if isinstance(module, lists) or not type(module).__module__.startswith("torch.nn.modules"):
         for parameter in module.parameters(recurse=False):
             if len(parameter.shape) == 4:
                 yield (ROWS, parameter.shape[1], sides[0], sides[0])

@@ -337,6 +337,7 @@ MAKERS: dict[str, Callable[[Case], Any]] = {
     "mm_token_type_ids": _kinds,
     "bbox": _boxes,
     "decoder_input_ids": lambda c: c.ids(*c.shape(), kind="decoder"),
+    "decoder_input_values": lambda c: c.floats(c.rows, c.length, c.get("num_mel_bins", default=80)),
     "past_values": lambda c: _series(c, _context(c)),
     "past_time_features": lambda c: _time_features(c, _context(c)),
     "past_observed_mask": lambda c: torch.ones(c.values["past_values"].shape, dtype=torch.bool),

@@ -116,6 +116,7 @@ class Note:
         fixed: whether it is a function of parameters and constants alone.
         index: numbers of the features that it holds, with its axes.
         squashed: whether a softmax or sigmoid came after the matrices that made it: weights.
+        normed: whether a normalisation came after them, so that they made no output.
         stacked: whether several independent matrices have just made it.
         patches: whether it holds patches of an image, as of `unfold`.
         head_size: size of the heads of the attention that gave it, 0 if none did.
@@ -126,6 +127,7 @@ class Note:
     fixed: bool = False
     index: Tensor | None = None
     squashed: bool = False
+    normed: bool = False
     stacked: bool = False
     patches: bool = False
     head_size: int = 0

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -29,6 +30,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from transformers.pytorch_utils import Conv1D
 
 from ..layouts import Layout, usual_layout
 from .inputs import candidates, normalise, with_places
@@ -38,6 +40,7 @@ from .parts import Matrix, Source, divided
 from .twin import Twin, structure, undisturbed, unwrapped
 
 _SMALL = 3  # matrices of a module whose features go on to the one that called it
+_ROWS = 1 << 16  # of a table that may be cut to the length of a sequence
 _SUMS = 64  # sums of features that are remembered
 
 
@@ -208,6 +211,11 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(i, (int, bool)) for i in value)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is one matrix, table or normalisation, whatever its class is called."""
+    return not module._modules and isinstance(module, (nn.Linear, nn.Embedding, Conv1D, _ConvNd))
+
+
 def note_of(value: Any) -> Note | None:
     """What is noted of a tensor, if anything."""
     return getattr(value, "_note", None) if isinstance(value, Tensor) else None
@@ -228,6 +236,7 @@ class Watch(TorchDispatchMode):
         self.sums: list[tuple[Tensor, Tensor]] = []
         self.written: dict[int, Note] = {}
         self.pieces: dict[int, list[Tensor]] = {}  # written into one memory, by its address
+        self.covered: dict[tuple[str, int], set[int]] = {}
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.kept: list[Any] = []  # whose storages' addresses are keys of `written`
         self.stack: list[nn.Module] = []
@@ -281,6 +290,11 @@ class Watch(TorchDispatchMode):
         path = self.twin.paths.get(id(module))
         if path and hasattr(module, "config") and hasattr(module, "get_output_embeddings"):
             self.returned(path, output)
+        if "norm" in type(module).__name__.lower() and not module._modules:
+            for value in _tensors(output):
+                note = note_of(value)
+                if note is not None and not note.fixed:
+                    value._note = replace(note, normed=True)  # type: ignore[attr-defined]
         if self._count(module) > _SMALL:
             for value in _tensors(output):
                 note = note_of(value)
@@ -301,7 +315,7 @@ class Watch(TorchDispatchMode):
             for tensor in _tensors(value):
                 note = self.noted(tensor)
                 if note is not None:
-                    makers |= note.makers
+                    makers |= frozenset() if note.normed else note.makers
                     if not path and note.fixed:
                         self.record(note, "return")
             fields[key] = fields.get(key, frozenset()) | makers
@@ -441,8 +455,9 @@ class Watch(TorchDispatchMode):
         uses = self.seen.uses.setdefault(name, {})
         if uses.get(how) is None:
             uses[how] = layout
-        if self.stack:
-            self.seen.where.setdefault(name, type(self.stack[-1]).__name__)
+        callers = (m for m in reversed(self.stack) if not is_plain(m))
+        if caller := next(callers, None):
+            self.seen.where.setdefault(name, type(caller).__name__)
 
     # ------------------------------------------------------------------ features
 
@@ -561,6 +576,7 @@ class Watch(TorchDispatchMode):
             makers=frozenset().union(*(n.makers for n in makers)),
             index=index,
             squashed=name in _SQUASHES or all(n.squashed for n in active),
+            normed=all(n.normed for n in active),
             patches=any(n.patches for n in active),
             head_size=max(n.head_size for n in active),
         )
@@ -612,7 +628,8 @@ class Watch(TorchDispatchMode):
             return self._of_parameters(a, b, result)
         a, b = a or Note(), b or Note()  # constants are activations: positions, frequencies
         for note, kept in ((a, left.ndim - 2), (b, right.ndim - 1)):
-            if note.fixed and note.shown and all(_is_token(s, kept) for s in note.shown):
+            tokens = [_is_token(s, kept) and not self._is_matrix(s.name) for s in note.shown]
+            if note.fixed and tokens and all(tokens):
                 self.record(note, "place")
                 return self._activations(
                     Note() if note is a else a, Note() if note is b else b, result
@@ -642,7 +659,7 @@ class Watch(TorchDispatchMode):
             owner = self.twin.module.get_submodule(path)
         except AttributeError:
             return False
-        return leaf == "weight" and isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd))
+        return leaf == "weight" and isinstance(owner, (nn.Linear, Conv1D, _ConvNd))
 
     def _of_parameters(self, a: Note | None, b: Note | None, result: Tensor) -> Note:
         """A product of parameters, or of one with constants: what it is will be seen later."""
@@ -683,6 +700,7 @@ class Watch(TorchDispatchMode):
             if layout is None:
                 continue
             layouts[shown.name] = layout
+            self._cover(shown, contracted, kept)
             if not shown.how and outs and (source is None or shown.entries() > source[0].entries()):
                 source = (shown, outs)
         how = "kernel" if x.patches and any(len(s.shape) > 2 for s in weight.shown) else "product"
@@ -703,6 +721,17 @@ class Watch(TorchDispatchMode):
             index = self._features(weight, source, contracted, kept, layouts, result, axes)
         stacked = any("stack" in str(layout) for layout in layouts.values())
         return Note(makers=makers, index=index, stacked=stacked)
+
+    def _cover(self, shown: Shown, contracted: int, kept: int) -> None:
+        """Note which entries along each stored axis were multiplied by."""
+        if shown.given is not None or shown.start is not None:
+            return
+        for d in (contracted, kept):
+            axes = shown.axes()[d]
+            if len(axes) == 1 and not (shown.picked or shown.how):
+                seen = self.covered.setdefault((shown.name, axes[0]), set())
+                if len(seen) < shown.shape[axes[0]] <= _ROWS:
+                    seen.update(shown.numbers([d], [axes[0]]).tolist())
 
     def _features(
         self,
@@ -839,9 +868,9 @@ class Watch(TorchDispatchMode):
             note = self.noted(args[at]) if at and len(args) > at else None
             if note is not None and note.fixed:
                 self.record(note, how)
-        if x is not None and x.fixed:
-            return Note(shown=x.shown, fixed=True)
-        return x
+        if x is None or x.fixed:
+            return x and Note(shown=x.shown, fixed=True)
+        return replace(x, normed=True)
 
     def lookup(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
         """Rows of a table by their numbers."""
@@ -902,6 +931,7 @@ class Watch(TorchDispatchMode):
             index=self._joined_index(name, notes, dim, result),
             squashed=all(n.squashed for n in active),
             head_size=max(n.head_size for n in active),
+            normed=all(n.normed for n in active),
         )
 
     def _joined_index(
@@ -1054,6 +1084,7 @@ class Watch(TorchDispatchMode):
             makers=frozenset().union(*(n.makers for n in active)),
             index=index,
             head_size=max(n.head_size for n in active),
+            normed=all(n.normed for n in active),
         )
 
     # ------------------------------------------------------------------ the end
@@ -1065,6 +1096,12 @@ class Watch(TorchDispatchMode):
             if len({self._source(int(piece.min())) for piece in pieces}) == len(pieces):
                 for piece in pieces:
                     self._receive(piece)
+        for (name, axis), rows in self.covered.items():
+            size = self.twin.shapes[name][axis]
+            if rows and len(rows) < size <= _ROWS and not self._is_matrix(name):
+                # a slice as long as the sequence: rows of a table of positions
+                words = ["in" if j == axis else "out" for j in range(len(self.twin.shapes[name]))]
+                self.seen.uses[name] = {"lookup": Layout(" ".join(_numbered(words)))}
         uses = list(self.received.values())
         for name, source in self.sources.items():
             self.seen.matrices[name] = divided(source, uses)

@@ -1,7 +1,8 @@
 """What an operation gives while nothing is computed: shapes of floats, values of integers.
 
 Floating tensors are on the meta device. Integers and booleans are computed on the CPU, since they
-steer the code; those that depend on floating values are guessed.
+steer the code, and so are a few numbers that follow from them, such as lengths; those that depend
+on floating values are guessed.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _of_integers(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
     """An operation on known integers, or one that makes a tensor of nothing."""
     if _takes_device(func):
         result = func(*args, **(kwargs | {"device": torch.device("meta")}))
-        if is_real(result):
+        if is_real(result) and result.numel() > _FEW:
             return result
         kwargs = kwargs | {"device": torch.device("cpu")}
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
@@ -61,9 +62,10 @@ def _of_integers(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
             result = func(*tree_map(_to_meta, args), **kwargs)
             return result if is_real(result) else torch.zeros((), dtype=result.dtype).expand(shape)
     result = func(*args, **kwargs)
-    return tree_map(lambda t: t.to("meta") if is_real(t) else t, result)
+    return tree_map(lambda t: t.to("meta") if is_real(t) and t.numel() > _FEW else t, result)
 
 
+_FEW = 16  # numbers that are computed
 _LARGEST = 1 << 24  # entries of integers that are computed
 
 
@@ -95,7 +97,8 @@ def _to_copy(func: Any, args: Args, kwargs: dict[str, Any], unknown: bool) -> An
     real = dtype.is_floating_point or dtype.is_complex
     if unknown and not real:
         return torch.zeros(source.shape, dtype=dtype)
-    return func(*args, **(kwargs | {"device": torch.device("meta" if real else "cpu")}))
+    on_meta = real and (unknown or source.numel() > _FEW)
+    return func(*args, **(kwargs | {"device": torch.device("meta" if on_meta else "cpu")}))
 
 
 def _nonzero(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
@@ -180,10 +183,12 @@ def _guess(value: bool) -> Callable[..., Any]:
     """What a comparison of unknown values gives: of equality, that they differ from nothing."""
 
     def compare(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+        name = func.overloadpacket.__name__
         if not unknown or func._schema.is_mutable:
             return NotImplemented
         shapes = [a.shape for a in args if isinstance(a, Tensor)]
-        return torch.full(torch.broadcast_shapes(*shapes), value)
+        same = len(args) > 1 and args[0] is args[1]
+        return torch.full(torch.broadcast_shapes(*shapes), value or (same and name == "eq"))
 
     return compare
 
@@ -200,6 +205,13 @@ def _clamp(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
     return NotImplemented
 
 
+def _product(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    """Products of integers and floats raise an error, which meta kernels do not."""
+    if len({is_real(arg) for arg in args if isinstance(arg, Tensor)}) > 1:
+        raise RuntimeError("expected operands of one dtype")
+    return NotImplemented
+
+
 def _equal(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
     return True if unknown else NotImplemented
 
@@ -210,6 +222,7 @@ def _in_place(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
 
 _SPECIAL: dict[str, Callable[..., Any]] = {
     "_local_scalar_dense": _item,
+    **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), _product),
     "equal": _equal,
     "clamp": _clamp,
     "_to_copy": _to_copy,

@@ -66,6 +66,7 @@ class Twin:
 
     Attributes:
         module: the copy of the model, without wrappers, in evaluation mode.
+        shapes: by name, the shape of each parameter.
         names: by `id`, the original's first name of each parameter and buffer of the copy.
         paths: by `id`, the original's first name of each module of the copy.
         alike: for the parameters of a layer that may be skipped, those of the layer that ran.
@@ -74,6 +75,7 @@ class Twin:
     """
 
     module: nn.Module
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     paths: dict[int, str] = field(default_factory=dict)
     alike: dict[str, str] = field(default_factory=dict)
@@ -117,6 +119,7 @@ def twin(model: nn.Module, *, repeated: bool = False) -> Twin:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]:
+        result.shapes[name] = tuple(tensor.shape)
         if id(tensor) in copier.memo:
             result.names.setdefault(id(copier.memo[id(tensor)]), name)
     for path, module in model.named_modules():
@@ -357,7 +360,8 @@ def integers(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True)
     if tensor.ndim == 2 and tensor.shape[0] == 1 and tensor.dtype == torch.int64:
         return torch.arange(tensor.shape[1]).unsqueeze(0)
-    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    value = torch.ones if tensor.ndim == 0 else torch.zeros  # a stride, more often than a count
+    return value(tensor.shape, dtype=tensor.dtype)
 
 
 # ------------------------------------------------------------------------------ equal layers
