@@ -173,6 +173,7 @@ HEADS: tuple[Head, ...] = (
     Head("SplinterFor.*", r"splinter_qass\.(start|end)_classifier", "bilinear in the question"),
     Head(".*TTSFlowHead", r"final_layer\.proj", "velocity of the flow"),
     Head("Qwen2_5OmniToken2WavDiTModel", "proj_out", "velocity of the flow"),
+    Head("EncodecDecoder", r"layers\.15\.conv", "samples of the sound"),
     Head("FSMTDecoder", "output_projection", "token scores, which the base model returns"),
     Head("Bark(Causal|Coarse|Semantic)Model", "lm_head", "token scores"),
     Head("UVDocHead", r"out_point_positions2D\.conv_up", "two coordinates for each pixel"),

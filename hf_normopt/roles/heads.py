@@ -140,6 +140,8 @@ class _Sight:
             and not is_adapter(name, modules)
             and not name.startswith(tuple(lists))
         ]
+        later = [name for name in matrices if f"{name}.weight" not in self.seen.uses]
+        matrices = later or matrices
         reason = f"the last matrix of {_name(root)}, whose forward was not seen to its end"
         return {name: reason for name in list(filter(own, matrices))[-1:]}
 

@@ -12,6 +12,7 @@ widths of their own parameters are tried.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -114,6 +115,11 @@ def _from_widths(model: nn.Module, device: str) -> Iterator[Inputs]:
     for first in _first_arguments(model, names[0] if names else "", device):
         rest = [_further(model, name, first) for name in names[1:]]
         yield (first, *rest), {}
+        if any(value is first for value in rest):  # vectors of other widths: styles, conditions
+            widths = {m.in_features: None for m in model.modules() if isinstance(m, nn.Linear)}
+            for width in list(widths)[:4]:
+                other = torch.empty(ROWS, width, device=device)
+                yield (first, *(other if value is first else value for value in rest)), {}
 
 
 def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tensor]:
@@ -125,8 +131,10 @@ def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tenso
         or isinstance(module, (nn.ParameterList, nn.ParameterDict))
         for parameter in module.parameters(recurse=False)
     ]
-    lengths = list(dict.fromkeys([8, 4, *(n for s in raw for n in s if 1 < n <= 512)]))[:5]
-    sides = [32, *dict.fromkeys(16 * s[-1] for s in raw if len(s) == 4 and s[-1] > 3), 224][:4]
+    tables = [n for buffer in model.buffers() if buffer.ndim > 1 for n in buffer.shape]
+    sizes = [n for n in (*tables, *(n for s in raw for n in s)) if 1 < n <= 512]
+    lengths = list(dict.fromkeys([8, 4, *sizes]))[:6]
+    sides = [32, *_sides(model, raw), 224][:6]
     takes_ids = re.search(r"ids$|^idx|token|word", name) is not None
     for module in [] if takes_ids else model.modules():
         for shape in _taken(module, lengths, sides, raw):
@@ -137,9 +145,19 @@ def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tenso
     if takes_ids or isinstance(first, (nn.Embedding, nn.EmbeddingBag)):
         yield from tokens
         tokens = []
-    for shape in list(shapes)[:24]:
+    for shape in list(shapes)[:40]:
         yield torch.empty(shape, device=device)
     yield from tokens
+
+
+def _sides(model: nn.Module, raw: list[torch.Size]) -> list[int]:
+    """Sides of images that raw parameters fit: patches of them, and positions of all patches."""
+    patches = [s[-1] for s in raw if len(s) == 4 and s[-1] > 3]
+    strides = {m.stride[-1] for m in model.modules() if isinstance(m, nn.Conv2d)} | set(patches)
+    counts = {n - token for s in raw for n in s for token in (0, 1)}
+    grids = [math.isqrt(n) for n in counts if n > 3 and math.isqrt(n) ** 2 == n]
+    fits = [grid * stride for stride in strides if stride > 1 for grid in grids]
+    return list(dict.fromkeys([*sorted(n for n in fits if n <= 512), *(16 * n for n in patches)]))
 
 
 def _taken(
@@ -164,8 +182,8 @@ def _taken(
     lists = (nn.ParameterList, nn.ParameterDict)
     if isinstance(module, lists) or not type(module).__module__.startswith("torch.nn.modules"):
         for parameter in module.parameters(recurse=False):
-            if len(parameter.shape) == 4:
-                yield (ROWS, parameter.shape[1], sides[0], sides[0])
+            if len(parameter.shape) >= 4 and parameter.shape[-1] == parameter.shape[-2]:
+                yield (ROWS, parameter.shape[-3], sides[0], sides[0])
             widths += (
                 [parameter.shape[i] for i in (-1, *range(len(parameter.shape) - 1))]
                 if (parameter.ndim)
@@ -182,7 +200,9 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
     """An argument after the first, by its name; activations like the first if it says nothing."""
     rows = first.shape[0]
     if "mask" in name:
-        return torch.ones(first.shape[:2], dtype=torch.bool)
+        channels = first.ndim == 3 and any(isinstance(m, nn.Conv1d) for m in model.children())
+        shape = (rows, 1, first.shape[-1]) if channels else first.shape[:2]
+        return torch.ones(shape, dtype=torch.bool)
     if re.search(r"label|target|class|^y$|^t$|step|^idx|index|depth|expert|which", name):
         return torch.zeros(rows, dtype=torch.int64)
     if re.search(r"length|lens$", name):

@@ -300,7 +300,17 @@ def _stored(view: View) -> Layout | None:
         return _uses(view).get("product")
     matrix = view.seen.matrices.get(view.key)
     pattern = str(product) if matrix is None else matrix.pattern
-    stack = "expert" if is_a(view.owner, ".*Experts.*") else "stack"
+    experts = {
+        value
+        for name, value in vars(view.owner).items()
+        if "expert" in name and isinstance(value, int)
+    }
+    words = pattern.split()
+    for axis, count in view.seen.divided.get(view.key, {}).items():
+        if count in experts and words[axis] in ("in", "out"):
+            words[axis] = f"(expert={count} {words[axis]})"
+    pattern = " ".join(words)
+    stack = "expert" if experts or is_a(view.owner, ".*Experts.*") else "stack"
     return Layout(pattern.replace("stack", stack))
 
 
@@ -314,6 +324,9 @@ def find(view: View, heads: bool = False) -> Finding:
         view: the parameter under one of its names.
         heads: whether each attention head is an operator of its own.
     """
+    added = adapter(view)
+    if added is not None:
+        return added
     found = _find_first(view)
     if found is None:
         return Finding("other", f"no matcher knows {view.leaf} of {view.owner_class}")

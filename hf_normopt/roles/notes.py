@@ -34,6 +34,7 @@ class Shown:
         picked: stored axes that an index went along.
         start: (axis, first position) where a concatenation put it, if one did.
         given: the stored axes of each axis, where a copy was made that is no view.
+        divided: (stored axis, number of pieces) that a view divided it into.
         expanded: it was repeated along a new axis, as an activation is.
     """
 
@@ -45,6 +46,7 @@ class Shown:
     picked: frozenset[int] = NONE
     start: tuple[int, int] | None = None
     given: tuple[tuple[int, ...], ...] | None = None
+    divided: frozenset[tuple[int, int]] = frozenset()
     expanded: bool = False
 
     @property
@@ -73,6 +75,16 @@ class Shown:
             if size == 1 and ones:
                 found[i] = (ones.pop(0),)
         return found
+
+    def pieces(self) -> frozenset[tuple[int, int]]:
+        """Stored axes that several axes of the view show, with the size of the first of these."""
+        found, first = set(self.divided), {}
+        for size, axes in zip(self.view.shape, self.axes(), strict=True):
+            for j in axes:
+                if j in first:
+                    found.add((j, first[j]))
+                first.setdefault(j, size)
+        return frozenset(found)
 
     def entries(self) -> int:
         """How many entries of the parameter the tensor shows."""
@@ -116,7 +128,7 @@ class Note:
         fixed: whether it is a function of parameters and constants alone.
         index: numbers of the features that it holds, with its axes.
         squashed: whether a softmax or sigmoid came after the matrices that made it: weights.
-        normed: whether a normalisation came after them, so that they made no output.
+        last: those of them after which no normalisation came: they may have made an output.
         stacked: whether several independent matrices have just made it.
         patches: whether it holds patches of an image, as of `unfold`.
         head_size: size of the heads of the attention that gave it, 0 if none did.
@@ -127,7 +139,7 @@ class Note:
     fixed: bool = False
     index: Tensor | None = None
     squashed: bool = False
-    normed: bool = False
+    last: frozenset[str] = frozenset()
     stacked: bool = False
     patches: bool = False
     head_size: int = 0

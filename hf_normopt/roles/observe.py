@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..layouts import Layout, usual_layout
 from .inputs import candidates, normalise, with_places
-from .notes import LARGEST, Note, Shown, essential, is_batch, narrowed, reshaped
+from .notes import LARGEST, NONE, Note, Shown, essential, is_batch, narrowed, reshaped
 from .operations import evaluate, is_real
 from .parts import Matrix, Source, divided
 from .twin import Twin, structure, undisturbed, unwrapped
@@ -53,6 +53,7 @@ class Seen:
             "offset" (to a product), "place", "return", "packed", each with the layout that this gives, if any.
         matrices: by parameter, how what a matrix gives is divided.
         beside: by bias, the matrix to whose features it is added.
+        divided: by matrix, the number of pieces that a view divided its stored axes into.
         head_sizes: by matrix after an attention, the size of the attention's heads.
         feeds: by matrix, those that made its inputs last.
         fields: by model (its name), for each field of its output the matrices that made it last.
@@ -64,6 +65,7 @@ class Seen:
     uses: dict[str, dict[str, Layout | None]] = field(default_factory=dict)
     matrices: dict[str, Matrix] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)
+    divided: dict[str, dict[int, int]] = field(default_factory=dict)
     head_sizes: dict[str, int] = field(default_factory=dict)
     feeds: dict[str, set[str]] = field(default_factory=dict)
     fields: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
@@ -89,7 +91,7 @@ class Seen:
                     table.setdefault(name, table[ran])
 
     def _tables(self) -> list[tuple[str, dict[str, Any]]]:
-        names = ("uses", "matrices", "beside", "head_sizes", "where")
+        names = ("uses", "matrices", "beside", "divided", "head_sizes", "where")
         return [(name, getattr(self, name)) for name in names]
 
 
@@ -175,7 +177,7 @@ def _observe_rest_inplace(seen: Seen, twin: Twin, model: nn.Module) -> None:
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _ALONE = 60  # kinds of modules that run alone
-_TRIES = 8  # inputs of such a module
+_TRIES = 16  # inputs of such a module
 
 
 def is_worth_running(module: nn.Module) -> bool:
@@ -294,7 +296,7 @@ class Watch(TorchDispatchMode):
             for value in _tensors(output):
                 note = note_of(value)
                 if note is not None and not note.fixed:
-                    value._note = replace(note, normed=True)  # type: ignore[attr-defined]
+                    value._note = replace(note, last=frozenset())  # type: ignore[attr-defined]
         if self._count(module) > _SMALL:
             for value in _tensors(output):
                 note = note_of(value)
@@ -315,7 +317,7 @@ class Watch(TorchDispatchMode):
             for tensor in _tensors(value):
                 note = self.noted(tensor)
                 if note is not None:
-                    makers |= frozenset() if note.normed else note.makers
+                    makers |= note.last
                     if not path and note.fixed:
                         self.record(note, "return")
             fields[key] = fields.get(key, frozenset()) | makers
@@ -342,7 +344,7 @@ class Watch(TorchDispatchMode):
         if self.written and isinstance(value, Tensor):
             other = self.written.get(value.untyped_storage()._cdata)
             if other is not None and other is not note:
-                return other if note is None else replace(note, makers=note.makers | other.makers)
+                return other if note is None else replace(note, **_made([note, other]))
         return note
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -377,8 +379,8 @@ class Watch(TorchDispatchMode):
         key = target.untyped_storage()._cdata
         self.kept.append(target)
         old = self.written.get(key)
-        makers = note.makers | (old.makers if old else frozenset())
-        self.written[key] = Note(makers=makers, fixed=note.fixed and (old is None or old.fixed))
+        made = _made([note] if old is None else [note, old])
+        self.written[key] = Note(**made, fixed=note.fixed and (old is None or old.fixed))
 
     def view(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Move a note as an operation moves entries."""
@@ -447,7 +449,7 @@ class Watch(TorchDispatchMode):
                 final, layout = ("packed", None) if how == "product" else ("place", None)
             elif shown.picked and not (how in ("product", "kernel") and layout is not None):
                 final, layout = "lookup", _picked_layout(shown)
-            elif shown.how:
+            elif shown.how and how not in ("product", "kernel"):
                 layout = None
             self._use(shown.name, final, layout)
 
@@ -517,7 +519,19 @@ class Watch(TorchDispatchMode):
                 position = next(i for i, v in enumerate(operands) if v is value)
                 how = "sum" if summed and not (name.startswith("addc") and position) else "gain"
                 self._beside(note, how, active, output)
-        return self._active(name, active, output, summed)
+        found = self._active(name, active, output, summed)
+        if name in ("mul", "div"):
+            largest = max(v.numel() for v in operands if self._is_active(v))
+            modulated = output.numel() > largest or any(n.shown for n in active)
+            shown = [s.spread(output.shape) for n in notes for s in n.shown] if modulated else []
+            return replace(found, shown=tuple(s for s in shown if s is not None and s.picked == NONE))
+        if len(operands) == 1 and active[0].shown:
+            return replace(found, shown=active[0].shown)
+        return found
+
+    def _is_active(self, value: Tensor) -> bool:
+        note = self.noted(value)
+        return note is not None and not note.fixed
 
     def _beside(self, note: Note, how: str, active: list[Note], output: Tensor) -> None:
         """Parameters that multiply activations, or are added to them, entry by entry."""
@@ -573,10 +587,9 @@ class Watch(TorchDispatchMode):
             else:
                 index = self.both(index, mine, summed)
         return Note(
-            makers=frozenset().union(*(n.makers for n in makers)),
+            **_made(makers),
             index=index,
             squashed=name in _SQUASHES or all(n.squashed for n in active),
-            normed=all(n.normed for n in active),
             patches=any(n.patches for n in active),
             head_size=max(n.head_size for n in active),
         )
@@ -634,6 +647,8 @@ class Watch(TorchDispatchMode):
                 return self._activations(
                     Note() if note is a else a, Note() if note is b else b, result
                 )
+        if not (a.fixed or b.fixed) and bool(a.shown) != bool(b.shown):
+            a, b = replace(a, fixed=bool(a.shown)), replace(b, fixed=bool(b.shown))  # modulated
         if a.fixed:
             return self._weighted(a, b, (left.ndim - 1, left.ndim - 2), result)
         if b.fixed:
@@ -659,6 +674,8 @@ class Watch(TorchDispatchMode):
             owner = self.twin.module.get_submodule(path)
         except AttributeError:
             return False
+        if isinstance(owner, nn.MultiheadAttention):
+            return leaf.endswith("proj_weight")
         return leaf == "weight" and isinstance(owner, (nn.Linear, Conv1D, _ConvNd))
 
     def _of_parameters(self, a: Note | None, b: Note | None, result: Tensor) -> Note:
@@ -701,6 +718,8 @@ class Watch(TorchDispatchMode):
                 continue
             layouts[shown.name] = layout
             self._cover(shown, contracted, kept)
+            if shown.divided:
+                self.seen.divided.setdefault(shown.name, dict(shown.divided))
             if not shown.how and outs and (source is None or shown.entries() > source[0].entries()):
                 source = (shown, outs)
         how = "kernel" if x.patches and any(len(s.shape) > 2 for s in weight.shown) else "product"
@@ -720,15 +739,16 @@ class Watch(TorchDispatchMode):
         if source is not None:
             index = self._features(weight, source, contracted, kept, layouts, result, axes)
         stacked = any("stack" in str(layout) for layout in layouts.values())
-        return Note(makers=makers, index=index, stacked=stacked)
+        return Note(makers=makers, last=makers, index=index, stacked=stacked)
 
     def _cover(self, shown: Shown, contracted: int, kept: int) -> None:
         """Note which entries along each stored axis were multiplied by."""
         if shown.given is not None or shown.start is not None:
             return
+        divided = {j for j, _ in shown.divided}
         for d in (contracted, kept):
             axes = shown.axes()[d]
-            if len(axes) == 1 and not (shown.picked or shown.how):
+            if len(axes) == 1 and axes[0] not in divided and not (shown.picked or shown.how):
                 seen = self.covered.setdefault((shown.name, axes[0]), set())
                 if len(seen) < shown.shape[axes[0]] <= _ROWS:
                     seen.update(shown.numbers([d], [axes[0]]).tolist())
@@ -784,7 +804,8 @@ class Watch(TorchDispatchMode):
         if a.squashed == b.squashed:
             return Note()
         values = b if a.squashed else a
-        return Note(makers=values.makers, head_size=result.shape[-1] if a.squashed else 0)
+        size = result.shape[-1] if a.squashed else 0
+        return Note(makers=values.makers, last=values.last, head_size=size)
 
     def attention(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
         """A fused attention: queries, keys, values."""
@@ -795,7 +816,7 @@ class Watch(TorchDispatchMode):
                 self.record(note, "place")
         values = self.noted(args[2])
         return Note(
-            makers=values.makers if values is not None else frozenset(),
+            **_made([values] if values is not None else []),
             head_size=next(_tensors(result)).shape[-1],
         )
 
@@ -806,16 +827,16 @@ class Watch(TorchDispatchMode):
         if x is not None and x.fixed:
             self.record(x, "place")
             x = Note()
-        if weight is None or not weight.fixed:
+        modulated = weight is not None and not weight.fixed and bool(weight.shown)
+        if weight is None or not (weight.fixed or modulated):
             self.use(x)
-            makers = (n.makers for n in (x, weight) if n is not None)
-            return Note(makers=frozenset().union(*makers))
+            return Note(**_made([n for n in (x, weight) if n is not None]))
         depthwise = name != "conv_tbc" and args[1].shape[1] == 1 and args[8] == args[0].shape[1]
         layouts = {}
         transposed = name != "conv_tbc" and bool(args[6])
         groups = 1 if name == "conv_tbc" else int(args[8])
         for shown in weight.shown:
-            layout = _kernel(name, shown, transposed, groups)
+            layout = _kernel(name, shown, transposed, 1 if modulated else groups)
             if layout is not None:
                 layouts[shown.name] = layout
         self.record(weight, "kernel", layouts)
@@ -823,7 +844,7 @@ class Watch(TorchDispatchMode):
         for maker in makers:
             self.seen.feeds.setdefault(maker, set()).update(x.makers if x is not None else ())
         index = self._channels(weight, x, depthwise, groups, transposed, layouts, args, result)
-        found = Note(makers=makers, index=index)
+        found = Note(makers=makers, last=makers, index=index)
         if bias is not None and bias.fixed:
             axis = 1 if name != "conv_tbc" else result.ndim - 1
             self.record(bias, "sum")
@@ -870,7 +891,7 @@ class Watch(TorchDispatchMode):
                 self.record(note, how)
         if x is None or x.fixed:
             return x and Note(shown=x.shown, fixed=True)
-        return replace(x, normed=True)
+        return replace(x, last=frozenset())
 
     def lookup(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
         """Rows of a table by their numbers."""
@@ -880,7 +901,7 @@ class Watch(TorchDispatchMode):
             rows = axes[0] if axes else ()
             words = ["in" if j in rows else "out" for j in range(len(shown.shape))]
             self._use(shown.name, "lookup", Layout(" ".join(_numbered(words))))
-        return Note(makers=frozenset() if note is None or note.fixed else note.makers)
+        return Note() if note is None or note.fixed else Note(**_made([note]))
 
     def picked(self, name: str, args: Any, kwargs: Any, result: Tensor) -> Note | None:
         """Entries by their numbers."""
@@ -925,13 +946,11 @@ class Watch(TorchDispatchMode):
             if note.fixed:
                 self.record(note, "place")
         active = [n for n in known if not n.fixed]
-        makers = frozenset().union(*(n.makers for n in active))
         return Note(
-            makers=makers,
+            **_made(active),
             index=self._joined_index(name, notes, dim, result),
             squashed=all(n.squashed for n in active),
             head_size=max(n.head_size for n in active),
-            normed=all(n.normed for n in active),
         )
 
     def _joined_index(
@@ -1000,7 +1019,7 @@ class Watch(TorchDispatchMode):
                     key = args[0].untyped_storage()._cdata
                     self.pieces.setdefault(key, []).append(essential(index))
         active = [n for n in notes if not n.fixed]
-        return Note(makers=frozenset().union(*(n.makers for n in active)))
+        return Note(**_made(active))
 
     def reduced(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """Sums, means and norms along axes."""
@@ -1081,10 +1100,9 @@ class Watch(TorchDispatchMode):
             else:
                 index = moved
         return Note(
-            makers=frozenset().union(*(n.makers for n in active)),
+            **_made(active),
             index=index,
             head_size=max(n.head_size for n in active),
-            normed=all(n.normed for n in active),
         )
 
     # ------------------------------------------------------------------ the end
@@ -1100,7 +1118,10 @@ class Watch(TorchDispatchMode):
             size = self.twin.shapes[name][axis]
             if rows and len(rows) < size <= _ROWS and not self._is_matrix(name):
                 # a slice as long as the sequence: rows of a table of positions
-                words = ["in" if j == axis else "out" for j in range(len(self.twin.shapes[name]))]
+                count = len(self.twin.shapes[name])
+                words = ["in" if axis < count - 1 or j == axis else "out" for j in range(count)]
+                words[-1] = "in" if axis == count - 1 else "out"
+                words = [w if axis < count - 1 or j == axis else "out" for j, w in enumerate(words)]
                 self.seen.uses[name] = {"lookup": Layout(" ".join(_numbered(words)))}
         uses = list(self.received.values())
         for name, source in self.sources.items():
@@ -1139,6 +1160,14 @@ def _fields(output: Any) -> Iterator[tuple[str, Any]]:
         yield from zip(output._fields, output, strict=True)
     else:
         yield "output", output
+
+
+def _made(notes: list[Note]) -> dict[str, frozenset[str]]:
+    """Which matrices made, last, what is a mixture of some tensors."""
+    return {
+        "makers": frozenset().union(*(note.makers for note in notes)),
+        "last": frozenset().union(*(note.last for note in notes)),
+    }
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -1201,7 +1230,12 @@ def _layout(shown: Shown, contracted: int, kept: int) -> tuple[Layout | None, li
         return None, []
     axes = shown.axes()
     into, outs = set(axes[contracted]), set(axes[kept]) - set(axes[contracted])
-    batch = {j for d, js in enumerate(axes) if d not in (contracted, kept) for j in js}
+    batch = {
+        j: shown.view.shape[d]
+        for d, js in enumerate(axes)
+        if d not in (contracted, kept)
+        for j in js
+    }
     hidden = set(shown.inner)
     if hidden and into and not outs:
         outs = hidden
@@ -1211,11 +1245,13 @@ def _layout(shown: Shown, contracted: int, kept: int) -> tuple[Layout | None, li
         return None, []
     words = []
     for j in range(len(shown.shape)):
-        word = "in" if j in into else "out" if j in outs else "stack"
-        words.append(word)
-    del batch
+        words.append("in" if j in into else "out" if j in outs else "stack")
+    words = _numbered(words)
+    for j, count in batch.items():
+        if words[j] in ("in", "out"):
+            words[j] = f"(stack={count} {words[j]})"
     listed = [] if hidden and outs == hidden else sorted(outs)
-    return Layout(" ".join(_numbered(words))), listed
+    return Layout(" ".join(words)), listed
 
 
 def _kernel(name: str, shown: Shown, transposed: bool, groups: int) -> Layout | None:
@@ -1298,7 +1334,8 @@ def _moved(
         if name in _RESHAPES:
             shape = tuple(outputs[0].shape)
             try:
-                return [shown.moved(shown.view.view(shape))]
+                moved = shown.moved(shown.view.view(shape))
+                return [replace(moved, divided=moved.pieces())]
             except RuntimeError:
                 return [_copied(shown, shape)]
         if name == "repeat":

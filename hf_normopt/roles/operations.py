@@ -51,8 +51,9 @@ def evaluate(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
 def _of_integers(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
     """An operation on known integers, or one that makes a tensor of nothing."""
     if _takes_device(func):
+        asked = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta"
         result = func(*args, **(kwargs | {"device": torch.device("meta")}))
-        if is_real(result) and result.numel() > _FEW:
+        if is_real(result) and (asked or result.numel() > _FEW):
             return result
         kwargs = kwargs | {"device": torch.device("cpu")}
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
@@ -96,7 +97,7 @@ def _to_copy(func: Any, args: Args, kwargs: dict[str, Any], unknown: bool) -> An
     source, dtype = args[0], kwargs.get("dtype") or args[0].dtype
     real = dtype.is_floating_point or dtype.is_complex
     if unknown and not real:
-        return torch.zeros(source.shape, dtype=dtype)
+        return torch.ones(source.shape, dtype=dtype)
     on_meta = real and (unknown or source.numel() > _FEW)
     return func(*args, **(kwargs | {"device": torch.device("meta" if on_meta else "cpu")}))
 

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from transformers.pytorch_utils import Conv1D
 
 # The one module inside each wrapper that runs it and adds nothing.
 _INNER = {
@@ -175,6 +176,9 @@ class _Copier:
         copy = object.__new__(type(module))
         self.remember(module, copy)
         state = module.__dict__
+        unpacked = _unpacked(module)
+        if unpacked is not None:  # a quantised matrix: neither its data nor its shape is that
+            self.remember(module._parameters["weight"], unpacked[0])
         # first what is registered, so that attributes refer to it
         for key in ("_parameters", "_buffers", "_modules"):
             copy.__dict__[key] = type(state[key])()
@@ -190,7 +194,10 @@ class _Copier:
         if "gradient_checkpointing" in state:
             copy.__dict__["gradient_checkpointing"] = False
         forward = next((state[k] for k in (*_WRAPPED_FORWARDS, "forward") if k in state), None)
-        if forward is not None:
+        if unpacked is not None:
+            forward = types.MethodType(unpacked[1], copy)
+            copy.__dict__["forward"] = forward
+        elif forward is not None:
             copy.__dict__["forward"] = self(forward)
         return copy
 
@@ -327,6 +334,27 @@ def _is_full(cell: types.CellType) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _unpacked(module: nn.Module) -> tuple[nn.Parameter, Callable] | None:
+    """An empty weight in place of a packed one, and what multiplies by it; None if it is plain."""
+    for cls, names in _MATRICES.items():
+        if isinstance(module, cls):
+            weight = module._parameters.get("weight")
+            shape = tuple(int(getattr(module, name)) for name in names)
+            if weight is None or (weight.is_floating_point() and tuple(weight.shape) == shape):
+                return None
+            empty = torch.empty(shape, device="meta")
+            return nn.Parameter(empty, requires_grad=False), cls.forward
+    return None
+
+
+# Modules whose weight may be packed, with the attributes that tell its shape.
+_MATRICES: dict[type[nn.Module], tuple[str, str]] = {
+    nn.Linear: ("out_features", "in_features"),
+    Conv1D: ("nx", "nf"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+}
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
