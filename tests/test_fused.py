@@ -1,6 +1,7 @@
 """Layouts of fused maps, against what the modelling code multiplies."""
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -9,8 +10,6 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_normopt import Layout, classify, operator_norm
-from hf_normopt.roles.architectures import fused_axis, head_axes, stored_layout
-from hf_normopt.roles.fused import matrices
 
 SPECTRAL = operator_norm("rms", "rms")
 
@@ -26,350 +25,38 @@ def build(folder, owner, config, args=(), **changes):
         return getattr(modeling, owner)(*args)
 
 
-def axes(owner):
-    """The fused axes of an owner, by path."""
-    paths = matrices(owner)
-    return {path: row.axis(owner) for path in paths if (row := fused_axis(owner, path))}
+def axes(owner, inputs=None):
+    """The layouts of an owner's matrices that hold several maps, by path."""
+    return {
+        spec.name.removesuffix(".weight"): str(spec.layout)
+        for spec in classify(owner, inputs=inputs)
+        if spec.role in ("linear", "conv", "head") and re.search("part|[(]out", str(spec.layout))
+    }
 
 
-# Each row was compared with the lines of transformers 5.23 that divide the owner's map.
-OWNERS = [
-    ("aria", "AriaExperts", "AriaTextConfig", (), {"gate_up_proj": "(part=2 out)"}),
-    (
-        "axk2",
-        "AXK2Attention",
-        "AXK2Config",
-        (0,),
-        {
-            "q_gate_proj": "(out0=32 out1=96+64)",
-            "kv_a_proj_with_mqa": "(out=128+32)",
-            "kv_b_proj": "(out0=32 part=2 out1)",
-        },
-    ),
-    ("bamba", "BambaMixer", "BambaConfig", (0,), {"in_proj": "(out=8192+8192+256+256+128)"}),
-    ("bark", "BarkSelfAttention", "BarkSubModelConfig", (), {"att_proj": "(part=3 out)"}),
-    ("blip", "BlipAttention", "BlipVisionConfig", (), {"qkv": "(part=3 out)"}),
-    (
-        "bloom",
-        "BloomAttention",
-        "BloomConfig",
-        (0,),
-        {"query_key_value": "(out0=8 part=3 out1)"},
-    ),
-    ("clvp", "ClvpGatedLinearUnit", "ClvpEncoderConfig", (), {"proj": "(part=2 out)"}),
-    ("codegen", "CodeGenAttention", "CodeGenConfig", (), {"qkv_proj": "(out0=4 part=3 out1)"}),
-    (
-        "cohere2_vision",
-        "Cohere2VisionMultiModalProjector",
-        "Cohere2VisionConfig",
-        (),
-        {"linear_1": "(part=2 out)"},
-    ),
-    (
-        "deepseek_v2",
-        "DeepseekV2Attention",
-        "DeepseekV2Config",
-        (0,),
-        {"kv_a_proj_with_mqa": "(out=512+64)", "kv_b_proj": "(out0=32 part=2 out1)"},
-    ),
-    (
-        "deepseek_v3",
-        "DeepseekV3Attention",
-        "DeepseekV3Config",
-        (0,),
-        {"kv_a_proj_with_mqa": "(out=512+64)", "kv_b_proj": "(out0=128 part=2 out1)"},
-    ),
-    ("deepseek_v32", "DeepseekV32Indexer", "DeepseekV32Config", (0,), {}),  # rotated in part
-    (
-        "deepseek_v4",
-        "DeepseekV4CSACompressor",
-        "DeepseekV4Config",
-        (),
-        {"kv_proj": "(part=2 out)", "gate_proj": "(part=2 out)"},
-    ),
-    ("dia", "DiaMLP", "DiaEncoderConfig", (), {"gate_up_proj": "(part=2 out)"}),
-    ("diffllama", "DiffLlamaAttention", "DiffLlamaConfig", (0,), {}),
-    (
-        "exaone4_5",
-        "Exaone4_5_VisionAttention",
-        "Exaone4_5_VisionConfig",
-        (),
-        {"qkv": "(out=3584+1792+1792)"},
-    ),
-    ("falcon", "FalconAttention", "FalconConfig", (), {"query_key_value": "(out=4544+64+64)"}),
-    (
-        "falcon_mamba",
-        "FalconMambaMixer",
-        "FalconMambaConfig",
-        (0,),
-        {"in_proj": "(part=2 out)", "x_proj": "(out=48+16+16)"},
-    ),
-    (
-        "florence2",
-        "Florence2VisionChannelAttention",
-        "Florence2VisionConfig",
-        (0,),
-        {"qkv": "(part=3 out)"},
-    ),
-    (
-        "gemma3n",
-        "Gemma3nAudioConformerLightConv1d",
-        "Gemma3nAudioConfig",
-        (),
-        {"linear_start": "(part=2 out)"},
-    ),
-    ("glm", "GlmMLP", "GlmConfig", (), {"gate_up_proj": "(part=2 out)"}),
-    ("glm4v", "Glm4vVisionAttention", "Glm4vVisionConfig", (), {"qkv": "(part=3 out)"}),
-    ("gpt2", "GPT2Attention", "GPT2Config", (), {"c_attn": "(part=3 out)"}),
-    ("gpt_bigcode", "GPTBigCodeAttention", "GPTBigCodeConfig", (), {"c_attn": "(out=768+64+64)"}),
-    (
-        "gpt_neox",
-        "GPTNeoXAttention",
-        "GPTNeoXConfig",
-        (),
-        {"query_key_value": "(out0=64 part=3 out1)"},
-    ),
-    (
-        "gpt_neox_japanese",
-        "GPTNeoXJapaneseAttention",
-        "GPTNeoXJapaneseConfig",
-        (),
-        {"query_key_value": "(out0=32 part=3 out1)"},
-    ),
-    ("gpt_oss", "GptOssExperts", "GptOssConfig", (), {"gate_up_proj": "(out part=2)"}),
-    (
-        "granite_speech",
-        "GraniteSpeechConformerAttention",
-        "GraniteSpeechEncoderConfig",
-        (),
-        {"to_kv": "(part=2 out)"},
-    ),
-    (
-        "granitemoehybrid",
-        "GraniteMoeHybridMLP",
-        "GraniteMoeHybridConfig",
-        (),
-        {"input_linear": "(part=2 out)"},
-    ),
-    ("imagegpt", "ImageGPTAttention", "ImageGPTConfig", (), {"c_attn": "(part=3 out)"}),
-    ("jetmoe", "JetMoeAttention", "JetMoeConfig", (), {"kv_proj": "(part=2 out)"}),
-    (
-        "kimi_linear",
-        "KimiLinearAttention",
-        "KimiLinearConfig",
-        (0,),
-        {"kv_a_proj_with_mqa": "(out=512+64)", "kv_b_proj": "(out0=32 part=2 out1)"},
-    ),
-    ("lfm2", "Lfm2ShortConv", "Lfm2Config", (0,), {"in_proj": "(part=3 out)"}),
-    ("lightglue", "LightGlueMatchAssignmentLayer", "LightGlueConfig", (), {}),
-    ("llama", "LlamaAttention", "LlamaConfig", (0,), {}),
-    ("llama4", "Llama4TextExperts", "Llama4TextConfig", (), {"gate_up_proj": "(part=2 out)"}),
-    (
-        "mamba",
-        "MambaMixer",
-        "MambaConfig",
-        (0,),
-        {"in_proj": "(part=2 out)", "x_proj": "(out=48+16+16)"},
-    ),
-    (
-        "mamba2",
-        "Mamba2Mixer",
-        "Mamba2Config",
-        (0,),
-        {"in_proj": "(out=8192+8192+1024+1024+128)"},
-    ),
-    ("mgp_str", "MgpstrAttention", "MgpstrConfig", (), {"qkv": "(part=3 out)"}),
-    (
-        "minimax",
-        "MiniMaxLightningAttention",
-        "MiniMaxConfig",
-        (0,),
-        {"qkv_proj": "(out0=32 part=3 out1)"},
-    ),
-    (
-        "mistral4",
-        "Mistral4Attention",
-        "Mistral4Config",
-        (0,),
-        {"kv_a_proj_with_mqa": "(out=256+64)", "kv_b_proj": "(out0=32 out1=64+128)"},
-    ),
-    ("mixtral", "MixtralExperts", "MixtralConfig", (), {"gate_up_proj": "(part=2 out)"}),
-    ("modernbert", "ModernBertAttention", "ModernBertConfig", (0,), {"Wqkv": "(part=3 out)"}),
-    ("modernbert", "ModernBertMLP", "ModernBertConfig", (), {"Wi": "(part=2 out)"}),
-    ("mpt", "MptAttention", "MptConfig", (), {"Wqkv": "(part=3 out)"}),
-    (
-        "openai_privacy_filter",
-        "OpenAIPrivacyFilterExperts",
-        "OpenAIPrivacyFilterConfig",
-        (),
-        {"gate_up_proj": "(part=2 out)"},
-    ),
-    (
-        "persimmon",
-        "PersimmonAttention",
-        "PersimmonConfig",
-        (),
-        {"query_key_value": "(out0=64 part=3 out1)"},
-    ),
-    ("phi3", "Phi3Attention", "Phi3Config", (), {"qkv_proj": "(part=3 out)"}),
-    ("phi3", "Phi3MLP", "Phi3Config", (), {"gate_up_proj": "(part=2 out)"}),
-    (
-        "qwen2_5_vl",
-        "Qwen2_5_VLVisionAttention",
-        "Qwen2_5_VLVisionConfig",
-        (),
-        {"qkv": "(part=3 out)"},
-    ),
-    (
-        "qwen3_5",
-        "Qwen3_5GatedDeltaNet",
-        "Qwen3_5TextConfig",
-        (0,),
-        {"in_proj_qkv": "(out=2048+2048+4096)"},
-    ),
-    (
-        "qwen3_next",
-        "Qwen3NextAttention",
-        "Qwen3NextConfig",
-        (0,),
-        {"q_proj": "(out0=16 part=2 out1)"},
-    ),
-    (
-        "qwen3_next",
-        "Qwen3NextGatedDeltaNet",
-        "Qwen3NextConfig",
-        (0,),
-        {
-            "in_proj_qkvz": "(out0=16 out1=128+128+256+256)",
-            "in_proj_ba": "(out0=16 part=2 out1)",
-        },
-    ),
-    (
-        "seamless_m4t",
-        "SeamlessM4TConformerConvolutionModule",
-        "SeamlessM4TConfig",
-        (),
-        {"pointwise_conv1": "(part=2 out)"},
-    ),
-    ("timesformer", "TimesformerSelfAttention", "TimesformerConfig", (), {"qkv": "(part=3 out)"}),
-    (
-        "vibevoice",
-        "VibeVoiceDiffusionHeadFinalLayer",
-        "VibeVoiceDiffusionHeadConfig",
-        (8,),
-        {"linear_1": "(part=2 out)"},
-    ),
-    ("vitdet", "VitDetAttention", "VitDetConfig", (), {"qkv": "(part=3 out)"}),
-    ("vits", "VitsPosteriorEncoder", "VitsConfig", (), {"conv_proj": "(part=2 out)"}),
-    ("hiera", "HieraMaskUnitAttention", None, (96, 192, 2, 4, 64, True), {"qkv": "(part=3 out)"}),
-    (
-        "levit",
-        "LevitAttention",
-        None,
-        (128, 16, 4, 2, 14),
-        {"queries_keys_values.linear": "(out0=4 out1=16+16+32)"},
-    ),
-    (
-        "levit",
-        "LevitAttentionSubsample",
-        None,
-        (128, 256, 16, 8, 4, 2, 14, 7),
-        {"keys_values.linear": "(out0=8 out1=16+64)"},
-    ),
-    ("rf_detr", "RfDetrC2FLayer", "RfDetrConfig", (128,), {"conv1.conv": "(part=2 out)"}),
-    (
-        "seamless_m4t",
-        "SeamlessM4TConformerAdapterLayer",
-        "SeamlessM4TConfig",
-        (),
-        {"residual_conv": "(part=2 out)", "self_attn_conv": "(part=2 out)"},
-    ),
-    (
-        "univnet",
-        "UnivNetKernelPredictor",
-        "UnivNetConfig",
-        (3, 4),
-        {"kernel_conv": "(layer=4 out)", "bias_conv": "(layer=4 out)"},
-    ),
-    ("zamba", "ZambaMambaMixer", "ZambaConfig", (0,), {"in_proj": "(out part=2)"}),
-    (
-        "zamba2",
-        "Zamba2MambaMixer",
-        "Zamba2Config",
-        (0,),
-        {"in_proj": "(out=5120+5120+64+64+8)"},
-    ),
-]
-
-
-@pytest.mark.parametrize(("folder", "owner", "config", "args", "expected"), OWNERS, ids=str)
-def test_owners(folder, owner, config, args, expected):
-    assert axes(build(folder, owner, config, args)) == expected
-
-
-@pytest.mark.parametrize(
-    ("folder", "owner", "config", "changes", "expected"),
-    [
-        (
-            "falcon",
-            "FalconAttention",
-            "FalconConfig",
-            {"multi_query": False},
-            "(out0=71 part=3 out1)",
-        ),
-        (
-            "falcon",
-            "FalconAttention",
-            "FalconConfig",
-            {
-                "new_decoder_architecture": True,
-                "hidden_size": 8192,
-                "num_attention_heads": 128,
-                "num_kv_heads": 8,
-            },
-            "(out0=8 out1=1024+64+64)",
-        ),
-        (
-            "gpt_bigcode",
-            "GPTBigCodeAttention",
-            "GPTBigCodeConfig",
-            {"multi_query": False},
-            "(out0=12 part=3 out1)",
-        ),
-        (
-            "phi3",
-            "Phi3Attention",
-            "Phi3Config",
-            {"num_key_value_heads": 8},
-            "(out=3072+768+768)",
-        ),
-        (
-            "gpt2",
-            "GPT2Attention",
-            "GPT2Config",
-            {"hidden_size": 60, "num_attention_heads": 5},
-            "(part=3 out)",
-        ),
-    ],
-)
-def test_variants_of_one_class(folder, owner, config, changes, expected):
-    """What the source says in words is asked of each module, not remembered for its class."""
-    for _ in range(2):
-        assert list(axes(build(folder, owner, config, **changes)).values()) == [expected]
-        build(folder, owner, config)
-
-
-def test_cross_attention_of_gpt2():
-    attention = transformers.models.gpt2.modeling_gpt2.GPT2Attention
-    owner = attention(transformers.GPT2Config(n_embd=8, n_head=2), is_cross_attention=True)
-    assert axes(owner) == {"c_attn": "(part=2 out)"}
+def in_heads(owner, inputs=None):
+    """The layouts of an owner's matrices with heads as operators of their own."""
+    return {
+        spec.name.removesuffix(".weight"): str(spec.layout)
+        for spec in classify(owner, inputs=inputs, heads=True)
+        if "head" in str(spec.layout) and spec.role != "bias"
+    }
 
 
 # Idioms, as an architecture in no release may write them
 
 
-def rotate(q, k):
-    return q, k
+def rotated(x):
+    """A rotation of pairs, as of positions."""
+    first, second = x.chunk(2, dim=-1)
+    angles = torch.arange(x.shape[-2])[:, None] * torch.ones(first.shape[-1])
+    return torch.cat(
+        [
+            first * angles.cos() - second * angles.sin(),
+            second * angles.cos() + first * angles.sin(),
+        ],
+        dim=-1,
+    )
 
 
 class Unreleased(nn.Module):
@@ -382,17 +69,15 @@ class Unreleased(nn.Module):
         self.grouped = nn.Linear(width, 2 * (heads // 2 + 2) * dim)
         self.kv = nn.ModuleList([nn.Linear(width, 2 * width)])
         self.rotated = nn.Linear(width, width)
-        self.other = nn.Linear(width, width)
         self.glu = nn.Sequential(nn.Conv1d(width, 2 * width, 1), nn.GLU(1))
         self.gate_up = nn.Parameter(torch.ones(2, width, 2 * width))
         self.einsum = nn.Parameter(torch.ones(width, heads, dim))
         self.fused = nn.Parameter(torch.ones(3, heads, width, dim))
         self.plain = nn.Linear(width, 2 * width)
-        self.scores = nn.Linear(width, 2)
-        self.padded = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
 
     def forward(self, x):
-        batch, length, _ = x.shape
+        batch, length, width = x.shape
         x = x + self.glu(x.mT).mT
         q, k, v = (
             y.transpose(1, 2)
@@ -400,69 +85,37 @@ class Unreleased(nn.Module):
         )
         groups = self.grouped(x).unflatten(-1, (-1, self.heads // 2 + 2, self.dim))
         q2, k2, v2 = groups.split([self.heads // 2, 1, 1], dim=-2)
-        k3, v3 = map(lambda t: t.contiguous(), self.kv[0](x).chunk(2, dim=-1))  # noqa: C417
-        half = self.dim // 2
-        a, b = self.rotated(x).view(batch, length, -1, self.dim), self.other(x)
-        b = b.reshape(*x.shape[:2], self.heads, self.dim)
-        a_rot, a_pass = a[..., :half], a[..., half:]
-        b_rot, b_pass = b[..., :half], b[..., half:]
-        a_rot, b_rot = rotate_rope(a_rot, b_rot)
-        a, b = torch.cat([a_rot, a_pass], dim=-1), torch.cat([b_rot, b_pass], dim=-1)
+        q2 = q2.flatten(2, 3).transpose(1, 2)
+        k2, v2 = (y.expand_as(groups[..., :2, :]).flatten(2, 3).transpose(1, 2) for y in (k2, v2))
+        k3, v3 = (t.contiguous() for t in self.kv[0](x).chunk(2, dim=-1))
+        k3, v3 = (y.reshape(batch, length, self.heads, -1).transpose(1, 2) for y in (k3, v3))
+        a = self.rotated(x).view(batch, length, -1, self.dim).transpose(1, 2)
+        a = torch.cat([rotated(a[..., :4]), a[..., 4:]], dim=-1)
         gate_up = torch.bmm(x, self.gate_up)
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]
-        heads = torch.einsum("bld,dhe->blhe", x, self.einsum)
         q4, k4, v4 = torch.einsum("bld,shde->sbhle", x, self.fused)
-        start, end = self.scores(x).split(1, dim=-1)
-        x = (
-            attend(q, k, v)
-            + attend(q2, k2, v2)
-            + attend(a, k3, v3)
-            + attend(a, b, b)
-            + attend(q4, k4, v4)
-        )
-        return x * gate * up, self.plain(x), heads, start, end, self.padded(x)[..., :20]
+        attended = attend(q, k, v) + attend(q2, k2, v2) + attend(a, k3, v3) + attend(q4, k4, v4)
+        x = self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        heads = torch.einsum("bld,dhe->blhe", x, self.einsum).flatten(2)
+        return self.plain(x * gate * up) @ self.plain.weight + heads
 
 
-rotate_rope, attend = rotate, torch.add
+attend = nn.functional.scaled_dot_product_attention
 
 
 def test_idioms_of_no_release():
-    owner = Unreleased()
-    assert axes(owner) == {
-        "qkv": "(out0=4 part=3 out1)",
-        "grouped": "(out0=2 out1=12+6+6)",
-        "kv.0": "(part=2 out)",
-        "glu.0": "(part=2 out)",
-        "gate_up": "(out part=2)",
+    owner, inputs = Unreleased(), (torch.zeros(2, 5, 24),)
+    assert axes(owner, inputs) == {
+        "qkv": "(out0=4 part=3 out1) in",
+        "grouped": "(out0=2 out1=12+6+6) in",
+        "kv.0": "(part=2 out) in",
+        "glu.0": "(part=2 out) in tap=1",
+        "gate_up": "stack in (out part=2)",
+        "fused": "part out1 in out2",
     }
-    assert stored_layout(owner, "gate_up") == "stack in (out part=2)"
-    assert stored_layout(owner, "einsum") == "in out0 out1"
-    assert stored_layout(owner, "fused") == "part out1 in out2"
-    assert stored_layout(owner, "absent") is None
-    assert head_axes(owner, "qkv") == ("(head=4 part=3 out)", "in")
-
-
-def rearrange(tensor, pattern, **sizes):
-    """Stands for the function of einops: what it does is read off the pattern."""
-    raise NotImplementedError
-
-
-class Einops(nn.Module):
-    """Attention as in many ViTs, over images with a map of one channel more."""
-
-    def __init__(self, heads=4, width=24):
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.by_head = nn.Linear(width, 3 * width)
-        self.on_images = nn.Conv2d(width, 3 * width, 1)
-
-    def forward(self, x, image):
-        q, k, v = rearrange(self.to_qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
-        k2, q2, v2 = rearrange(self.by_head(x), "... (h s d) -> s ... h d", s=3, h=self.heads)
-        parts = self.on_images(image).chunk(3, dim=1)
-        q3, k3, v3 = (rearrange(y, "b (h c) x y -> b h c (x y)", h=self.heads) for y in parts)
-        return attend(q, k, v), attend(q2, k2, v2), attend(q3, k3, v3)
+    layouts = {spec.name: str(spec.layout) for spec in classify(owner, inputs=inputs)}
+    assert layouts["einsum"] == "in out0 out1"
+    assert in_heads(owner, inputs)["qkv"] == "(head=4 part=3 out) in"
 
 
 class GEGLU(nn.Module):
@@ -522,10 +175,10 @@ class Modulated(nn.Module):
 
     def attention(self, x):
         batch, length, channels = x.shape
-        q = self.q(x).reshape(batch, length, self.heads, channels // self.heads)
+        q = self.q(x).reshape(batch, length, self.heads, channels // self.heads).transpose(1, 2)
         kv = self.kv(x).reshape(batch, -1, 2, self.heads, channels // self.heads)
         k, v = kv.permute(2, 0, 3, 1, 4)
-        return attend(q, k, v)
+        return attend(q, k, v).transpose(1, 2).reshape(x.shape)
 
     def forward(self, x, condition):
         shift, scale, gate = self.modulation(condition).chunk(3, dim=1)
@@ -544,39 +197,48 @@ class Stages(nn.Module):
 
     def forward(self, image, x):
         maps = list(self.stem(image).chunk(2, 1))
-        maps.extend(stage(maps[-1]) for stage in self.stages)
+        maps.extend(stage(maps[-1].exp()) for stage in self.stages)
         y, d = self.sliced(x), self.width
         a, b = y[:,:,:d], y[:,:,d:]  # fmt: skip
         *gates, v = self.in_proj(x).split(d, dim=-1)
         for gate in gates:
             v = v * gate
-        return torch.cat(maps, 1), a * b, v
+        return maps[0].sum() + maps[-1].sum(), a * b, v
+
+
+X, IMAGE = torch.zeros(2, 5, 24), torch.zeros(2, 24, 5, 5)
 
 
 @pytest.mark.parametrize(
-    ("owner", "expected"),
+    ("owner", "inputs", "expected"),
     [
         (
-            Einops,
-            {
-                "to_qkv": "(part=3 out)",
-                "by_head": "(out0=4 part=3 out1)",
-                "on_images": "(part=3 out)",
-            },
+            Cell,
+            (X[:, 0], X[:, 1], X[:, 2]),
+            {"of_input": "(part=4 out) in", "of_state": "(part=4 out) in"},
         ),
-        (Cell, {"of_input": "(part=4 out)", "of_state": "(part=4 out)"}),
         (
             Modulated,
-            {"kv.base": "(part=2 out)", "kv.up": "(part=2 out)", "modulation.1": "(part=3 out)"},
+            (X, X[:, 0]),
+            {
+                "kv.base": "(part=2 out) in",
+                "kv.up": "(part=2 out) in",
+                "modulation.1": "(part=3 out) in",
+            },
         ),
         (
             Stages,
-            {"stem": "(part=2 out)", "sliced": "(part=2 out)", "in_proj": "(part=3 out)"},
+            (torch.zeros(2, 3, 5, 5), X),
+            {
+                "stem": "(part=2 out) in tap=1 tap=1",
+                "sliced": "(part=2 out) in",
+                "in_proj": "(part=3 out) in",
+            },
         ),
     ],
 )
-def test_styles_of_no_release(owner, expected):
-    assert axes(owner()) == expected
+def test_styles_of_no_release(owner, inputs, expected):
+    assert axes(owner(), inputs) == expected
 
 
 def test_feed_forward_without_a_class():
@@ -588,17 +250,18 @@ def test_feed_forward_without_a_class():
 def test_same_class_of_other_sizes():
     """What is in a Sequential is asked too."""
 
-    class Head(nn.Module):
+    class Trunk(nn.Module):
         def __init__(self, *sizes):
             super().__init__()
+            self.out = nn.Linear(sizes[0], 2)
             self.net, self.sizes = nn.Sequential(nn.Linear(8, sum(sizes)), nn.ReLU()), sizes
 
         def forward(self, x):
             a, b = self.net(x).split(list(self.sizes), -1)
-            return a.exp(), b
+            return self.out(a), b
 
-    assert axes(Head(4, 6)) == {"net.0": "(out=4+6)"}
-    assert axes(Head(2, 8)) == {"net.0": "(out=2+8)"}
+    assert axes(Trunk(4, 6)) == {"net.0": "(out=4+6) in"}
+    assert axes(Trunk(2, 8)) == {"net.0": "(out=2+8) in"}
 
 
 def test_layer_under_peft_and_in_a_refined_class():
@@ -606,13 +269,13 @@ def test_layer_under_peft_and_in_a_refined_class():
     from peft import LoraConfig, get_peft_model
 
     model = transformers.GPTNeoXModel(transformers.GPTNeoXConfig(**TINY))
-    get_peft_model(model, LoraConfig(target_modules=["query_key_value"]))
+    expected = axes(model)["layers.0.attention.query_key_value"]
+    assert expected == "(out0=4 part=3 out1) in"
     attention = model.layers[0].attention
     attention.__class__ = type("FSDPGPTNeoXAttention", (type(attention),), {})
-    assert axes(attention) == {"query_key_value": "(out0=4 part=3 out1)"}
-    mixer = build("zamba", "ZambaMambaMixer", "ZambaConfig", (0,))
-    mixer.__class__ = type("FSDPZambaMambaMixer", (type(mixer),), {"__module__": "torch.fsdp"})
-    assert axes(mixer) == {"in_proj": "(out part=2)"}
+    get_peft_model(model, LoraConfig(target_modules=["query_key_value"]))
+    model.requires_grad_(True)
+    assert axes(model)["layers.0.attention.query_key_value.base_layer"] == expected
 
 
 def test_stored_experts():
@@ -623,44 +286,63 @@ def test_stored_experts():
         "v1": "(expert=4 out) in",
         "w2": "(expert=4 in) out",
     }
-    experts = {
-        ("llama4", "Llama4TextExperts", "Llama4TextConfig"): "expert in (part=2 out)",
-        ("gpt_oss", "GptOssExperts", "GptOssConfig"): "expert in (out part=2)",
-        ("aria", "AriaExperts", "AriaTextConfig"): "expert in (part=2 out)",
-        ("mixtral", "MixtralExperts", "MixtralConfig"): "expert (part=2 out) in",
-        ("phimoe", "PhimoeExperts", "PhimoeConfig"): "expert (part=2 out) in",
-    }
-    for owner, layout in experts.items():
-        assert stored_layout(build(*owner), "gate_up_proj") == layout
-        down = "expert in out" if layout.startswith("expert in") else "expert out in"
-        assert stored_layout(build(*owner), "down_proj") == down
 
 
 def test_heads():
-    llama = build("llama", "LlamaAttention", "LlamaConfig", (0,), num_key_value_heads=8)
-    assert head_axes(llama, "q_proj") == ("(head=32 out)", "in")
-    assert head_axes(llama, "k_proj") == head_axes(llama, "v_proj") == ("(head=8 out)", "in")
-    assert head_axes(llama, "o_proj") == ("out", "(head=32 in)")
-    gpt2 = build("gpt2", "GPT2Attention", "GPT2Config")
-    assert head_axes(gpt2, "c_attn") == ("(part=3 head=12 out)", "in")
-    assert head_axes(gpt2, "c_proj") == ("out", "(head=12 in)")
-    bert = build("bert", "BertAttention", "BertConfig")
-    assert head_axes(bert.self, "query") == ("(head=12 out)", "in")
-    assert head_axes(bert, "output.dense") == ("out", "(head=12 in)")
-    t5 = build("t5", "T5Attention", "T5Config")
-    assert head_axes(t5, "o") == ("out", "(head=8 in)")
-    neox = build("gpt_neox", "GPTNeoXAttention", "GPTNeoXConfig")
-    assert head_axes(neox, "query_key_value") == ("(head=64 part=3 out)", "in")
-    mla = build("deepseek_v3", "DeepseekV3Attention", "DeepseekV3Config", (0,))
-    assert head_axes(mla, "q_b_proj") == ("(head=128 out)", "in")
-    assert head_axes(mla, "kv_b_proj") == ("(head=128 part=2 out)", "in")
-    assert head_axes(mla, "kv_a_proj_with_mqa") is None
-    assert head_axes(mla, "o_proj") == ("out", "(head=128 in)")
+    """Of whole models, as attentions take what only their model makes."""
+
+    def of(name, config, **changes):
+        with torch.device("meta"):
+            model = getattr(transformers, name)(getattr(transformers, config)(**changes))
+        return {
+            name.split(".", 2)[-1]: layout
+            for name, layout in in_heads(model).items()
+            if re.search(r"(layers?|h|block|blocks)[.]0[.]", name)
+        }
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 32}
+    llama = of("LlamaModel", "LlamaConfig", **sizes, num_key_value_heads=2)
+    assert llama == {
+        "self_attn.q_proj": "(head=4 out) in",
+        "self_attn.k_proj": "(head=2 out) in",
+        "self_attn.v_proj": "(head=2 out) in",
+        "self_attn.o_proj": "out (head=4 in)",
+    }
+    assert of("GPT2Model", "GPT2Config", n_layer=1, n_head=4, n_embd=32) == {
+        "attn.c_attn": "in (part=3 head=4 out)",
+        "attn.c_proj": "(head=4 in) out",
+    }
+    bert = of("BertModel", "BertConfig", **sizes)
+    assert {name.rpartition(".")[2]: layout for name, layout in bert.items()} == {
+        "query": "(head=4 out) in",
+        "key": "(head=4 out) in",
+        "value": "(head=4 out) in",
+        "dense": "out (head=4 in)",
+    }
+    t5 = of("T5EncoderModel", "T5Config", num_layers=1, d_model=32, d_kv=8, num_heads=4)
+    assert {name.rpartition(".")[2]: layout for name, layout in t5.items()} == {
+        "q": "(head=4 out) in",
+        "k": "(head=4 out) in",
+        "v": "(head=4 out) in",
+        "o": "out (head=4 in)",
+    }
+    neox = of("GPTNeoXModel", "GPTNeoXConfig", **sizes)
+    assert neox["attention.query_key_value"] == "(head=4 part=3 out) in"
+    mla = of(
+        "DeepseekV3Model",
+        "DeepseekV3Config",
+        **sizes,
+        num_key_value_heads=4,
+        first_k_dense_replace=1,
+    )
+    assert mla == {
+        "self_attn.q_b_proj": "(head=4 out) in",
+        "self_attn.kv_b_proj": "(head=4 part=2 out) in",
+        "self_attn.o_proj": "out (head=4 in)",
+    }
     changes = {"new_decoder_architecture": True, "num_attention_heads": 8, "num_kv_heads": 2}
-    falcon = build("falcon", "FalconAttention", "FalconConfig", hidden_size=64, **changes)
-    assert head_axes(falcon, "query_key_value") == ("(head0=2 head1=4+1+1 out=8)", "in")
-    mlp = build("llama", "LlamaMLP", "LlamaConfig")
-    assert head_axes(mlp, "down_proj") is None
+    falcon = of("FalconModel", "FalconConfig", hidden_size=64, num_hidden_layers=1, **changes)
+    assert falcon["self_attention.query_key_value"] == "(head0=2 head1=4+1+1 out=8) in"
 
 
 # Operators compute what the model computes
@@ -727,10 +409,9 @@ ROTATIONS = {"position_embeddings": (torch.ones(1, 3, 8), torch.zeros(1, 3, 8))}
 def test_query_key_and_value_are_what_attention_receives(
     capture, model, changes, attention, path, arguments
 ):
-    config = getattr(transformers, f"{model}Config")(
-        **TINY, **changes, attn_implementation="capture"
-    )
-    model = getattr(transformers, f"{model}Model")(config).eval()
+    make, config = (getattr(transformers, f"{model}{what}") for what in ("Model", "Config"))
+    layout = layouts(make(config(**TINY, **changes)))[f"{attention}.{path}.weight"]
+    model = make(config(**TINY, **changes, attn_implementation="capture")).eval()
     owner = model.get_submodule(attention)
     projection = owner.get_submodule(path)
     if projection.bias is not None:
@@ -740,7 +421,6 @@ def test_query_key_and_value_are_what_attention_receives(
         {"attention_mask": None} if "attention_mask" in owner.forward.__code__.co_varnames else {}
     )
     owner(x, **arguments, **extra)
-    layout = layouts(model)[f"{attention}.{path}.weight"]
     expected = maps(layout, projection.weight, projection.bias, x)
     assert len(expected) == 3
     for one, received in zip(expected, capture[-1], strict=True):
@@ -749,10 +429,11 @@ def test_query_key_and_value_are_what_attention_receives(
 
 def test_query_key_and_value_of_bloom():
     config = transformers.BloomConfig(**TINY | {"n_head": 4})
-    owner = transformers.BloomModel(config).h[0].self_attention
+    model = transformers.BloomModel(config)
+    owner = model.h[0].self_attention
     x = torch.randn(1, 3, 32)
     received = owner._reshape(owner.query_key_value(x))
-    layout = Layout(f"{axes(owner)['query_key_value']} in")
+    layout = layouts(model)["h.0.self_attention.query_key_value.weight"]
     expected = maps(layout, owner.query_key_value.weight, owner.query_key_value.bias, x)
     for one, by_head in zip(expected, received, strict=True):
         torch.testing.assert_close(one, by_head.transpose(1, 2).flatten(2))
@@ -768,10 +449,11 @@ def test_query_key_and_value_of_bloom():
 )
 def test_query_key_and_value_of_falcon(changes):
     config = transformers.FalconConfig(**TINY, **changes)
-    owner = transformers.FalconModel(config).h[0].self_attention
+    model = transformers.FalconModel(config)
+    owner = model.h[0].self_attention
     x = torch.randn(1, 3, 32)
     received = owner._split_heads(owner.query_key_value(x))
-    layout = Layout(f"{axes(owner)['query_key_value']} in")
+    layout = layouts(model)["h.0.self_attention.query_key_value.weight"]
     expected = maps(layout, owner.query_key_value.weight, owner.query_key_value.bias, x)
     for one, by_head in zip(expected, received, strict=True):
         by_head = by_head.flatten(2)
@@ -788,18 +470,12 @@ def received(module):
 
 
 def test_maps_of_deepseek(capture):
-    config = transformers.DeepseekV3Config(
-        **TINY,
-        kv_lora_rank=16,
-        q_lora_rank=12,
-        qk_nope_head_dim=6,
-        qk_rope_head_dim=8,
-        v_head_dim=10,
-        rope_interleave=False,
-        attn_implementation="capture",
-    )
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 12, "qk_nope_head_dim": 6, "v_head_dim": 10}
+    changes = TINY | sizes | {"qk_rope_head_dim": 8, "rope_interleave": False}
+    config = transformers.DeepseekV3Config(**changes, attn_implementation="capture")
+    found = layouts(transformers.DeepseekV3Model(transformers.DeepseekV3Config(**changes)))
     model = transformers.DeepseekV3Model(config)
-    owner, found, x = model.layers[0].self_attn, layouts(model), torch.randn(1, 3, 32)
+    owner, x = model.layers[0].self_attn, torch.randn(1, 3, 32)
     owner(x, attention_mask=None, **ROTATIONS)
     at = "layers.0.self_attn"
     compress, matrix = found[f"{at}.kv_a_proj_with_mqa.weight"], owner.kv_a_proj_with_mqa.weight
@@ -814,18 +490,14 @@ def test_maps_of_deepseek(capture):
 
 
 def test_query_and_gate_of_qwen3_next(capture):
-    config = transformers.Qwen3NextConfig(
-        **TINY,
-        head_dim=8,
-        num_key_value_heads=2,
-        attn_implementation="capture",
-        layer_types=["full_attention"],
-    )
+    changes = TINY | {"head_dim": 8, "num_key_value_heads": 2, "layer_types": ["full_attention"]}
+    config = transformers.Qwen3NextConfig(**changes, attn_implementation="capture")
+    plain = transformers.Qwen3NextModel(transformers.Qwen3NextConfig(**changes))
     model = transformers.Qwen3NextModel(config)
     owner, x = model.layers[0].self_attn, torch.randn(1, 3, 32)
     gated = received(owner.o_proj)
     owner(x, attention_mask=None, **ROTATIONS)
-    layout = layouts(model)["layers.0.self_attn.q_proj.weight"]
+    layout = layouts(plain)["layers.0.self_attn.q_proj.weight"]
     query, gate = maps(layout, owner.q_proj.weight, None, x)
     normed = owner.q_norm(query.unflatten(-1, (4, 8))).flatten(2)
     torch.testing.assert_close(capture[-1][0], normed)
@@ -868,7 +540,7 @@ def test_gate_and_up_of_gpt_oss():
     experts = build("gpt_oss", "GptOssExperts", "GptOssConfig", num_local_experts=2, **TINY)
     experts = experts.to_empty(device="cpu")
     nn.init.normal_(experts.gate_up_proj)
-    (operators,) = Layout(stored_layout(experts, "gate_up_proj")).to_operators(experts.gate_up_proj)
+    (operators,) = classify(experts)[0].layout.to_operators(experts.gate_up_proj)
     x = torch.randn(3, 32)
     y = x @ experts.gate_up_proj[1]  # as its forward multiplies, and then divides
     torch.testing.assert_close(x @ operators[1, 0].T, y[..., ::2])

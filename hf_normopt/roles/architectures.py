@@ -35,6 +35,12 @@ class Fused:
 # What a pass does not see; a row here wins over what it does.
 FUSED: tuple[Fused, ...] = (
     Fused(
+        ".*",
+        r"(.*[._])?bbox_(head|embed)[._].*",
+        lambda _: "out",
+        "one map: coordinates of a box",
+    ),
+    Fused(
         ".*Attention.*",
         "sampling_offsets",
         lambda _: "out",

@@ -199,6 +199,12 @@ def _taken(
 def _further(model: nn.Module, name: str, first: Tensor) -> Any:
     """An argument after the first, by its name; activations like the first if it says nothing."""
     rows = first.shape[0]
+    config = getattr(model, "config", None)
+    if config is not None and name == "position_embeddings":
+        size = _rotated(config)
+        return tuple(torch.empty(rows, first.shape[1], size, device=first.device) for _ in "cs")
+    if config is not None and "mask" in name:
+        return None
     if "mask" in name:
         channels = first.ndim == 3 and any(isinstance(m, nn.Conv1d) for m in model.children())
         shape = (rows, 1, first.shape[-1]) if channels else first.shape[:2]
@@ -213,6 +219,14 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
     if keys and re.search(r"task|name|head|lang|domain|key|mode|which", name):
         return keys[0]
     return first
+
+
+def _rotated(config: Any) -> int:
+    """Size of the part of a head that a rotation of positions moves."""
+    for name in ("qk_rope_head_dim", "head_dim"):
+        if isinstance(size := getattr(config, name, None), int):
+            return size
+    return int(config.hidden_size) // int(config.num_attention_heads)
 
 
 def normalise(inputs: Any) -> Inputs:

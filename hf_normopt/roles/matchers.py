@@ -343,7 +343,7 @@ def _divided(view: View, found: Finding, heads: bool) -> Finding:
     words = str(layout).split()
     if found.role not in ("linear", "conv", "head", "bias") or "out" not in words:
         return found
-    out, into, reason = _axes(view, heads, view.head is not None)
+    out, into, reason = _axes(view, heads)
     if (out, into) == ("out", "in"):
         return found
     words = [{"out": out, "in": into}.get(word, word) for word in words]
@@ -353,11 +353,13 @@ def _divided(view: View, found: Finding, heads: bool) -> Finding:
     return replace(found, layout=divided, reason=f"{found.reason}: {reason}")
 
 
-def _axes(view: View, heads: bool, is_head: bool) -> tuple[str, str, str]:
+def _axes(view: View, heads: bool) -> tuple[str, str, str]:
     """What replaces `out` and `in` in a layout, and why."""
     matrix = view.matrix
     if heads and matrix is not None:
-        counts = {n for _, owner in view.owners[:5] for n in _counts(owner)}
+        near = [owner for _, owner in view.owners[:5]]
+        near += [child for owner in near[1:4] for child in owner.children()]  # BERT's way
+        counts = {n for owner in near for n in _counts(owner)}
         if matrix.heads is not None and any(n in counts for n, _ in matrix.sizes):
             return matrix.heads, "in", f"heads of {_where(view)}"
         size = view.seen.head_sizes.get(view.key, 0)
@@ -367,7 +369,7 @@ def _axes(view: View, heads: bool, is_head: bool) -> tuple[str, str, str]:
         row = fused_row(owner, place(path).rpartition(".")[0] if i else path)
         if row is not None:
             return row.axis(owner), "in", row.reason
-    if matrix is not None and matrix.axis != "out" and not is_head:
+    if matrix is not None and matrix.axis != "out":
         return matrix.axis, "in", f"several maps, as {_where(view)} divides them"
     return "out", "in", ""
 

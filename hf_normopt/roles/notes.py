@@ -107,6 +107,8 @@ class Shown:
 
     def numbers(self, dims: list[int], axes: list[int]) -> Tensor:
         """Numbers of the entries along some axes of the view, counted along some stored axes."""
+        if self.given is not None:
+            return self._numbers_of_copy(dims[0], axes)
         sizes = [self.view.shape[d] for d in dims]
         offsets = torch.zeros(sizes, dtype=torch.int64) + int(self.view.storage_offset())
         for k, d in enumerate(dims):
@@ -116,6 +118,16 @@ class Shown:
         for j in axes:
             result = result * self.shape[j] + offsets // stored[j] % self.shape[j]
         return result
+
+
+    def _numbers_of_copy(self, dim: int, axes: list[int]) -> Tensor:
+        """The same where whole axes were merged in another order."""
+        order = self.given[dim] if self.given is not None else ()
+        sizes = [self.shape[j] for j in axes]
+        stored = torch.arange(math.prod(sizes)).view(sizes)
+        if sorted(order) != sorted(axes) or stored.numel() != self.view.shape[dim]:
+            return stored.new_empty(0)
+        return stored.permute([axes.index(j) for j in order]).flatten()
 
 
 @dataclass(frozen=True, eq=False)

@@ -139,6 +139,8 @@ def _run(
             watch.given((args, kwargs))
             output = module(*args, **kwargs)
         watch.returned(path, output)
+        for tensor in _tensors(output):
+            watch.use(note_of(tensor))
     except Exception as error:  # foreign code raises anything
         watch.seen.failure = f"{type(error).__name__}: {error} ({_place(error)})"
     watch.finish()
@@ -393,7 +395,8 @@ class Watch(TorchDispatchMode):
         for i, output in enumerate(outputs):
             if is_real(output):
                 parts = tuple(s[i] for s in shown if s[i] is not None)
-                output._note = replace(note, shown=parts, index=indices[i])
+                index = indices[i] if output.numel() else None
+                output._note = replace(note, shown=parts, index=index)
 
     def _moved_index(
         self, func: Any, note: Note, args: Any, kwargs: Any, outputs: Any
@@ -766,7 +769,7 @@ class Watch(TorchDispatchMode):
         """Numbers of the features that a product with parameters gives, in its shape."""
         pieces: list[tuple[int, Tensor]] = []
         for shown in weight.shown:
-            if shown.how or shown.name not in layouts or shown.given is not None:
+            if shown.how or shown.name not in layouts:
                 continue
             _, outs = _layout(shown, contracted, kept)
             if not outs or (shown.start is None and shown is not source[0]):
@@ -935,7 +938,7 @@ class Watch(TorchDispatchMode):
 
     def joined(self, name: str, args: Any, kwargs: Any, result: Tensor) -> Note | None:
         """Concatenations."""
-        values = list(args[0])
+        values = [value for value in args[0] if value.numel()]
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         dim %= result.ndim
         notes = [self.noted(value) for value in values]
@@ -960,7 +963,9 @@ class Watch(TorchDispatchMode):
         if not indices:
             return None
         if name == "cat":
-            if all(is_batch(i, dim) for i in indices):  # along the sequence
+            apart = len({self._source(int(i.min())) for i in indices if i.numel()}) > 1
+            same = all(_same(essential(i), essential(indices[0])) for i in indices)
+            if (apart or same) and all(is_batch(i, dim) for i in indices):  # along the sequence
                 first = indices[0].narrow(dim, 0, 1)
                 for other in indices[1:]:
                     other = other.narrow(dim, 0, 1)
