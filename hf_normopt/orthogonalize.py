@@ -405,7 +405,9 @@ def _iterate_by_gram(x: Tensor, polynomials: tuple[Polynomial, ...], count: int)
     """The same for a batch (k, m, n) of long X: the factors q are multiplied among themselves.
 
     R ← q R q takes the place of X Xᵀ (as in the package gram-newton-schulz), and X is multiplied
-    `count` times.
+    `count` times. The last factor stands to the left, as it would on X. With rounding they do not
+    commute: to the right, what q mixes of the largest singular direction into the smallest is
+    multiplied by all that the earlier factors have made of the smallest, up to 564.
     """
     gram = torch.bmm(x, x.mT)
     length = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
@@ -425,6 +427,6 @@ def _iterate_by_gram(x: Tensor, polynomials: tuple[Polynomial, ...], count: int)
             gram = torch.bmm(factor, torch.bmm(gram, factor)) if i else gram
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
-            whole = torch.bmm(whole, factor) if i else factor
+            whole = torch.bmm(factor, whole) if i else factor
         x = _times(whole if start else whole / length, x)
     return x
