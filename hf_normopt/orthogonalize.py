@@ -289,7 +289,7 @@ def _rational(x: Tensor) -> Tensor:
 def _rational_of_one(x: Tensor) -> Tensor:
     gram = x @ x.mT
     size = torch.linalg.matrix_norm(gram)
-    if not _is_sound(size.sqrt()):
+    if not _is_sound(size):  # a sum of fourth powers
         x = over_length(x)
         gram = x @ x.mT
         size = torch.linalg.matrix_norm(gram)
