@@ -121,6 +121,8 @@ class NormOptCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Log the run's curve as `learning_rate`: the Trainer takes that of the first group."""
+        if self._optimizer is not None:
+            self._optimizer.warn_of_gradients()
         if self._curve is not None and logs is not None and "learning_rate" in logs:
             rate = self._curve(max(0, lr_scheduler.last_epoch - 1))
             for row in (logs, *state.log_history[-1:]):

@@ -14,7 +14,7 @@ Momenta are kept in the group's `momentum_dtype`, and weights in 16 bits are wri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from .graph import canonical_name
 from .layouts import Layout, usual_layout
 from .precision import (
     BLOCK,
+    entry_noise,
     is_low,
     new_compensation,
     new_momentum,
@@ -35,7 +37,16 @@ from .precision import (
     write_inplace,
 )
 from .rules import SCALES, Rule, bias_correction
-from .sharding import copies_of, divided_among, gathered, local, placed_like, sharded_like
+from .sharding import (
+    copies_of,
+    divided_among,
+    gathered,
+    local,
+    placed_as_its_parameter,
+    placed_like,
+    places,
+    sharded_like,
+)
 
 SMALL = 2**16  # entries: tensors of one shape up to this size move together, [`PART`] at a time
 PART = 2**18  # entries of a part of a large tensor
@@ -59,6 +70,10 @@ class Move:
     rows: tuple[Tensor, Tensor] | None = None  # the param is a copy of these rows of a parameter
     copies: ProcessGroup | None = None  # ranks that hold the same, and may share the work
     shards: tuple[ProcessGroup, ...] = ()  # ranks that hold the other shards, if it is of a shard
+    names: list[str] = field(default_factory=list)
+    whole: Tensor | None = None  # the parameter, if the param is a shard of it or some of its rows
+    at: slice = field(default_factory=lambda: slice(None))  # which rows of the shard
+    sums: dict[torch.device, Tensor] = field(default_factory=dict)  # see `note_inplace`
     smooth: Tensor = field(init=False)
     direction: Tensor = field(init=False)
 
@@ -77,10 +92,10 @@ class Move:
         if self.alone:
             yield self
             return
-        for i, (p, gradient, state) in enumerate(
-            zip(self.params, self.gradients, self.states, strict=True)
+        for i, (p, gradient, state, name) in enumerate(
+            zip(self.params, self.gradients, self.states, self.names, strict=True)
         ):
-            one = replace(self, params=[p], gradients=[gradient], states=[state])
+            one = replace(self, params=[p], gradients=[gradient], states=[state], names=[name])
             if hasattr(self, "smooth"):
                 one.smooth, one.direction = self.smooth[i], self.direction[i]
             yield one
@@ -105,6 +120,7 @@ class Move:
             states=[state],
             copies=copies_of(self.param),
             shards=divided_among(self.param),
+            whole=self.param,
         )
 
     @property
@@ -119,13 +135,16 @@ class Move:
 
     @property
     def grad(self) -> Tensor:
-        """The gradient, dense and in the dtype of the arithmetic."""
-        return _dense(self.gradients[0]).to(state_dtype(self.param))
+        """The gradient, dense, finite, and in the dtype of the arithmetic."""
+        gradient = _dense(self.gradients[0]).to(state_dtype(self.param))
+        return gradient.nan_to_num(0.0, 0.0, 0.0)
 
     def dual(self, tensor: Tensor | None = None) -> Tensor:
         """Scale · multiplier · dual norm: a part of the network's dual norm (Prop. 7)."""
         if tensor is None:  # what the direction was made of: ⟨M, lmo(M)⟩
             return (self.smooth * self.direction).sum() * self.group["multiplier"]
+        if not tensor.numel():  # a shard of no rows
+            return tensor.new_zeros(())
         if self.rule.entrywise:
             return self.dual_of(tensor.reshape(1, -1))
         return torch.stack([self.dual_of(o) for o in self.layout.to_operators(tensor)]).sum()
@@ -146,6 +165,7 @@ def moves_of(
     rule: Rule,
     states: Mapping[Tensor, dict[str, Any]],
     copies: ProcessGroup | None = None,
+    sums: dict[torch.device, Tensor] | None = None,
 ) -> Iterator[Move]:
     """The moves of a group's parameters that have a gradient: small ones of one shape together.
 
@@ -154,18 +174,21 @@ def moves_of(
         rule: of the group.
         states: of the optimizer.
         copies: the ranks that hold the same parameters; a `DTensor` knows its own.
+        sums: of the optimizer, see `note_inplace`.
     """
+    own: dict[str, Any] = {"sums": {} if sums is None else sums}
     alike: dict[Any, list[Tensor]] = {}
     layouts = group["layouts"]
     if rule.of_entries or is_flat(group):
         layouts = [_vector(p.ndim) for p in group["params"]]
+    names = dict(zip(group["params"], _names(group), strict=True))
     for p, layout in zip(group["params"], layouts, strict=True):
         if p.grad is None or p.numel() == 0:
             continue
-        if isinstance(p, DTensor):
-            yield Move([p], [p.grad], [states[p]], group, rule, _layout(layout))
-        elif p.numel() > SMALL:
-            yield Move([p], [p.grad], [states[p]], group, rule, _layout(layout), copies=copies)
+        own["names"], own["copies"] = [names[p]], None if isinstance(p, DTensor) else copies
+        if isinstance(p, DTensor) or p.numel() > SMALL:
+            gradient = placed_as_its_parameter(p.grad, p)
+            yield Move([p], [gradient], [states[p]], group, rule, _layout(layout), **own)
         else:
             alike.setdefault((layout, p.shape, p.dtype, p.device), []).append(p)
     for (layout, *_), params in alike.items():
@@ -174,7 +197,15 @@ def moves_of(
             some = params[i : i + count]
             gradients = [p.grad for p in some if p.grad is not None]
             kept = [states[p] for p in some]
-            yield Move(some, gradients, kept, group, rule, _layout(layout), copies=copies)
+            own["names"], own["copies"] = [names[p] for p in some], copies
+            yield Move(some, gradients, kept, group, rule, _layout(layout), **own)
+
+
+def _names(group: Mapping[str, Any]) -> list[str]:
+    """The parameters' names, as every wrapper and number of ranks has them."""
+    if is_flat(group):
+        return [f"{group['label']} {i}" for i in range(len(group["params"]))]
+    return [canonical_name(name) for name in group["param_names"]]
 
 
 def is_flat(group: Mapping[str, Any]) -> bool:
@@ -219,7 +250,9 @@ def parts(move: Move) -> Iterator[Move]:
     for i in range(0, len(p), count):
         at = slice(i, min(i + count, len(p)))
         state = {key: value[at] for key, value in whole.items()}
-        yield replace(move, params=[p[at]], gradients=[gradient[at]], states=[state])
+        part = replace(move, params=[p[at]], gradients=[gradient[at]], states=[state], at=at)
+        part.whole = p if move.whole is None else move.whole
+        yield part
 
 
 def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) -> None:
@@ -236,6 +269,9 @@ def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) ->
         return
     smooth, grad = smooth_inplace(move, weight)
     move.smooth = gathered(smooth)
+    if not move.smooth.numel() and rule.statistic is None:  # norms take no maximum of nothing
+        move.direction = torch.empty_like(move.smooth)
+        return
     if rule.entrywise and rule.statistic is None:
         row = move.smooth.reshape(1, -1)
         move.direction = rule.norm.lmo(row, move.scale((1, 1))).reshape(move.smooth.shape)
@@ -255,19 +291,40 @@ def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) ->
 
 
 def smooth_inplace(move: Move, weight: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Advance the momenta; return what the norm receives, and the weighted gradient."""
+    """Advance the momenta; return what the norm receives, and the weighted gradient.
+
+    Entries of the gradient that are NaN or infinite count as 0, and are noted.
+    """
     gradients = [_dense(gradient) for gradient in move.gradients]
     grad = (gradients[0] if move.alone else torch.stack(gradients)).to(state_dtype(move.param))
+    is_finite = note_inplace(move.sums, grad)
     if not (isinstance(weight, float) and weight == 1):
         grad = grad * weight
+    if not is_finite:
+        is_own = grad is not gradients[0]
+        grad = (torch.nan_to_num_ if is_own else torch.nan_to_num)(grad, 0.0, 0.0, 0.0)
     is_overwritten = move.rule.statistic is not None and not move.alone  # and needed as it is
     return _momenta_inplace(move, grad.clone() if is_overwritten else grad), grad
 
 
-def apply_inplace(
-    move: Move, eta: Tensor | float, noise: Callable[[torch.device], torch.Generator]
-) -> None:
-    """Move the parameters, and let go of the directions."""
+def note_inplace(sums: dict[torch.device, Tensor], grad: Tensor) -> bool:
+    """Note for each device whether a gradient had an entry that is NaN or infinite.
+
+    The note is 0 times the sum of all gradients: NaN if there was one. It stays where it is, as a
+    CUDA graph needs it.
+
+    Returns:
+        Whether this one is known to be finite: only CPUs are asked, which nobody has to wait for.
+    """
+    total = local(grad).sum()
+    if total.device not in sums:
+        sums[total.device] = torch.zeros((), dtype=torch.float32, device=total.device)
+    sums[total.device].add_(total, alpha=0)
+    return total.is_cpu and math.isfinite(total)
+
+
+def apply_inplace(move: Move, eta: Tensor | float, steps: int) -> None:
+    """Move the parameters, and let go of the directions; `steps` is the number of this step."""
     group, params = move.group, move.params
     step = group["lr"] * eta
     step = step.reshape(()) if isinstance(step, Tensor) else step
@@ -280,8 +337,8 @@ def apply_inplace(
         for i, p in enumerate(params):
             update = direction if move.alone else direction[i]
             state = kept(move, i)
-            generator = noise(p.device) if group["rounding"] == "stochastic" else None
-            write_inplace(p, update, rate, 1 - step * decay, group["rounding"], state, generator)
+            noise = _noise(move, i, steps) if group["rounding"] == "stochastic" else None
+            write_inplace(p, update, rate, 1 - step * decay, group["rounding"], state, noise)
     elif decay and not isinstance(step, Tensor):  # towards -multiplier / decay · direction
         goals = direction.mul_(-group["multiplier"] / decay)
         torch._foreach_lerp_(params, [goals] if move.alone else goals.unbind(), step * decay)
@@ -293,6 +350,15 @@ def apply_inplace(
     if move.rows is not None:
         parameter, rows = move.rows
         parameter.index_copy_(0, rows, move.param)
+
+
+def _noise(move: Move, i: int, steps: int) -> Tensor:
+    """What rounding adds to the i-th parameter; each entry's own, whoever else holds it."""
+    whole = move.params[i] if move.whole is None else move.whole
+    axes = places(whole)
+    if axes:
+        axes[0] = axes[0][move.at]
+    return entry_noise(f"{steps} {move.names[i]}", axes, whole.shape)
 
 
 def _dense(gradient: Tensor) -> Tensor:

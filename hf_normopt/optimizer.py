@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,12 +26,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from .agreement import Facts, Own, agree, average_inplace
-from .checkpoints import ON_MISMATCH, describe, matched, some
+from .checkpoints import ON_MISMATCH, described, matched, some
 from .exchange import directed_inplace, dual_norms
 from .graph import canonical_name
 from .layouts import Layout, usual_layout
 from .moves import Move, apply_inplace, is_flat, moves_of
-from .precision import check_precision, is_low, loaded_compensation, loaded_momentum, state_dtype
+from .precision import (
+    check_precision,
+    is_low,
+    loaded_compensation,
+    loaded_momentum,
+    packed,
+    state_dtype,
+    unpacked,
+)
 from .roles import ROLES, ParamSpec
 from .rules import Policy, Rule, check_total, policy_key
 from .sharding import (
@@ -89,6 +99,7 @@ class NormOpt(torch.optim.Optimizer):
     origin: Mapping[str, Any] = {}
     observer: Callable[[Move, Tensor | float], None] | None = None
     replicas: ProcessGroup | None = None
+    _sums: dict[torch.device, Tensor] | None = None  # of gradients, see `note_inplace`
     _fixed: tuple[list[int], Facts] | None = None  # what ranks must have the same, and its key
     _wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
     _is_apart: bool = False  # whether replicas were found to train by themselves
@@ -141,7 +152,7 @@ class NormOpt(torch.optim.Optimizer):
             for i, p in enumerate(params)
         ]
         names = [canonical_name(name) for name in taken] + [canonical_name(n) for n, _ in pairs]
-        twice = {name for name in names if names.count(name) > 1}
+        twice = {name for name, count in Counter(names).items() if count > 1}
         if twice:
             raise ValueError(
                 f"Two parameters are named {some(twice)}. Checkpoints match parameters "
@@ -161,13 +172,15 @@ class NormOpt(torch.optim.Optimizer):
             raise ValueError(
                 f"Group {group['role']!r}: {len(pairs)} parameters, {len(layouts)} layouts."
             )
-        for shape, layout in zip(shapes, layouts, strict=True):  # complain now, not at the step
-            Layout(str(layout)).to_operators(torch.empty(shape, device="meta"))
+        by_name = [str(layout) for layout in layouts]
+        for shape, layout in dict.fromkeys(zip(shapes, by_name, strict=True)):
+            # complain now, not at the step
+            Layout(layout).to_operators(torch.empty(shape, device="meta"))
         group |= {
             "params": pairs,
             "param_names": [name for name, _ in pairs],  # torch leaves it out of an empty group
             "param_shapes": shapes,
-            "layouts": [str(layout) for layout in layouts],
+            "layouts": by_name,
             "rule": str(rule) if self.step_size == Fixed() else f"{rule}; {self.step_size}",
             "multiplier": rule.multiplier,
             "schedule": rule.schedule,
@@ -212,7 +225,7 @@ class NormOpt(torch.optim.Optimizer):
 
         self._agree()
         self._count_inplace()
-        self._noises: dict[torch.device, torch.Generator] = {}
+        self._sums = self._sums or {}
         groups = self.param_groups
         for scope in [[group] for group in groups] if self.step_size.per_role else [groups]:
             self._step_inplace(scope)
@@ -224,7 +237,7 @@ class NormOpt(torch.optim.Optimizer):
         moves = [
             move
             for group in groups
-            for move in moves_of(group, self.rule_of(group), self.state, self._ranks)
+            for move in moves_of(group, self.rule_of(group), self.state, self._ranks, self._sums)
         ]
         eta = weight = size.weight(memory)
         if size.needs_directions:
@@ -240,7 +253,7 @@ class NormOpt(torch.optim.Optimizer):
                 for whole in (one.of_whole() for one in move.each()):
                     if self.observer is not None:  # else another rank's
                         self.observer(whole, eta)
-            apply_inplace(move, eta, self._noise)
+            apply_inplace(move, eta, self.steps)
 
     def _eta(
         self, moves: list[Move], weight: Tensor | float, memory: dict[str, Any]
@@ -387,22 +400,27 @@ class NormOpt(torch.optim.Optimizer):
             }
         return facts
 
-    def _noise(self, device: torch.device) -> torch.Generator:
-        """What a rounding draws from: the same in every process, and when a run is resumed."""
-        if device not in self._noises:
-            self._noises[device] = torch.Generator(device).manual_seed(self.steps)
-        return self._noises[device]
-
     def _count_inplace(self) -> None:
-        """Count the step, unless it is torch's rehearsal that creates the state: all is 0."""
+        """Count the step, unless it is torch's rehearsal that creates the state."""
         rates = [group["lr"] for group in self.param_groups]
-        # A rehearsal's rates are no tensors of another device, which is not asked.
+        # A rehearsal's rates are 0, and no tensors of another device, which is not asked.
         moves = any((isinstance(rate, Tensor) and not rate.is_cpu) or rate for rate in rates)
-        if moves or any(
-            p.grad is not None and p.grad.any() for g in self.param_groups for p in g["params"]
-        ):
+        if moves or not _is_rehearsal():
             for group in self.param_groups:
                 group["steps"] += bool(group["params"])  # ZeRO 3 takes them away and back
+
+    def warn_of_gradients(self) -> None:
+        """Warn if gradients had entries that are NaN or infinite since this was last called.
+
+        It waits for the device. The Trainer calls it when it logs; `state_dict` does too.
+        """
+        notes = list((self._sums or {}).values())
+        if any(bool(note.isnan()) for note in notes):
+            logger.warning(
+                "Some gradients had entries that are NaN or infinite since this was last looked "
+                "at. They counted as 0. If it goes on, the loss or a weight is not finite."
+            )
+            torch._foreach_zero_(notes)
 
     @property
     def steps(self) -> int:
@@ -451,15 +469,23 @@ class NormOpt(torch.optim.Optimizer):
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, with a description of it by which a load checks that it is whole."""
+        """The state, with a description of it by which a load checks that it is what was saved."""
+        self.warn_of_gradients()
         state_dict = super().state_dict()
         if any(map(is_flat, self.param_groups)):  # which have no names
             return state_dict
+        texts = described(state_dict["state"])
         for group in state_dict["param_groups"]:
             group["state_texts"] = {
-                name: describe(state_dict["state"], number)
+                name: texts.get(number, "no state")
                 for name, number in zip(group["param_names"], group["params"], strict=True)
             }
+        state = state_dict["state"]
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        state_dict["state"] = {
+            i: packed(state.get(i, {}), p, group["momentum_dtype"])
+            for i, (p, group) in enumerate(pairs)
+        }
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -467,9 +493,13 @@ class NormOpt(torch.optim.Optimizer):
 
         Raises:
             ValueError: if the checkpoint is another optimizer's, misses, adds or reshapes
-                parameters, was made under other rules, or is not whole; nothing is changed then.
+                parameters, was made under other rules, or is not what was saved; nothing is changed
+                then.
                 Under `on_mismatch="reset"` these parameters start without state instead.
         """
+        if "state" in state_dict:
+            states = {number: unpacked(one) for number, one in state_dict["state"].items()}
+            state_dict = {**state_dict, "state": {i: one for i, one in states.items() if one}}
         if any(map(is_flat, self.param_groups)):  # DeepSpeed's business, but for the rules
             found, own = (
                 [g.get("rule") for g in gs]
@@ -478,7 +508,9 @@ class NormOpt(torch.optim.Optimizer):
             if found != own:
                 raise ValueError(f"The checkpoint was made under the rules {found}, not {own}.")
         else:
-            state_dict, self.complaints = matched(state_dict, self.param_groups, self.on_mismatch)
+            state_dict, self.complaints = matched(
+                state_dict, self.param_groups, self.on_mismatch, self.step_size.per_role
+            )
         self._fixed = None
         super().load_state_dict(state_dict)
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
@@ -493,9 +525,12 @@ class NormOpt(torch.optim.Optimizer):
                         self.state[p][key] = loaded_compensation(value, p)
                 elif key != "step" and isinstance(value, Tensor):
                     self.state[p][key] = value.to(p.device, state_dtype(p), copy=True)
+        if self.complaints:
+            for group in self.param_groups:
+                self.step_size.restart_inplace(group["memory"], self.state.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")  # and no generators
+        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __repr__(self) -> str:
@@ -519,6 +554,20 @@ class NormOpt(torch.optim.Optimizer):
             f"{format_table(header, rows)}\nother: {names}. hf-normopt inspect --why tells why; "
             'optim_args="roles=ROLE:REGEX" corrects.'
         )
+
+
+def _is_rehearsal() -> bool:
+    """Whether torch's checkpoint code calls step() to have the state made: gradients, rates are 0.
+
+    So is the first step of a warm-up at a rate of 0, to whoever does not ask the device for the
+    gradients.
+    """
+    frame = sys._getframe()
+    while frame.f_code.co_name != "_init_optim_state":
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return True
 
 
 class FirstForward:

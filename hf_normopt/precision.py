@@ -5,24 +5,28 @@ All arithmetic is in float32 at least; here is what is kept of its results.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from .sharding import local, placed_like
+from .sharding import local, parts_are_multiples, placed_like, sharded_axes
 
 logger = logging.getLogger(__name__)
 warn_once = cache(logger.warning)
 
 MOMENTUM_DTYPES = ("float32", "bfloat16", "8bit")
-"""8bit: blocks of [`BLOCK`] entries with a scale each (Dettmers et al. 2022, arXiv 2110.02861), by
-torchao. What is smaller than 4096 entries, or no whole number of blocks, is in float32."""
+"""8bit: blocks of up to [`BLOCK`] entries with a scale each (Dettmers et al. 2022, arXiv
+2110.02861), by torchao. `block_of` says which momenta stay in float32."""
 
 BLOCK = 256
+LEAST_BLOCK = 16  # 1.25 bytes an entry
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 """How weights in 16 bits take a step. A step below half of a weight's last bit is lost to "nearest"
@@ -84,12 +88,34 @@ def _state_8bit() -> Any:
     return OptimState8bit
 
 
+def block_of(p: Tensor) -> int:
+    """How many entries of a momentum in 8 bits share a scale; 0 if it stays in float32.
+
+    A block lies within a row, which FSDP2 does not cut, so that the blocks are those of one process
+    on any number of ranks. In float32 stays what is smaller than 4096 entries, has rows that give
+    no block of [`LEAST_BLOCK`] entries, or is cut along another axis through a block.
+    """
+    row = math.prod(p.shape[1:] or p.shape)  # of the shape alone: p[0] would gather a DTensor
+    block = math.gcd(BLOCK, row)
+    if p.numel() < 4096 or block < LEAST_BLOCK:
+        return 0
+    if not isinstance(p, DTensor):
+        return block
+    axes, last = sharded_axes(p), p.ndim - 1
+    if axes is None:
+        return 0
+    cuts_rows = any(axis > 0 or p.ndim == 1 for axis in axes)
+    is_cut = last in axes and not parts_are_multiples(p, last, block)
+    return 0 if cuts_rows and (p.shape[last] % block or is_cut) else block
+
+
 def new_momentum(p: Tensor, momentum_dtype: str) -> Tensor:
     """Zeros of the shape of p."""
     shard = local(p)
-    if momentum_dtype == "8bit" and shard.numel() >= 4096 and shard.numel() % BLOCK == 0:
+    block = block_of(p) if momentum_dtype == "8bit" and shard.numel() else 0
+    if block:
         zeros = _state_8bit().zeros(
-            shard.shape, block_size=BLOCK, device=shard.device, dtype=state_dtype(p)
+            shard.shape, block_size=block, device=shard.device, dtype=state_dtype(p)
         )
         return placed_like(zeros, p)
     dtype = torch.bfloat16 if momentum_dtype == "bfloat16" else state_dtype(p)
@@ -106,6 +132,7 @@ def loaded_momentum(saved: Tensor, p: Tensor, momentum_dtype: str) -> Tensor:
     momentum = new_momentum(p, momentum_dtype)
     own, other = local(momentum), local(saved)
     is_same = type(own) is type(other)
+    is_same = is_same and getattr(own, "block_size", 0) == getattr(other, "block_size", 0)
     own.copy_(other if is_same else local(widened(saved, state_dtype(p))).to(own.device))
     return momentum
 
@@ -127,6 +154,54 @@ def loaded_compensation(saved: Tensor, p: Tensor) -> Tensor:
     return compensation
 
 
+def packed(state: Mapping[str, Any], p: Tensor, momentum_dtype: str) -> dict[str, Any]:
+    """A parameter's state as checkpoints hold it: in types that ranks can send to each other.
+
+    * 8 bits: codes and scales, as two tensors that are placed as the parameter is;
+    * a compensation in int16: the same bits as bfloat16, since neither gloo nor NCCL sends int16;
+    * nothing: a mark, since `torch.distributed.checkpoint` loads no empty state.
+    """
+    made = dict(state)
+    momentum = made.get("momentum_buffer")
+    block = block_of(p) if momentum_dtype == "8bit" and momentum is not None else 0
+    if momentum is not None and block:
+        kept: Any = local(momentum)
+        last = p.shape[-1]
+        is_empty = not kept.numel()
+        own, whole = (
+            (*s[:-1], last // block) if last % block == 0 else (s[0], math.prod(s[1:]) // block)
+            for s in (kept.shape, p.shape)
+        )
+        if is_empty or hasattr(kept, "codes"):
+            codes = kept.to(torch.uint8) if is_empty else kept.codes
+            scale = kept.new_zeros(own) if is_empty else kept.scale.to(kept.dtype).reshape(own)
+            del made["momentum_buffer"]
+            made["momentum_codes"] = placed_like(codes, p)
+            made["momentum_scale"] = placed_like(scale, p, whole)
+    compensation = made.get("compensation")
+    if compensation is not None and compensation.dtype == torch.int16:
+        made["compensation"] = placed_like(local(compensation).view(torch.bfloat16), p)
+    return made or {"stateless": torch.zeros(1, device=local(p).device)}
+
+
+def unpacked(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What `packed` has packed; all else as it is."""
+    made = {key: value for key, value in state.items() if key != "stateless"}
+    if "momentum_codes" in made and "momentum_scale" in made:
+        codes, scale = made.pop("momentum_codes"), made.pop("momentum_scale")
+        own, scales = local(codes), local(scale)
+        kept = own.to(scale.dtype)
+        if own.numel():
+            cls = _state_8bit()
+            qmap = cls.zeros((1,), block_size=1, device=own.device).qmap
+            kept = cls(own, scales.flatten().float(), qmap, True, dtype=scale.dtype)
+        made["momentum_buffer"] = placed_like(kept, codes)
+    compensation = made.get("compensation")
+    if isinstance(compensation, Tensor) and compensation.dtype == torch.bfloat16:
+        made["compensation"] = placed_like(local(compensation).view(torch.int16), compensation)
+    return made
+
+
 def widened(momentum: Tensor, dtype: torch.dtype) -> Tensor:
     """A momentum in full precision."""
     kept = local(momentum)
@@ -142,9 +217,12 @@ def write_inplace(
     kept: Tensor | float,
     rounding: str,
     state: Mapping[str, Tensor],
-    noise: torch.Generator | None,
+    noise: Tensor | None,
 ) -> None:
-    """P ← kept · p - rate · update in float32, rounded to the 16 bits of p."""
+    """P ← kept · p - rate · update in float32, rounded to the 16 bits of p.
+
+    `noise` is what "stochastic" needs, from `entry_noise`.
+    """
     p, update = local(p), local(update)
     compensation = local(state["compensation"]) if rounding == "kahan" else None
     if compensation is None:
@@ -160,7 +238,7 @@ def write_inplace(
         rounded = upper.to(torch.int16).view(torch.bfloat16)
         p.copy_(torch.where(exact.isnan(), torch.nan, rounded))
         return
-    rounded = _stochastic(exact, noise) if rounding == "stochastic" else exact.to(p.dtype)
+    rounded = exact.to(p.dtype) if noise is None else _stochastic(exact, noise)
     if compensation is not None:
         compensation.copy_(exact - rounded)
     p.copy_(rounded)
@@ -173,9 +251,34 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int16).to(torch.int32)
 
 
-def _stochastic(exact: Tensor, noise: torch.Generator | None) -> Tensor:
+def entry_noise(text: str, axes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """16 random bits for each entry: a hash of a text and of the entry's place in the parameter.
+
+    So they are the same for every replica, in every shard and order, and when a run is resumed.
+    The hash is lowbias32 (Wellons 2018, github.com/skeeto/hash-prospector), with the text in both
+    of its rounds.
+
+    Args:
+        text: names the draw.
+        axes: along each axis, the numbers of the entries that are wanted.
+        shape: of the whole parameter.
+    """
+    bits = torch.zeros((), dtype=torch.int32, device=axes[0].device if axes else None)
+    for numbers, length in zip(axes, shape, strict=True):
+        bits = bits.unsqueeze(-1) * length + numbers.to(torch.int32)
+    digest = hashlib.sha256(text.encode()).digest()
+    for i, (shift, factor) in enumerate(((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)))):
+        bits = bits ^ int.from_bytes(digest[4 * i : 4 * i + 4], "big", signed=True)
+        bits = (bits ^ _shifted(bits, shift)) * factor
+    return _shifted(bits, 16)
+
+
+def _shifted(bits: Tensor, places: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    return (bits >> places) & ((1 << (32 - places)) - 1)
+
+
+def _stochastic(exact: Tensor, noise: Tensor) -> Tensor:
     """To bfloat16, the upper half of a float32's bits, by adding noise to the lower half."""
-    bits = _bits(exact)
-    random = torch.randint(1 << 16, bits.shape, generator=noise, device=bits.device)
-    rounded = ((bits + random.to(torch.int32)) & -(1 << 16)).view(torch.float32)
+    rounded = ((_bits(exact) + noise.to(exact.device)) & -(1 << 16)).view(torch.float32)
     return torch.where(exact.isnan(), exact, rounded).to(torch.bfloat16)

@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 NEEDS_WHOLE_MATRICES = (
@@ -35,18 +36,55 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def placed_as_its_parameter(gradient: Tensor, p: Tensor) -> Tensor:
+    """A gradient in its parameter's placements; what is `Partial` is added up over its ranks."""
+    if not isinstance(p, DTensor):
+        return gradient
+    if not isinstance(gradient, DTensor) or gradient.device_mesh != p.device_mesh:
+        return sharded_like(gathered(gradient), p)
+    if gradient.placements == p.placements:
+        return gradient
+    return gradient.redistribute(p.device_mesh, p.placements)
+
+
+def places(p: Tensor) -> list[Tensor]:
+    """Along each axis of a parameter, the numbers of what this rank holds."""
+    axes = [torch.arange(length, device=p.device) for length in p.shape]
+    for axis in set((sharded_axes(p) if isinstance(p, DTensor) else None) or ()):
+        assert isinstance(p, DTensor)
+        placements = [_of_a_vector(placement, axis) for placement in p.placements]
+        numbers = distribute_tensor(axes[axis], p.device_mesh, placements, src_data_rank=None)
+        axes[axis] = local(numbers)
+    return axes
+
+
+def _of_a_vector(placement: Any, axis: int) -> Placement:
+    """A placement of one axis alone."""
+    if getattr(placement, "dim", None) != axis:
+        return Replicate()
+    if isinstance(placement, Shard):
+        return Shard(0)
+    return type(placement)(0, split_factor=placement.split_factor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def placed_like(shard: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds as its part of a tensor that is placed as `like` is."""
+def placed_like(shard: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """What this rank holds as its part of a tensor that is placed as `like` is.
+
+    Args:
+        shard: this rank's part.
+        like: a tensor with the placements, and the shape and strides if there is no `shape`.
+        shape: of the whole tensor.
+    """
     if not isinstance(like, DTensor):
         return shard
-    return DTensor.from_local(
-        shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-    )
+    whole = like.shape if shape is None else torch.Size(shape)
+    stride = like.stride() if shape is None else torch.empty(whole, device="meta").stride()
+    return DTensor.from_local(shard, like.device_mesh, like.placements, shape=whole, stride=stride)
 
 
 def sharded_axes(p: DTensor) -> list[int] | None:
@@ -86,6 +124,17 @@ def number_of_parts(p: Tensor) -> int:
 def copies_of(p: Tensor) -> ProcessGroup | None:
     """The ranks that hold the same part of a parameter as this one, along one mesh axis (HSDP)."""
     return next(iter(_along_axes(p, is_replicated=True)), None)
+
+
+def parts_are_multiples(p: DTensor, axis: int, size: int) -> bool:
+    """Whether an axis is divided, if at all, between whole groups of so many entries."""
+    length = p.shape[axis]
+    for i, placement in enumerate(p.placements):
+        if getattr(placement, "dim", None) == axis:
+            length = math.ceil(length / p.device_mesh.size(i))
+            if length % size:
+                return False
+    return p.shape[axis] % size == 0
 
 
 def _along_axes(p: Tensor, is_replicated: bool) -> tuple[ProcessGroup, ...]:

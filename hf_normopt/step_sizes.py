@@ -14,6 +14,7 @@ and ranks, and `advance_inplace` makes of these the next η. Nothing waits for t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -79,6 +80,9 @@ class StepSize:
             sums: of what was observed, over all parameters and ranks.
         """
         raise NotImplementedError
+
+    def restart_inplace(self, memory: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
+        """Forget what was added up over parameters that are others now; η goes on."""
 
 
 @dataclass(frozen=True)
@@ -202,9 +206,16 @@ class EscapeVelocity(StepSize):
         if self.rule == "cosine":
             new = eta * (1 + cosine)
         else:
-            new = torch.where(dual > 0, numerator / dual, 0)
+            new = torch.where(dual > 0, numerator / dual, eta)  # no gradient says nothing
         memory["eta"] = new.clamp_min(self.start) if self.decrease else torch.maximum(eta, new)
         return eta if self.variant == "delayed" else memory["eta"]
+
+    def restart_inplace(self, memory: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
+        """Forget r and s, which are not of the same parameters any more."""
+        for key in memory.keys() - {"eta"}:
+            del memory[key]
+        for state in states:
+            state.pop("gradient_sum", None)
 
 
 def _every(tensor: Tensor, stride: int) -> Tensor:

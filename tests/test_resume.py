@@ -250,6 +250,15 @@ TAMPERED = {
     "a buffer has another type": lambda state: state["state"][0].update(
         momentum_buffer=state["state"][0]["momentum_buffer"].long()
     ),
+    "zeros": lambda state: state["state"][0]["momentum_buffer"].zero_(),
+    "NaN": lambda state: state["state"][0]["momentum_buffer"].fill_(torch.nan),
+    "one entry": lambda state: state["state"][0]["momentum_buffer"][2, 3].neg_(),
+    "two rows have changed places": lambda state: state["state"][0].update(
+        momentum_buffer=state["state"][0]["momentum_buffer"].roll(1, 0)
+    ),
+    "two states have changed places": lambda state: state["state"].update(
+        {0: state["state"][1], 1: state["state"][0]}
+    ),
 }
 
 
@@ -261,6 +270,67 @@ def test_a_state_that_is_not_what_was_saved_is_refused_or_reset(case, checkpoint
         trained(tmp_path, resume=folder)
     resumed = trained(tmp_path, resume=folder, optim_args="on_mismatch=reset")
     assert "is not what was saved" in inner(resumed).resets[0]
+
+
+KEPT = {
+    "float32": {},
+    "statistics": {"preset": "adam"},
+    "bfloat16": {"momentum_dtype": "bfloat16", "rounding": "kahan"},
+    "8bit": {"momentum_dtype": "8bit", "rounding": "kahan"},
+    "sums": {"lr": 1.0, "preset": "prodigy"},
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_every_kind_of_state_has_a_checksum(kind, tmp_path):
+    def made():
+        model = torch.nn.Sequential(torch.nn.Linear(64, 80), torch.nn.Linear(80, 64))
+        model = model.bfloat16() if "rounding" in KEPT[kind] else model
+        return model, create_normopt_optimizer(model, **{"lr": 1e-2, **KEPT[kind]})
+
+    model, optimizer = made()
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    read = lambda: torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    made()[1].load_state_dict(read())
+    keys = {key for state in read()["state"].values() for key in state}
+    for key in keys:
+        state = read()
+        value = next(its[key] for its in state["state"].values() if key in its)
+        value.view(-1).view(torch.uint8)[0] ^= 1
+        with pytest.raises(ValueError, match="is not what was saved"):
+            made()[1].load_state_dict(state)
+
+
+def test_reset_carries_the_step_size_over_whatever_was_frozen(caplog):
+    """Its memory is in the first group, which may be another one after a freeze."""
+
+    def made(first):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.LayerNorm(6))
+        model[0].requires_grad_(first)
+        return model, create_normopt_optimizer(
+            model, lr=1.0, preset="prodigy", weight_decay=0.0, on_mismatch="reset"
+        )
+
+    model, optimizer = made(True)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (model(torch.ones(3, 6)) - 1).square().sum().backward()
+        optimizer.step()
+    eta = optimizer.param_groups[0]["memory"]["eta"]
+    assert eta > 2e-6
+    for first in (True, False):
+        other, resumed = made(first)
+        resumed.load_state_dict(optimizer.state_dict())
+        assert resumed.param_groups[0]["memory"]["eta"] == eta
+        assert ("eta" in caplog.text) == (not first)
+        (other(torch.ones(3, 6)) - 1).square().sum().backward()
+        resumed.step()
+        assert resumed.param_groups[0]["memory"]["eta"] >= eta
 
 
 def test_a_multiplier_in_the_checkpoint_has_no_effect(checkpoint, tmp_path):
