@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from .arguments import optimizer_name, run_schedule, scheduler_name
 from .callback import NormOptCallback, innermost, unwrapped, warn_of_deepspeed
-from .door import optimizer_class
+from .door import optimizer_class, warn_of_decay_names
 from .model_card import say_optimizer, update_model_card
 from .optimizer import NormOpt
 from .presets import create_normopt_optimizer, optimizer_names
@@ -109,7 +109,8 @@ def register() -> None:
 
     It adds names and takes none away, and does nothing the second time. Each preset is a name of
     its own, such as `normopt_muon`. Every trainer gets [`NormOptCallback`] and [`NormTelemetry`],
-    which do nothing for other optimizers, and `Trainer.create_model_card` adds what NormOpt did.
+    which do nothing for other optimizers; `Trainer.create_model_card` adds what NormOpt did, and
+    `Trainer.create_optimizer` says what does not reach a [`NormOptFactory`].
 
     Raises:
         ImportError: if transformers has no registry of optimizers.
@@ -126,6 +127,7 @@ def register() -> None:
             _add_member(OptimizerNames, name)
         _OPTIMIZER_HANDLERS.setdefault(OptimizerNames(name), _handler)
     _make_cards_true()
+    _watch_factories()
     callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     callbacks += [c for c in (NormOptCallback, NormTelemetry) if c not in callbacks]
 
@@ -144,6 +146,24 @@ def _make_cards_true() -> None:
 
     create_model_card.says_normopt = True  # type: ignore[attr-defined]
     Trainer.create_model_card = create_model_card  # type: ignore[method-assign]
+
+
+def _watch_factories() -> None:
+    """Let a Trainer say what does not reach a factory, which sees the model alone."""
+    original = Trainer.create_optimizer
+    if getattr(original, "watches_normopt", False):
+        return
+
+    @functools.wraps(original)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        chosen, *_ = getattr(self, "optimizer_cls_and_kwargs", None) or (None,)
+        if chosen is NormOptFactory and self.optimizer is None and self.args.process_index == 0:
+            model = (*args, *kwargs.values(), None)[0]
+            warn_of_decay_names(self, self.model if model is None else model)
+        return original(self, *args, **kwargs)
+
+    create_optimizer.watches_normopt = True  # type: ignore[attr-defined]
+    Trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]
 
 
 def _complete_card(trainer: Any, asked: bool) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from peft.optimizers import create_loraplus_optimizer
+from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
 from sentence_transformers import (
     CrossEncoder,
     CrossEncoderTrainer,
@@ -351,6 +351,26 @@ def test_lora_plus(decay, tmp_path):
     assert {decay for _, _, decay in by_name(optimizer).values()} == {decay}
 
 
+def test_a_class_that_is_made_of_the_class_steps_in_its_own_way(tmp_path):
+    """PEFT's preconditioner is a subclass whose step changes the gradients first."""
+    plain = stepped(model := adapted(), create_normopt_optimizer(model, lr=1e-3))
+    model = adapted()
+    cls, kwargs = asked(tmp_path, model)
+    optimizer = create_riemannian_optimizer(model, cls, **kwargs)
+    assert isinstance(optimizer, NormOpt)
+    moves = stepped(model, optimizer)
+    twin = adapted()
+    for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+        p.grad = None if q.grad is None else q.grad.clone()  # as the preconditioner left it
+    before = weights(twin)
+    create_normopt_optimizer(twin, lr=1e-3).step()
+    for name, p in twin.named_parameters():
+        if name in moves:
+            assert torch.allclose(moves[name], p.detach() - before[name], atol=1e-7)
+            assert not torch.allclose(moves[name], plain[name], rtol=1e-3)
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 def test_groups_are_what_is_trained_and_say_how(tmp_path):
     model = llama()
     cls, kwargs = asked(tmp_path, model, weight_decay=0.1, optim_args="lr_head=3,decay_linear=0.5")
@@ -387,9 +407,9 @@ def test_a_plain_loop_and_the_factory_take_groups_too():
 def test_the_class_may_be_told_another_rate(tmp_path):
     model = llama()
     cls, _ = asked(tmp_path, model)
-    optimizer = cls(model.parameters(), lr=3e-3, weight_decay=0.2)
-    expected = create_normopt_optimizer(model, lr=3e-3, weight_decay=0.2)
-    assert by_name(optimizer) == by_name(expected)
+    expected = by_name(create_normopt_optimizer(model, lr=3e-3, weight_decay=0.2))
+    assert by_name(cls(model.parameters(), lr=3e-3, weight_decay=0.2)) == expected
+    assert by_name(cls(model.parameters(), 3e-3, weight_decay=0.2)) == expected
 
 
 @pytest.mark.parametrize("given", [[], [nn.Parameter(torch.ones(2, 2))], None])
@@ -397,7 +417,8 @@ def test_without_a_model_the_error_says_what_to_do(given, tmp_path):
     cls, kwargs = asked(tmp_path)
     with pytest.raises(TypeError, match=r"NormOpt .*lr_adapter_b.*NormOptFactory; NormOptMixin"):
         cls(given, **kwargs)
-    assert by_name(cls(llama(), **kwargs))
+    model = llama()
+    assert by_name(cls(model, **kwargs)) == by_name(cls(model.parameters(), model=model, **kwargs))
 
 
 @pytest.mark.parametrize(
@@ -570,6 +591,16 @@ def test_the_usual_names_leave_the_rules_alone(tmp_path):
     trainer = Trainer(Named(), args, train_dataset=rows())
     assert "gamma" in trainer.get_decay_parameter_names(trainer.model)
     assert by_name(trainer.create_optimizer())["gamma"] == ("norm", 1e-3, 0.0)
+
+
+@pytest.mark.parametrize("cls", [NoDecayOfEmbeddings, OwnNoDecay, Trainer])
+def test_a_factory_that_cannot_see_the_names_says_so(cls, tmp_path, caplog):
+    chosen = {"optimizer_cls_and_kwargs": (NormOptFactory, {"lr": 1e-3, "weight_decay": 0.5})}
+    cls(bert(), arguments(tmp_path), train_dataset=rows(), **chosen).create_optimizer()
+    expected = [] if cls is Trainer else ["bert.embeddings.position_embeddings.weight"]
+    told = [r.getMessage() for r in caplog.records if "get_decay_parameter_names" in r.getMessage()]
+    assert len(told) == len(expected)
+    assert all(name in text for name in expected for text in told)
 
 
 class Stop(TrainerCallback):
