@@ -300,8 +300,10 @@ def _warn_of_saved_options(optimizer: NormOpt, args: TrainingArguments) -> None:
     rates, decays = {}, {}
     for group in optimizer.param_groups:
         rule = optimizer.rule_of(group)
-        rates[group["label"]] = float(group.get("initial_lr", rate)), rate
-        decays[group["label"]] = float(group["weight_decay"]), decay * rule.decay
+        if "lr" not in group["own"]:
+            rates[group["label"]] = float(group.get("initial_lr", rate)), rate
+        if "weight_decay" not in group["own"]:
+            decays[group["label"]] = float(group["weight_decay"]), decay * rule.decay
     for name, asked, found in (("learning_rate", rate, rates), ("weight_decay", decay, decays)):
         others = {label: saved for label, (saved, own) in found.items() if saved != own}
         if others:

@@ -70,7 +70,7 @@ def _own_heads(
 
     if is_matrix(root):
         return {place(next(n for n, m in modules.items() if m is root)): "the model's only matrix"}
-    parts = list(root.children()) if isinstance(root, (nn.ModuleList, nn.ModuleDict)) else [root]
+    parts = list(root.children()) if _is_collection(root) else [root]
     fields = [_made(part, places, lambda key: not _INSIDE.search(key)) for part in parts]
     if any(made is not None for made in fields):
         names = (name for made in fields if made for each in made.values() for name in each)
@@ -82,6 +82,29 @@ def _own_heads(
         if is_matrix(module) and not is_adapter(name, modules) and not name.startswith(tuple(lists))
     ]
     return {name: f"the last matrix of {_name(root)}" for name in list(filter(own, matrices))[-1:]}
+
+
+def _is_collection(module: nn.Module) -> bool:
+    """Whether modules stand side by side: also in an nn.Sequential that cannot be called.
+
+    sentence-transformers keeps a dict of losses, which take labels too, in one.
+    """
+    if not isinstance(module, nn.Sequential):
+        return isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    return any(_needs_several(part) for part in module)
+
+
+def _needs_several(module: nn.Module) -> bool:
+    """Whether a module is called with more than one argument."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # of a scripted module
+        return False
+    needed = [p for p in parameters if p.default is p.empty and p.kind in _POSITIONAL]
+    return len(needed) > 1
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _output_embeddings(model: PreTrainedModel, places: Mapping[int, str]) -> dict[str, str]:
