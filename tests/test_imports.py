@@ -34,7 +34,7 @@ ROWS = [
     {"optimizer"},
     {"presets"},
     {"schedules"},
-    {"arguments", "report", "plot"},
+    {"arguments", "bystanders", "report", "plot"},
     {"runs"},
     {"callback", "gauge", "model_card"},
     {"telemetry", "publish"},
