@@ -65,12 +65,16 @@ def messages(caplog):
 
 
 @pytest.mark.parametrize(
-    ("event", "step"),
-    [("on_train_begin", 0), ("on_epoch_begin", 3), ("on_step_begin", 2), ("on_step_end", 1)],
+    ("cls", "event", "step"),
+    [
+        (Trainer, "on_train_begin", 0),
+        (Trainer, "on_epoch_begin", 3),
+        (Trainer, "on_step_begin", 2),
+        (NormOptTrainer, "on_epoch_begin", 3),
+    ],
 )
-@pytest.mark.parametrize("cls", [Trainer, NormOptTrainer])
 def test_what_a_callback_unfreezes_is_named_once(cls, event, step, tmp_path, caplog):
-    """The model has 6 steps, 3 in each epoch, and logs each."""
+    """The run has 6 steps, 3 in each epoch, and logs each."""
     model = frozen()
     before = weights(model)
     trained(model, tmp_path, At(event, unfreeze, step), cls=cls, logging_steps=1)
