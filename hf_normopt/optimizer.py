@@ -82,6 +82,7 @@ class NormOpt(torch.optim.Optimizer):
 
     Attributes:
         origin: the arguments of `create_normopt_optimizer` that made it, for records.
+        made_for: the model that it was made for, if there was one, by a weak reference.
         replicas: the ranks that hold the same parameters and gradients and share the work; those of
             accelerate's DDP if it is not set.
         observer: called with each [`Move`] and η before the move is made; for telemetry.
@@ -97,6 +98,7 @@ class NormOpt(torch.optim.Optimizer):
     """
 
     origin: Mapping[str, Any] = {}
+    made_for: weakref.ref[nn.Module] | None = None
     observer: Callable[[Move, Tensor | float], None] | None = None
     replicas: ProcessGroup | None = None
     _sums: dict[torch.device, Tensor] | None = None  # of gradients, see `note_inplace`

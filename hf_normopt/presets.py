@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -288,6 +289,7 @@ def create_normopt_optimizer(
         )
         if value != usual
     }
+    optimizer.made_for = weakref.ref(model)
     optimizer.agree_at_forward(model)
     return optimizer
 

@@ -35,7 +35,7 @@ ROWS = [
     {"groups"},
     {"presets"},
     {"schedules"},
-    {"arguments", "report", "plot"},
+    {"arguments", "bystanders", "report", "plot"},
     {"runs"},
     {"callback", "door", "gauge", "model_card"},
     {"telemetry", "publish"},
