@@ -395,6 +395,7 @@ def test_a_process_that_imported_nothing_reads_arguments(tmp_path):
 def test_what_a_script_raises_is_passed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["hf-normopt"])
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     (tmp_path / "script.py").write_text("raise SystemExit('no data')")
     with pytest.raises(SystemExit, match="no data"):
         run([str(tmp_path / "script.py")])
