@@ -297,8 +297,9 @@ ACCELERATE = [PYTHON, "-m", "accelerate.commands.launch", "--cpu", "--num_proces
         ([COMMAND, "run", "-m", "script"], "prodigy"),
         ([PYTHON, "-m", "hf_normopt", "run", "script.py"], "scion"),
         ([*ACCELERATE, "-m", "hf_normopt", "run", "script.py"], "options"),
+        ([PYTHON, "-m", "hf_normopt", "run", *ACCELERATE[1:], "script.py"], "options"),
     ],
-    ids=["module", "python -m", "accelerate launch"],
+    ids=["module", "python -m", "accelerate launch", "a launcher is the script"],
 )
 def test_an_unedited_script_gives_the_run_of_every_other_door(launcher, case, tmp_path):
     (found,) = run_script(launcher, CASES[case], tmp_path)
