@@ -254,7 +254,7 @@ def _dict_field(args: NormOptArguments, name: str) -> dict[str, Any]:
     return value
 
 
-def optimizer_from_arguments(model: nn.Module, args: TrainingArguments) -> NormOpt:
+def optimizer_from_arguments(model: nn.Module, args: TrainingArguments, **changes: Any) -> NormOpt:
     """Make the optimizer that training arguments ask for, and show its table on the first process.
 
     `learning_rate` and `weight_decay` mean what they say; `adam_beta1`, `adam_beta2` and
@@ -263,9 +263,11 @@ def optimizer_from_arguments(model: nn.Module, args: TrainingArguments) -> NormO
     Args:
         model: the model to train.
         args: any `TrainingArguments`.
+        changes: arguments of [`create_normopt_optimizer`] that go before those of `args`.
     """
     options = normopt_options(args)
     options.pop("telemetry", None)
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **options, **changes}
     for name, value in options.items():
         if name.partition("_")[0] == "schedule":
             parse_schedule(value)  # complain now, not when training begins
@@ -280,15 +282,13 @@ def optimizer_from_arguments(model: nn.Module, args: TrainingArguments) -> NormO
                 "(optim_args).",
                 preset,
             )
-    optimizer = create_normopt_optimizer(
-        model, lr=args.learning_rate, weight_decay=args.weight_decay, **{**adam, **options}
-    )
+    optimizer = create_normopt_optimizer(model, **{**adam, **options})
     if args.process_index == 0:
         low, high = PRESETS[preset].learning_rate
-        if not low / 10 <= args.learning_rate <= high * 10:
+        if not low / 10 <= options["lr"] <= high * 10:
             logger.warning(
                 "learning_rate=%g is far from what the preset %r recommends: %g to %g.",
-                args.learning_rate,
+                options["lr"],
                 preset,
                 low,
                 high,

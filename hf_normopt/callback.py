@@ -18,6 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .arguments import optimizer_name, run_schedule, trainer_schedule
+from .bystanders import Bystanders
+from .checkpoints import some
 from .optimizer import NormOpt
 from .plot import PICTURE, is_picture
 from .presets import optimizer_names
@@ -59,6 +61,7 @@ class NormOptCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._optimizer: NormOpt | None = None
+        self._bystanders: Bystanders | None = None
         self._schedule = ""
         self._has_warned = False  # about a report that could not be written
         # The rate of the run at a step, where the first group has a schedule of its own.
@@ -70,6 +73,16 @@ class NormOptCallback(TrainerCallback):
         """Warn where DeepSpeed will make an optimizer of its own."""
         if optimizer_name(args) in optimizer_names():
             warn_of_deepspeed(args)
+        self._meet(**kwargs)  # the user may have made one
+
+    def _meet(self, optimizer: Any = None, model: Any = None, **kwargs: Any) -> None:
+        """Note what an optimizer that was not seen before leaves out."""
+        inner = unwrapped(optimizer)
+        # DeepSpeed puts copies in the place of parameters.
+        if inner is None or model is None or deepspeed_config():
+            self._bystanders = None
+        elif self._bystanders is None or self._bystanders.optimizer is not inner:
+            self._bystanders = Bystanders(inner, model)
 
     def on_train_begin(
         self,
@@ -110,6 +123,26 @@ class NormOptCallback(TrainerCallback):
             self._schedule = type(getattr(lr_scheduler, "scheduler", lr_scheduler)).__name__
             _warn_of_schedules_without_effect(inner, self._schedule, args)
         _warn_of_surprises(inner, state, args)
+        self._meet(optimizer, **kwargs)
+        if self._bystanders is not None:
+            self._bystanders.begin(optimizer, kwargs["model"])
+
+    def _look_around(self, args: TrainingArguments, model: Any = None, **kwargs: Any) -> None:
+        if self._bystanders is not None and model is not None:
+            _warn_of_bystanders(self._bystanders.added(model), args)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell of parameters whose gradients nobody uses."""
+        if self._bystanders is not None:
+            _warn_of_bystanders(self._bystanders.with_gradient(), args)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell of parameters that were added."""
+        self._look_around(args, **kwargs)
 
     def on_log(
         self,
@@ -123,6 +156,7 @@ class NormOptCallback(TrainerCallback):
         """Log the run's curve as `learning_rate`: the Trainer takes that of the first group."""
         if self._optimizer is not None:
             self._optimizer.warn_of_gradients()
+        self._look_around(args, **kwargs)
         if self._curve is not None and logs is not None and "learning_rate" in logs:
             rate = self._curve(max(0, lr_scheduler.last_epoch - 1))
             for row in (logs, *state.log_history[-1:]):
@@ -139,6 +173,7 @@ class NormOptCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the report beside the checkpoint."""
+        self._look_around(args, **kwargs)
         self.write(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", state)
 
     def on_train_end(
@@ -148,6 +183,9 @@ class NormOptCallback(TrainerCallback):
         model: Any = kwargs.get("model")
         if self._optimizer is not None and hasattr(model, "add_model_tags"):
             model.add_model_tags("hf-normopt")
+        self._look_around(args, **kwargs)
+        if self._bystanders is not None:
+            self._bystanders.end()
         self._forget_earlier_runs(Path(str(args.output_dir)), state)
         self.write(Path(str(args.output_dir)), state)
 
@@ -259,6 +297,19 @@ def warn_of_deepspeed(args: TrainingArguments) -> None:
         )
 
 
+def _warn_of_bystanders(names: list[str], args: TrainingArguments) -> None:
+    if names:
+        _warn(
+            args,
+            "Not trained: %s. The optimizer was made before they required grad, or before they "
+            "were there (unfrozen, added or replaced), and holds none of them; no optimizer of "
+            "Trainer would. Let all that is to train require grad when train() begins, and freeze "
+            "until its time, in on_train_begin, what starts later; for another train(), as of "
+            "another adapter, make a new Trainer.",
+            some(set(names)),
+        )
+
+
 def _warn_of_surprises(optimizer: NormOpt, state: TrainerState, args: TrainingArguments) -> None:
     if state.global_step > 0 and optimizer.origin:
         _warn_of_saved_options(optimizer, args)
@@ -300,8 +351,10 @@ def _warn_of_saved_options(optimizer: NormOpt, args: TrainingArguments) -> None:
     rates, decays = {}, {}
     for group in optimizer.param_groups:
         rule = optimizer.rule_of(group)
-        rates[group["label"]] = float(group.get("initial_lr", rate)), rate
-        decays[group["label"]] = float(group["weight_decay"]), decay * rule.decay
+        if "lr" not in group["own"]:
+            rates[group["label"]] = float(group.get("initial_lr", rate)), rate
+        if "weight_decay" not in group["own"]:
+            decays[group["label"]] = float(group["weight_decay"]), decay * rule.decay
     for name, asked, found in (("learning_rate", rate, rates), ("weight_decay", decay, decays)):
         others = {label: saved for label, (saved, own) in found.items() if saved != own}
         if others:

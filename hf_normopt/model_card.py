@@ -326,6 +326,8 @@ def _reproduction(content: Mapping[str, Any]) -> str:
     others = "The data, the batch size, the seed and the clipping of gradients are the script's"
     if content["schedule"] and not _is_readable(content["schedule"]):
         others += f"; so is the schedule, a `{content['schedule']}`"
+    if any(role.get("own") for role in content["roles"]):
+        others += "; so are the groups with a rate or a decay of their own, which the table shows"
     return "\n".join(lines) + f"\n\n{others}."
 
 

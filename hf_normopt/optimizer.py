@@ -68,8 +68,8 @@ class NormOpt(torch.optim.Optimizer):
     Args:
         groups: parameter groups, each a dict with `params` (parameters, or pairs of name and
             parameter) and `role`, and optionally `kind`, `layouts` (a text for each parameter;
-            default: the role's usual one), `weight_decay`. [`parameter_groups`] makes them for a
-            model.
+            default: the role's usual one), `lr`, `weight_decay`. [`parameter_groups`] makes them
+            for a model.
         policy: a rule for every role in the groups.
         lr: the learning rate, which a schedule may change; rules have multipliers of it.
         weight_decay: decoupled: W shrinks by lr · η · weight_decay · rule.decay in each step.
@@ -82,6 +82,7 @@ class NormOpt(torch.optim.Optimizer):
 
     Attributes:
         origin: the arguments of `create_normopt_optimizer` that made it, for records.
+        made_for: the model that it was made for, if there was one, by a weak reference.
         replicas: the ranks that hold the same parameters and gradients and share the work; those of
             accelerate's DDP if it is not set.
         observer: called with each [`Move`] and η before the move is made; for telemetry.
@@ -97,6 +98,7 @@ class NormOpt(torch.optim.Optimizer):
     """
 
     origin: Mapping[str, Any] = {}
+    made_for: weakref.ref[nn.Module] | None = None
     observer: Callable[[Move, Tensor | float], None] | None = None
     replicas: ProcessGroup | None = None
     _sums: dict[torch.device, Tensor] | None = None  # of gradients, see `note_inplace`
@@ -183,6 +185,7 @@ class NormOpt(torch.optim.Optimizer):
             "layouts": by_name,
             "rule": str(rule) if self.step_size == Fixed() else f"{rule}; {self.step_size}",
             "multiplier": rule.multiplier,
+            "own": [key for key in ("lr", "weight_decay") if key in group],
             "schedule": rule.schedule,
             "label": self._label(group),
             "memory": {},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from .groups import asked_groups, read_groups
 from .norms import Frobenius, Norm, Spectral, operator_norm, parse_norm
 from .optimizer import NormOpt, parameter_groups
 from .roles import KINDS, ROLES, classify
@@ -196,6 +198,7 @@ def create_normopt_optimizer(
     lr: float,
     preset: str = "normopt",
     weight_decay: float = 0.0,
+    params: Any = None,
     overrides: Mapping[str, str] | None = None,
     step_size: StepSize | str | None = None,
     heads: bool | str = False,
@@ -211,6 +214,9 @@ def create_normopt_optimizer(
         lr: the learning rate.
         preset: a key of [`PRESETS`].
         weight_decay: decoupled; acts where the rule decays: on matrices, not on gains and biases.
+        params: what to train, if not the whole model: parameters or groups of them, as torch's
+            optimizers take. A group's `lr` and `weight_decay` hold for its parameters; rules keep
+            their multipliers.
         overrides: role by regular expression, see [`classify`](hf_normopt.classify).
         step_size: in place of the preset's, such as `EscapeVelocity()`, or its text, such as
             `"escape_velocity/per_role:true"`.
@@ -242,8 +248,20 @@ def create_normopt_optimizer(
     chosen = PRESETS[preset]
     size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
     policy = changed(chosen.policy, **changes)
-    specs = classify(model, overrides, heads=read_option("heads", heads, bool))
-    groups = parameter_groups(model, specs, policy)
+    by_heads = read_option("heads", heads, bool)
+    if params is None:
+        specs = classify(model, overrides, heads=by_heads)
+        groups = parameter_groups(model, specs, policy)
+    else:
+        groups = asked_groups(
+            model,
+            policy,
+            read_groups(params),
+            lr=lr,
+            overrides=overrides,
+            heads=by_heads,
+            decays=[name for name in changes if name.partition("_")[0] == "decay"],
+        )
     present = {group["role"] for group in groups} | {group["kind"] for group in groups}
     for change in changes:
         role = change.partition("_")[2]
@@ -271,6 +289,7 @@ def create_normopt_optimizer(
         )
         if value != usual
     }
+    optimizer.made_for = weakref.ref(model)
     optimizer.agree_at_forward(model)
     return optimizer
 

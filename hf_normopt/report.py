@@ -55,7 +55,7 @@ def report(
             "source": preset.source if preset else "",
         },
         "options": {key: v for key, v in origin.items() if key not in ("lr", "weight_decay")},
-        "learning_rate": _rate(optimizer.param_groups[0]),
+        "learning_rate": _common_rate(optimizer),
         "weight_decay": _weight_decay(optimizer),
         "step_size": format_step_size(optimizer.step_size),
         "last_step_size": next(
@@ -108,6 +108,7 @@ def _role(
         "parameters": sum(math.prod(shape) for shape in group["param_shapes"]),
         "learning_rate": _rate(group) * rule.multiplier,
         "weight_decay": float(group["weight_decay"]),
+        "own": list(group["own"]),
         "schedule": group["schedule"] or schedule,
         "norms": norms,
     }
@@ -118,11 +119,17 @@ def _rate(group: Mapping[str, Any]) -> float:
     return float(group.get("initial_lr", group["lr"]))
 
 
+def _common_rate(optimizer: NormOpt) -> float:
+    """The rate of the groups that have none of their own."""
+    common = (_rate(group) for group in optimizer.param_groups if "lr" not in group["own"])
+    return next(common, float(optimizer.defaults["lr"]))
+
+
 def _weight_decay(optimizer: NormOpt) -> float:
     """The decay of rules whose factor is 1; of the checkpoint too, where a run was resumed."""
     for group in optimizer.param_groups:
         rule = optimizer.rule_of(group)
-        if rule.decay:
+        if rule.decay and "weight_decay" not in group["own"]:
             return float(group["weight_decay"]) / rule.decay
     return float(optimizer.defaults["weight_decay"])
 

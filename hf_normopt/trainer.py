@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .arguments import optimizer_from_arguments, optimizer_name, run_schedule, scheduler_name
+from .arguments import optimizer_name, run_schedule, scheduler_name
 from .callback import NormOptCallback, innermost, unwrapped, warn_of_deepspeed
+from .door import optimizer_class, warn_of_decay_names
 from .model_card import say_optimizer, update_model_card
 from .optimizer import NormOpt
 from .presets import create_normopt_optimizer, optimizer_names
@@ -51,13 +53,17 @@ class NormOptMixin:
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer unless there is one, see `Trainer.create_optimizer`."""
-        if self.optimizer is None and _asks_for_normopt(self.args):
-            _say_what_trains(self.args)
-            self.optimizer = optimizer_from_arguments(
-                self.model if model is None else model, self.args
-            )
         arguments = () if model is None else (model,)  # transformers 5.2 takes none
-        return super().create_optimizer(*arguments)  # type: ignore[misc]
+        chosen = getattr(self, "optimizer_cls_and_kwargs", None) or self.optimizer
+        if chosen is not None or not _asks_for_normopt(self.args):
+            return super().create_optimizer(*arguments)  # type: ignore[misc]
+        _say_what_trains(self.args)
+        with _named_normopt(self.args):
+            super().create_optimizer(*arguments)  # type: ignore[misc]
+            if unwrapped(self.optimizer) is None:  # a trainer that asks for no class
+                self.optimizer = None
+                Trainer.create_optimizer(self, *arguments)  # type: ignore[arg-type]
+        return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -103,7 +109,8 @@ def register() -> None:
 
     It adds names and takes none away, and does nothing the second time. Each preset is a name of
     its own, such as `normopt_muon`. Every trainer gets [`NormOptCallback`] and [`NormTelemetry`],
-    which do nothing for other optimizers, and `Trainer.create_model_card` adds what NormOpt did.
+    which do nothing for other optimizers; `Trainer.create_model_card` adds what NormOpt did, and
+    `Trainer.create_optimizer` says what does not reach a [`NormOptFactory`].
 
     Raises:
         ImportError: if transformers has no registry of optimizers.
@@ -120,6 +127,7 @@ def register() -> None:
             _add_member(OptimizerNames, name)
         _OPTIMIZER_HANDLERS.setdefault(OptimizerNames(name), _handler)
     _make_cards_true()
+    _watch_factories()
     callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     callbacks += [c for c in (NormOptCallback, NormTelemetry) if c not in callbacks]
 
@@ -138,6 +146,24 @@ def _make_cards_true() -> None:
 
     create_model_card.says_normopt = True  # type: ignore[attr-defined]
     Trainer.create_model_card = create_model_card  # type: ignore[method-assign]
+
+
+def _watch_factories() -> None:
+    """Let a Trainer say what does not reach a factory, which sees the model alone."""
+    original = Trainer.create_optimizer
+    if getattr(original, "watches_normopt", False):
+        return
+
+    @functools.wraps(original)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        chosen, *_ = getattr(self, "optimizer_cls_and_kwargs", None) or (None,)
+        if chosen is NormOptFactory and self.optimizer is None and self.args.process_index == 0:
+            model = (*args, *kwargs.values(), None)[0]
+            warn_of_decay_names(self, self.model if model is None else model)
+        return original(self, *args, **kwargs)
+
+    create_optimizer.watches_normopt = True  # type: ignore[attr-defined]
+    Trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]
 
 
 def _complete_card(trainer: Any, asked: bool) -> None:
@@ -175,9 +201,9 @@ def _write_card(trainer: Any, asked: bool) -> None:
         say_optimizer(folder, "NormOpt, which has not trained this model yet")
 
 
-def _handler(context: Any) -> tuple[Callable[[], Callable[..., NormOpt]], dict[str, Any]]:
-    """What transformers gets: it calls what this returns as `factory()(model, **kwargs)`."""
-    return (lambda: optimizer_from_arguments), {"args": context.args}
+def _handler(context: Any) -> tuple[type[NormOpt], dict[str, Any]]:
+    """What transformers gets: it calls the class with groups of the model's parameters."""
+    return optimizer_class(context.args, context.model), {"lr": context.args.learning_rate}
 
 
 def _add_member(enum: Any, value: str) -> None:
@@ -198,6 +224,18 @@ def _add_member(enum: Any, value: str) -> None:
 
 def _known_name(value: str) -> OptimizerNames:
     return OptimizerNames(value)
+
+
+@contextlib.contextmanager
+def _named_normopt(args: TrainingArguments) -> Iterator[None]:
+    """Let arguments say `optim="normopt"` for as long as the optimizer is made."""
+    asked = args.optim
+    if optimizer_name(args) not in optimizer_names():
+        args.optim = OptimizerNames("normopt")
+    try:
+        yield
+    finally:
+        args.optim = asked
 
 
 def _say_what_trains(args: TrainingArguments) -> None:

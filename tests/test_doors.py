@@ -297,8 +297,9 @@ ACCELERATE = [PYTHON, "-m", "accelerate.commands.launch", "--cpu", "--num_proces
         ([COMMAND, "run", "-m", "script"], "prodigy"),
         ([PYTHON, "-m", "hf_normopt", "run", "script.py"], "scion"),
         ([*ACCELERATE, "-m", "hf_normopt", "run", "script.py"], "options"),
+        ([PYTHON, "-m", "hf_normopt", "run", *ACCELERATE[1:], "script.py"], "options"),
     ],
-    ids=["module", "python -m", "accelerate launch"],
+    ids=["module", "python -m", "accelerate launch", "a launcher is the script"],
 )
 def test_an_unedited_script_gives_the_run_of_every_other_door(launcher, case, tmp_path):
     (found,) = run_script(launcher, CASES[case], tmp_path)
@@ -395,6 +396,7 @@ def test_a_process_that_imported_nothing_reads_arguments(tmp_path):
 def test_what_a_script_raises_is_passed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["hf-normopt"])
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     (tmp_path / "script.py").write_text("raise SystemExit('no data')")
     with pytest.raises(SystemExit, match="no data"):
         run([str(tmp_path / "script.py")])

@@ -1,6 +1,7 @@
 """TRL's trainers: the doors that each accepts give one training run."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -26,7 +27,7 @@ from trl import (
 
 from hf_normopt import NormOptFactory, NormOptMixin, create_normopt_optimizer
 
-from .test_doors import COMMAND, flags, in_shell, trained
+from .test_doors import COMMAND, PYTHON, flags, in_shell, trained
 from .test_trainer import equal, inner, weights
 
 pytestmark = [
@@ -194,8 +195,8 @@ def test_lora_under_sft_has_the_roles_of_its_adapters(tmp_path, optim):
 
 
 @pytest.mark.slow
-def test_a_script_of_trl_gives_the_same_run(tmp_path):
-    """trl/scripts/sft.py, which knows nothing of the package, under `hf-normopt run`."""
+def test_the_command_of_trl_gives_the_same_run(tmp_path):
+    """It starts trl/scripts/sft.py, which knows nothing of the package, in another process."""
     kind, folder = KINDS["sft"], tmp_path / "model"
     llama().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -217,7 +218,9 @@ def test_a_script_of_trl_gives_the_same_run(tmp_path):
         "use_cpu": True,
         "seed": 1,
     }
-    done = in_shell([COMMAND, "run", "-m", "trl.scripts.sft", *flags(args)], tmp_path)
+    trl = str(Path(COMMAND).parent / "trl")
+    done = in_shell([PYTHON, "-m", "hf_normopt", "run", trl, "sft", *flags(args)], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "NormOpt, preset" in done.stdout
     found = weights(LlamaForCausalLM.from_pretrained(tmp_path / "out"))
     assert equal(found, trained(kind.make(tmp_path, optim="normopt")))

@@ -7,6 +7,7 @@ them last; of other models all that they return. A base model's hidden states ar
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -128,22 +129,35 @@ class _Sight:
         if is_matrix(root):
             name = next(n for n, m in modules.items() if m is root)
             return {place(name): "the model's only matrix"}
-        fields = self.made("", lambda key: not _INSIDE.search(key), is_plain=True)
-        if fields is not None and any(fields.values()):
-            names = set().union(*fields.values())
-            return {name: f"made last what {_name(root)} returns" for name in filter(own, names)}
+        parts = list(root.named_children()) if _is_collection(root) else [("", root)]
+        heads = {}
+        for path, part in parts:
+            fields = self.made(path, lambda key: not _INSIDE.search(key), is_plain=True)
+            found = set().union(*fields.values()) if fields is not None else set()
+            reason = f"made last what {_name(part)} returns"
+            if not found:
+                reason = f"the last matrix of {_name(part)}, whose forward was not seen to its end"
+                found = self.last_defined(path, own)
+            heads |= {name: reason for name in filter(own, found)}
+        return heads
+
+    def last_defined(self, path: str, own: Callable[[str], bool]) -> set[str]:
+        """The last matrix in the order of definition, of those that were not reached if any."""
+        below = f"{path}.".lstrip(".")
+        modules = self.modules
         lists = [f"{name}." for name, m in modules.items() if isinstance(m, nn.ModuleList)]
+        lists = [name for name in lists if name.removeprefix(below) not in ("", ".")]
         matrices = [
-            place(name)
+            name
             for name, module in modules.items()
             if is_matrix(module)
+            and name.startswith(below)
+            and own(place(name))
             and not is_adapter(name, modules)
             and not name.startswith(tuple(lists))
         ]
         later = [name for name in matrices if f"{name}.weight" not in self.seen.uses]
-        matrices = later or matrices
-        reason = f"the last matrix of {_name(root)}, whose forward was not seen to its end"
-        return {name: reason for name in list(filter(own, matrices))[-1:]}
+        return {place(name) for name in (later or matrices)[-1:]}
 
     def last_outside(self, path: str, model: PreTrainedModel) -> dict[str, str]:
         """The last matrix outside the base model, where a task's output was not seen."""
@@ -190,6 +204,24 @@ class _Sight:
         return found
 
 
+def _is_collection(module: nn.Module) -> bool:
+    """Whether modules stand side by side: also in an nn.Sequential that cannot be called.
+
+    sentence-transformers keeps a dict of losses, which take labels too, in one.
+    """
+    if not isinstance(module, nn.Sequential):
+        return isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    return any(_needs_several(part) for part in module)
+
+
+def _needs_several(module: nn.Module) -> bool:
+    """Whether a module is called with more than one argument."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind in _POSITIONAL]
+    return len(needed) > 2  # the module itself is one
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _WHOLE = "output"
 
 

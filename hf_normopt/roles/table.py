@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .graph import Finding, View, place
@@ -92,8 +93,10 @@ def classify(
         One [`ParamSpec`] for each trainable parameter, in the order of `model.named_parameters()`.
 
     Raises:
+        TypeError: for a module that TorchScript made, if it has trainable parameters.
         ValueError: for an unknown role, or an override that matches no trainable parameter.
     """
+    _refuse_scripts(model)
     overrides = _checked(overrides or {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the model's properties, which are looked at
@@ -111,6 +114,20 @@ def classify(
                 f"{', '.join(near or names[:3])}."
             )
     return specs
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    """Complain where the code that uses a parameter is TorchScript, of which nothing is seen."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and any(
+            param.requires_grad for param in module.parameters()
+        ):
+            what = getattr(module, "original_name", "") or type(module).__name__
+            raise TypeError(
+                f"{f'{name} ({what})' if name else what} is a TorchScript module, and roles are "
+                "seen when eager modules run. Classify or optimize the model before "
+                "torch.jit.script or torch.jit.trace; or freeze the module."
+            )
 
 
 def _spec(
