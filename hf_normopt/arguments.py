@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from .batch import example_batch
 from .optimizer import NormOpt
 from .presets import (
     PRESETS,
@@ -282,7 +283,8 @@ def optimizer_from_arguments(model: nn.Module, args: TrainingArguments, **change
                 "(optim_args).",
                 preset,
             )
-    optimizer = create_normopt_optimizer(model, **{**adam, **options})
+    inputs = {"inputs": example_batch(model)}
+    optimizer = create_normopt_optimizer(model, **{**inputs, **adam, **options})
     if args.process_index == 0:
         low, high = PRESETS[preset].learning_rate
         if not low / 10 <= options["lr"] <= high * 10:

@@ -89,6 +89,7 @@ def asked_groups(
     *,
     lr: float,
     overrides: Mapping[str, str] | None = None,
+    inputs: Any = None,
     heads: bool = False,
     decays: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
@@ -104,6 +105,7 @@ def asked_groups(
         asked: what is to be trained; frozen parameters are left out.
         lr: the optimizer's.
         overrides: role by regular expression.
+        inputs: one example of what the model's `forward` takes.
         heads: whether each attention head is an operator of its own.
         decays: the names of the options that changed a rule's `decay`.
 
@@ -115,7 +117,9 @@ def asked_groups(
     outside = _holder([one for key, one in by_id.items() if key not in own], model)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for module, patterns in _parts(model, outside, overrides or {}):
-        specs = classify(module, patterns, heads=heads)
+        specs = classify(
+            module, patterns, inputs=inputs if module is model else None, heads=heads
+        )
         for group in parameter_groups(module, specs, policy) if specs else ():
             rule = policy[policy_key(policy, group["role"], group["kind"])]
             said = {"decay", f"decay_{group['role']}", f"decay_{group['kind']}"} & set(decays)

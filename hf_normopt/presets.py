@@ -200,6 +200,7 @@ def create_normopt_optimizer(
     weight_decay: float = 0.0,
     params: Any = None,
     overrides: Mapping[str, str] | None = None,
+    inputs: Any = None,
     step_size: StepSize | str | None = None,
     heads: bool | str = False,
     on_mismatch: str = "error",
@@ -218,6 +219,7 @@ def create_normopt_optimizer(
             optimizers take. A group's `lr` and `weight_decay` hold for its parameters; rules keep
             their multipliers.
         overrides: role by regular expression, see [`classify`](hf_normopt.classify).
+        inputs: one example of what `forward` takes, see [`classify`](hf_normopt.classify).
         step_size: in place of the preset's, such as `EscapeVelocity()`, or its text, such as
             `"escape_velocity/per_role:true"`.
         heads: whether each attention head is an operator of its own.
@@ -250,7 +252,7 @@ def create_normopt_optimizer(
     policy = changed(chosen.policy, **changes)
     by_heads = read_option("heads", heads, bool)
     if params is None:
-        specs = classify(model, overrides, heads=by_heads)
+        specs = classify(model, overrides, inputs=inputs, heads=by_heads)
         groups = parameter_groups(model, specs, policy)
     else:
         groups = asked_groups(
@@ -259,6 +261,7 @@ def create_normopt_optimizer(
             read_groups(params),
             lr=lr,
             overrides=overrides,
+            inputs=inputs,
             heads=by_heads,
             decays=[name for name in changes if name.partition("_")[0] == "decay"],
         )

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .arguments import optimizer_name, run_schedule, scheduler_name
+from .batch import example_batch, making_optimizer_of
 from .callback import NormOptCallback, innermost, unwrapped, warn_of_deepspeed
 from .door import optimizer_class, warn_of_decay_names
 from .model_card import say_optimizer, update_model_card
@@ -58,7 +59,7 @@ class NormOptMixin:
         if chosen is not None or not _asks_for_normopt(self.args):
             return super().create_optimizer(*arguments)  # type: ignore[misc]
         _say_what_trains(self.args)
-        with _named_normopt(self.args):
+        with _named_normopt(self.args), making_optimizer_of(self):
             super().create_optimizer(*arguments)  # type: ignore[misc]
             if unwrapped(self.optimizer) is None:  # a trainer that asks for no class
                 self.optimizer = None
@@ -101,7 +102,7 @@ class NormOptFactory:
 
     def __call__(self, model: nn.Module, **kwargs: Any) -> NormOpt:
         """Make the optimizer for a model."""
-        return create_normopt_optimizer(model, **kwargs)
+        return create_normopt_optimizer(model, **{"inputs": example_batch(model), **kwargs})
 
 
 def register() -> None:
@@ -110,7 +111,8 @@ def register() -> None:
     It adds names and takes none away, and does nothing the second time. Each preset is a name of
     its own, such as `normopt_muon`. Every trainer gets [`NormOptCallback`] and [`NormTelemetry`],
     which do nothing for other optimizers; `Trainer.create_model_card` adds what NormOpt did, and
-    `Trainer.create_optimizer` says what does not reach a [`NormOptFactory`].
+    `Trainer.create_optimizer` lends a batch to find the roles with, and says what does not reach a
+    [`NormOptFactory`].
 
     Raises:
         ImportError: if transformers has no registry of optimizers.
@@ -149,7 +151,7 @@ def _make_cards_true() -> None:
 
 
 def _watch_factories() -> None:
-    """Let a Trainer say what does not reach a factory, which sees the model alone."""
+    """Let a Trainer lend a batch, and say what does not reach a factory."""
     original = Trainer.create_optimizer
     if getattr(original, "watches_normopt", False):
         return
@@ -160,7 +162,8 @@ def _watch_factories() -> None:
         if chosen is NormOptFactory and self.optimizer is None and self.args.process_index == 0:
             model = (*args, *kwargs.values(), None)[0]
             warn_of_decay_names(self, self.model if model is None else model)
-        return original(self, *args, **kwargs)
+        with making_optimizer_of(self):
+            return original(self, *args, **kwargs)
 
     create_optimizer.watches_normopt = True  # type: ignore[attr-defined]
     Trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]

@@ -187,7 +187,7 @@ class _Sight:
     def beside(self, heads: Iterable[str]) -> dict[str, str]:
         """Matrices that did not run, in the same dictionary or list as a head that did."""
         found = {}
-        ran = {self.stands(name) for name in self.seen.uses}
+        ran = {self.stands(name) for name in self.seen.ran}
         for name, module in self.modules.items():
             if not isinstance(module, (nn.ModuleDict, nn.ModuleList)):
                 continue

@@ -398,7 +398,11 @@ def arguments(case: Case) -> dict[str, Any] | None:
 def _parameters(model: nn.Module) -> dict[str, bool]:
     """The arguments of `forward`, and whether each must be given."""
     found = {}
-    for name, parameter in inspect.signature(type(model).forward).parameters.items():
+    try:
+        signature = inspect.signature(type(model).forward)
+    except (AttributeError, TypeError, ValueError):  # TorchScript
+        return {}
+    for name, parameter in signature.parameters.items():
         if name != "self" and parameter.kind in (
             parameter.POSITIONAL_ONLY,
             parameter.POSITIONAL_OR_KEYWORD,

@@ -58,6 +58,7 @@ class Seen:
         feeds: by matrix, those that made its inputs last.
         fields: by model (its name), for each field of its output the matrices that made it last.
         where: by parameter, the class of the module that used it.
+        ran: the parameters that the model's own `forward` reached.
         alike: by parameter of a layer that was skipped, that of the equal layer that ran.
         failure: what ended the pass early, "" if nothing did.
     """
@@ -70,6 +71,7 @@ class Seen:
     feeds: dict[str, set[str]] = field(default_factory=dict)
     fields: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
     alike: dict[str, str] = field(default_factory=dict)
     failure: str = ""
 
@@ -104,11 +106,13 @@ def observe(model: nn.Module, inputs: Any = None) -> Seen:
         model: any module; it is only read.
         inputs: what `forward` takes, see [`inputs.normalise`]; made from its signature if None.
     """
-    given: Iterable[Any] = candidates(model) if inputs is None else [normalise(inputs)]
+    asked = [] if inputs is None else [normalise(inputs)]
+    given = itertools.chain(asked, candidates(model))
     with undisturbed(model) as twin:
         seen = _best(twin, twin.module, "", given)
         seen.alike = twin.alike
         seen.copy_to_equals()
+        seen.ran = set(seen.uses)
         _observe_rest_inplace(seen, twin, unwrapped(model))
     return seen
 

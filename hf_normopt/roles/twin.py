@@ -94,7 +94,7 @@ def undisturbed(model: nn.Module, *, repeated: bool = False) -> Iterator[Twin]:
             each kind in a list run, and each other one returns the output of the second as long
             as it is called with arguments of the same shapes (`Twin.alike`).
     """
-    with _quiet(), _random_states(), _no_global_hooks(), torch.no_grad():
+    with _quiet(), random_states(), _no_global_hooks(), torch.no_grad():
         yield twin(model, repeated=repeated)
 
 
@@ -503,7 +503,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_states() -> Iterator[None]:
+def random_states() -> Iterator[None]:
     """Restore the states of Python's, NumPy's and torch's CPU generators."""
     python = random.getstate()
     numpy: Any = sys.modules.get("numpy")
