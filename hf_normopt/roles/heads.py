@@ -216,7 +216,10 @@ def _is_collection(module: nn.Module) -> bool:
 
 def _needs_several(module: nn.Module) -> bool:
     """Whether a module is called with more than one argument."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
+    try:
+        parameters = inspect.signature(type(module).forward).parameters.values()
+    except (AttributeError, TypeError, ValueError):  # TorchScript
+        return False
     needed = [p for p in parameters if p.default is p.empty and p.kind in _POSITIONAL]
     return len(needed) > 2  # the module itself is one
 
