@@ -163,7 +163,8 @@ class Spectral(Norm):
     outputs, `dual_norm` and `lmo` the inverse.
 
     Args:
-        input, output: "l2" or "rms".
+        input: "l2" or "rms".
+        output: "l2" or "rms".
         method: how the LMO is computed, see [`orthogonalize`](hf_normopt.orthogonalize).
     """
 
