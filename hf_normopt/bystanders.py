@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .roles.graph import canonical_name
 from .optimizer import NormOpt
+from .roles.graph import canonical_name
 
 
 class Bystanders:

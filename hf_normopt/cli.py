@@ -14,9 +14,9 @@ from .model_card import card_file, update_model_card
 from .picture import Total, check_file, count_roles, save_picture, tied_names
 from .presets import PRESETS
 from .roles import ROLES, ParamSpec, classify
+from .roles.skeletons import skeleton
 from .rules import Rule, policy_key
 from .runs import compare_runs
-from .roles.skeletons import skeleton
 from .tables import fold_names, format_table
 
 _FORMATS = ("table", "json", "markdown")

@@ -117,9 +117,7 @@ def asked_groups(
     outside = _holder([one for key, one in by_id.items() if key not in own], model)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for module, patterns in _parts(model, outside, overrides or {}):
-        specs = classify(
-            module, patterns, inputs=inputs if module is model else None, heads=heads
-        )
+        specs = classify(module, patterns, inputs=inputs if module is model else None, heads=heads)
         for group in parameter_groups(module, specs, policy) if specs else ():
             rule = policy[policy_key(policy, group["role"], group["kind"])]
             said = {"decay", f"decay_{group['role']}", f"decay_{group['kind']}"} & set(decays)

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .roles.graph import canonical_name
 from .layouts import Layout, usual_layout
 from .precision import (
     BLOCK,
@@ -36,6 +35,7 @@ from .precision import (
     widened,
     write_inplace,
 )
+from .roles.graph import canonical_name
 from .rules import SCALES, Rule, bias_correction
 from .sharding import (
     copies_of,

@@ -28,7 +28,6 @@ from torch.utils.hooks import RemovableHandle
 from .agreement import Facts, Own, agree, average_inplace
 from .checkpoints import ON_MISMATCH, described, matched, some
 from .exchange import directed_inplace, dual_norms
-from .roles.graph import canonical_name
 from .layouts import Layout, usual_layout
 from .moves import Move, apply_inplace, is_flat, moves_of
 from .precision import (
@@ -41,6 +40,7 @@ from .precision import (
     unpacked,
 )
 from .roles import ROLES, ParamSpec
+from .roles.graph import canonical_name
 from .rules import Policy, Rule, check_total, policy_key
 from .sharding import (
     NEEDS_WHOLE_MATRICES,

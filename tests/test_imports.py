@@ -19,7 +19,7 @@ ROWS = [
     {"moves", "cost"},
     {"exchange"},
     {"optimizer"},
-    {"groups"},
+    {"batch", "groups"},
     {"presets"},
     {"schedules"},
     {"arguments", "bystanders", "report", "plot"},

@@ -10,8 +10,8 @@ from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_m
 from torch import nn
 
 from hf_normopt import Layout, classify
-from hf_normopt.roles.graph import canonical_name
 from hf_normopt.roles import KINDS, ROLES
+from hf_normopt.roles.graph import canonical_name
 from tests.role_models import BASES, MORE, build, classes
 
 FOLDER = Path(__file__).parent / "roles"

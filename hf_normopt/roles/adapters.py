@@ -16,8 +16,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from .graph import Finding, View, canonical_name, owner_layout
 from ..layouts import Layout, usual_layout
+from .graph import Finding, View, canonical_name, owner_layout
 
 
 @dataclass(frozen=True)

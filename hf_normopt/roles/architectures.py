@@ -1,8 +1,8 @@
-"""What the module graph cannot tell: how single architectures fuse, stack and transpose their maps.
+"""What a pass cannot see: how single architectures fuse, stack and transpose their maps.
 
 Most of it is seen when `forward` runs, so that an architecture in no release is known too. The
-tables hold the rest; each row was read off the architecture's modelling source. A new row names the class that multiplies by the tensor, the
-tensor's name under it, and how its axes are to be read.
+tables hold the rest; each row was read off the architecture's modelling source. A new row names the
+class that multiplies by the tensor, the tensor's name under it, and how its axes are to be read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ FUSED: tuple[Fused, ...] = (
     Fused(
         "VitsConvFlow",
         "conv_proj",
-        lambda flow: "(out={0}+{0}+{1})".format(flow.num_bins, flow.num_bins - 1),
+        lambda flow: f"(out={flow.num_bins}+{flow.num_bins}+{flow.num_bins - 1})",
         "widths, heights and derivatives of a spline",
     ),
     Fused(

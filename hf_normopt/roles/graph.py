@@ -9,8 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..layouts import Layout
-from .observe import Seen
 from .parts import Matrix
+from .seen import Seen
 
 
 def canonical_name(name: str) -> str:

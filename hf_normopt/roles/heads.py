@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .adapters import is_adapter
 from .architectures import HEADS
 from .graph import is_matrix, place
-from .observe import Seen
+from .seen import Seen
 
 # Fields of transformers' outputs that are a task's output; `router_logits` choose experts.
 OUTPUTS = re.compile(
@@ -130,7 +130,7 @@ class _Sight:
             name = next(n for n, m in modules.items() if m is root)
             return {place(name): "the model's only matrix"}
         parts = list(root.named_children()) if _is_collection(root) else [("", root)]
-        heads = {}
+        heads: dict[str, str] = {}
         for path, part in parts:
             fields = self.made(path, lambda key: not _INSIDE.search(key), is_plain=True)
             found = set().union(*fields.values()) if fields is not None else set()
@@ -138,7 +138,7 @@ class _Sight:
             if not found:
                 reason = f"the last matrix of {_name(part)}, whose forward was not seen to its end"
                 found = self.last_defined(path, own)
-            heads |= {name: reason for name in filter(own, found)}
+            heads |= dict.fromkeys(filter(own, found), reason)
         return heads
 
     def last_defined(self, path: str, own: Callable[[str], bool]) -> set[str]:
@@ -197,9 +197,7 @@ class _Sight:
                 if head.startswith(below):
                     for child in module._modules:
                         other = f"{below}{child}.{rest}".rstrip(".")
-                        if other not in ran and is_matrix(
-                            self.modules.get(other, nn.Identity())
-                        ):
+                        if other not in ran and is_matrix(self.modules.get(other, nn.Identity())):
                             found[other] = f"did not run, beside the head {head}"
         return found
 

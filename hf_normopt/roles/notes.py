@@ -78,7 +78,8 @@ class Shown:
 
     def pieces(self) -> frozenset[tuple[int, int]]:
         """Stored axes that several axes of the view show, with the size of the first of these."""
-        found, first = set(self.divided), {}
+        found = set(self.divided)
+        first: dict[int, int] = {}
         for size, axes in zip(self.view.shape, self.axes(), strict=True):
             for j in axes:
                 if j in first:
@@ -118,7 +119,6 @@ class Shown:
         for j in axes:
             result = result * self.shape[j] + offsets // stored[j] % self.shape[j]
         return result
-
 
     def _numbers_of_copy(self, dim: int, axes: list[int]) -> Tensor:
         """The same where whole axes were merged in another order."""
@@ -188,11 +188,14 @@ def reshaped(index: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     return index.reshape(small).expand(shape) if index.numel() <= LARGEST else None
 
 
-def groups(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
+def groups(
+    before: tuple[int, ...], after: tuple[int, ...]
+) -> Iterator[tuple[list[int], list[int]]]:
     """The axes of two shapes of one size that a reshape divides or merges among themselves."""
     i = j = 0
     while i < len(before) or j < len(after):
-        into, out = [], []
+        into: list[int] = []
+        out: list[int] = []
         left = right = 1
         if i < len(before):
             into.append(i)

@@ -28,7 +28,8 @@ def evaluate(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
 
     Args:
         func: the overload.
-        args, kwargs: what it was called with.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
     """
     special = _SPECIAL.get(func.overloadpacket.__name__)
     values, _ = tree_flatten((args, kwargs))

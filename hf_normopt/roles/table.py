@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layouts import Layout, usual_layout
 from .graph import Finding, View, place
 from .heads import find_heads
-from ..layouts import Layout, usual_layout
 from .matchers import find
 from .observe import observe
 

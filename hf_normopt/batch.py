@@ -1,0 +1,54 @@
+"""One batch of a trainer's own, for the pass that finds the roles."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from .roles.twin import random_states
+
+logger = logging.getLogger(__name__)
+
+_TRAINER: ContextVar[Any] = ContextVar("trainer", default=None)
+
+
+@contextlib.contextmanager
+def making_optimizer_of(trainer: Any) -> Iterator[None]:
+    """While this lasts, [`example_batch`] is of this trainer."""
+    token = _TRAINER.set(trainer)
+    try:
+        yield
+    finally:
+        _TRAINER.reset(token)
+
+
+def example_batch(model: Any) -> Any:
+    """What the collator makes of the first two rows of the training set.
+
+    Random states are as before. An iterable data set is never touched.
+
+    Args:
+        model: whose inputs they are.
+
+    Returns:
+        The batch; None without a trainer of this model, or where its data give none.
+    """
+    trainer = _TRAINER.get()
+    data = getattr(trainer, "train_dataset", None)
+    if data is None or isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
+        return None
+    try:
+        with random_states():
+            rows = [data[i] for i in range(min(2, len(data)))]
+            collate = trainer.data_collator
+            if rows and isinstance(rows[0], dict):
+                collate = trainer._get_collator_with_removed_columns(collate, "training")
+            return collate(rows) if rows else None
+    except Exception as error:  # data and collators are the user's, and may raise anything
+        logger.info("No batch could be made to find the roles with: %r.", error)
+        return None

@@ -1,0 +1,258 @@
+"""Features and parameters, followed from operation to operation: the base of [`Watch`]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+from ..layouts import Layout
+from .notes import LARGEST, Note, essential, is_batch, narrowed, reshaped
+from .operations import is_real
+from .parts import Source
+from .seen import Seen
+from .twin import Twin
+from .views import COPIES, RESHAPES, moved_parameter, picked_layout
+
+_SUMS = 64  # sums of features that are remembered
+
+
+class Follower(TorchDispatchMode):
+    """What is known of tensors, and what was done with parameters and features.
+
+    Args:
+        twin: the twin that runs.
+    """
+
+    def __init__(self, twin: Twin) -> None:
+        super().__init__()
+        self.twin, self.seen = twin, Seen()
+        self.sources: dict[str, Source] = {}
+        self.received: dict[Any, Tensor] = {}
+        self.sums: list[tuple[Tensor, Tensor]] = []
+        self.written: dict[int, Note] = {}
+        self.covered: dict[tuple[str, int], set[int]] = {}
+        self.pieces: dict[int, list[Tensor]] = {}  # written into one memory, by its address
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.kept: list[Any] = []  # whose storages' addresses are keys of `written`
+        self.stack: list[nn.Module] = []
+
+    def noted(self, value: Any) -> Note | None:
+        """What is noted of a tensor, with what was written into its memory."""
+        note = note_of(value)
+        if self.written and isinstance(value, Tensor):
+            other = self.written.get(value.untyped_storage()._cdata)
+            if other is not None and other is not note:
+                return other if note is None else _with_makers(note, mixture([note, other]))
+        return note
+
+    def view(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Move a note as an operation moves entries."""
+        note = self.noted(args[0])
+        outputs = result if isinstance(result, (list, tuple)) else [result]
+        if note is None:
+            return
+        indices = self._moved_index(func, note, args, kwargs, outputs)
+        shown = [moved_parameter(s, func, args, kwargs, outputs) for s in note.shown]
+        for i, output in enumerate(outputs):
+            if is_real(output):
+                parts = tuple(part for s in shown if (part := s[i]) is not None)
+                index = indices[i] if output.numel() else None
+                output._note = replace(note, shown=parts, index=index)
+
+    def _moved_index(
+        self, func: Any, note: Note, args: Any, kwargs: Any, outputs: Any
+    ) -> list[Tensor | None]:
+        none: list[Tensor | None] = [None] * len(outputs)
+        if note.index is None:
+            return none
+        name = func.overloadpacket.__name__
+        if name in ("view_as_real", "view_as_complex"):
+            return self._complex(name, note, outputs)
+        if name in COPIES:
+            return [note.index]
+        if name == "as_strided" and tuple(args[1]) != tuple(note.index.shape):
+            self.use(note)
+            return none
+        if name == "as_strided":
+            return [note.index]
+        try:
+            if name in RESHAPES:
+                return [self._reshaped(note, tuple(outputs[0].shape))]
+            moved = func(note.index, *args[1:], **kwargs)
+            return list(moved) if isinstance(moved, (list, tuple)) else [moved]
+        except RuntimeError:
+            self.use(note)
+            return none
+
+    def _reshaped(self, note: Note, shape: tuple[int, ...]) -> Tensor | None:
+        assert note.index is not None
+        index = reshaped(note.index, shape)
+        if index is None:
+            self.use(note)
+        return index
+
+    def _complex(self, name: str, note: Note, outputs: Any) -> list[Tensor | None]:
+        index = note.index
+        assert index is not None
+        if name == "view_as_complex":
+            self.pairs.append((index[..., 0], index[..., 1]))
+            return [index[..., 0]]
+        for real, imaginary in reversed(self.pairs):
+            if real.shape == index.shape and are_same(essential(real), essential(index)):
+                return [torch.stack([real, imaginary], -1)]
+        return [None]
+
+    def record(self, note: Note, how: str, layouts: Mapping[str, Layout] | None = None) -> None:
+        """Note what is done with the parameters that a tensor shows."""
+        for shown in note.shown:
+            final = shown.how or how
+            layout = (layouts or {}).get(shown.name)
+            if final == "scatter":
+                final, layout = ("packed", None) if how == "product" else ("place", None)
+            elif shown.picked and not (how in ("product", "kernel") and layout is not None):
+                final, layout = "lookup", picked_layout(shown)
+            elif shown.how and how not in ("product", "kernel"):
+                layout = None
+            self._use(shown.name, final, layout)
+
+    def _use(self, name: str, how: str, layout: Layout | None = None) -> None:
+        uses = self.seen.uses.setdefault(name, {})
+        if uses.get(how) is None:
+            uses[how] = layout
+        callers = (m for m in reversed(self.stack) if not is_plain(m))
+        if caller := next(callers, None):
+            self.seen.where.setdefault(name, type(caller).__name__)
+
+    def use(self, note: Note | None) -> None:
+        """Something that is no view receives these features."""
+        if note is not None and note.index is not None:
+            index = narrowed(note.index)
+            if index.numel() <= LARGEST:
+                self._receive(essential(index))
+
+    def _receive(self, index: Tensor) -> None:
+        received = [index]
+        if self.sums and index.numel():
+            for left, right in reversed(self.sums):
+                beside = [_beside(one, left, right) for one in received]
+                received += [
+                    b for b in beside if b is not None and not any(are_same(b, r) for r in received)
+                ]
+                if len(received) > 8:
+                    break
+        for one in received:
+            key = (tuple(one.shape), hash(one.contiguous().numpy().tobytes()))
+            self.received.setdefault(key, one)
+
+    def both(self, left: Tensor, right: Tensor, summed: bool) -> Tensor | None:
+        """Features after an operation between entries of two tensors of one shape."""
+        if left is right or (
+            left.shape == right.shape and are_same(essential(left), essential(right))
+        ):
+            return left
+        one, other = essential(left), essential(right)
+        if not summed or one.numel() != other.numel() or len(self.sums) > _SUMS:
+            self._receive(one)
+            self._receive(other)
+            return None
+        features, order = one.flatten().sort()
+        self.sums.append((features, other.flatten()[order]))
+        return left
+
+    def _source(self, number: int) -> str | None:
+        for name, source in self.sources.items():
+            if source.start <= number < source.stop:
+                return name
+        return None
+
+    def _is_matrix(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = self.twin.module.get_submodule(path)
+        except AttributeError:
+            return False
+        if isinstance(owner, nn.MultiheadAttention):
+            return leaf.endswith("proj_weight")
+        return leaf == "weight" and isinstance(owner, (nn.Linear, Conv1D, _ConvNd))
+
+
+def note_of(value: Any) -> Note | None:
+    """What is noted of a tensor, if anything."""
+    return getattr(value, "_note", None) if isinstance(value, Tensor) else None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is one matrix, table or normalisation, whatever its class is called."""
+    return not module._modules and isinstance(module, (nn.Linear, nn.Embedding, Conv1D, _ConvNd))
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in what an operation or a module gives."""
+    yield from _leaves(value, 0)
+
+
+def _leaves(value: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth < 6:
+        if isinstance(value, Mapping):
+            for item in value.values():
+                yield from _leaves(item, depth + 1)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                yield from _leaves(item, depth + 1)
+        elif hasattr(value, "__dataclass_fields__"):
+            for item in vars(value).values():
+                yield from _leaves(item, depth + 1)
+
+
+def mixture(notes: list[Note]) -> Note:
+    """What is known of a mixture of some tensors: the matrices that made them."""
+    return Note(
+        makers=frozenset().union(*(note.makers for note in notes)),
+        last=frozenset().union(*(note.last for note in notes)),
+    )
+
+
+def _with_makers(note: Note, other: Note) -> Note:
+    return replace(note, makers=other.makers, last=other.last)
+
+
+def are_same(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of numbers are equal, their shapes too."""
+    return left.shape == right.shape and torch.equal(left, right)
+
+
+def _beside(features: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+    """What is added to some features, None if they are not all in the sum; `left` is sorted."""
+    if not features.numel() or not left[0] <= features.min() <= features.max() <= left[-1]:
+        return None
+    at = torch.searchsorted(left, features.contiguous())
+    return right[at] if torch.equal(left[at], features) else None
+
+
+def expanded_to(index: Tensor, shape: Iterable[int]) -> Tensor | None:
+    """Numbers of features, broadcast to a shape; None if they cannot be."""
+    try:
+        return index.expand(tuple(shape))
+    except RuntimeError:
+        return None
+
+
+def resized_to(index: Tensor, shape: torch.Size) -> Tensor | None:
+    """Numbers of features where other axes have new sizes, as of pooling."""
+    if index.ndim != len(shape):
+        return None
+    for d, size in enumerate(shape):
+        if index.shape[d] != size:
+            if not is_batch(index, d):
+                return None
+            index = index.narrow(d, 0, 1)
+    return expanded_to(index, shape)

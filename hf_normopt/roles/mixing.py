@@ -1,0 +1,265 @@
+"""Operations that look up, join, place, normalise or reduce."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from ..layouts import Layout
+from .follow import are_same, expanded_to, mixture, resized_to, tensors_of
+from .notes import LARGEST, Note, Shown, essential, is_batch, narrowed
+from .products import Products
+from .views import numbered, picked_parameter
+
+GAINS = {
+    "native_layer_norm": (2, 3),
+    "native_group_norm": (1, 2),
+    "native_batch_norm": (1, 2),
+    "_native_batch_norm_legit": (1, 2),
+    "_native_batch_norm_legit_no_training": (1, 2),
+    "cudnn_batch_norm": (1, 2),
+    "_batch_norm_with_update": (1, 2),
+    "_fused_rms_norm": (2, 0),
+}
+
+
+class Mixing(Products):
+    """Notes what becomes of entries that are moved, mixed or picked."""
+
+    def normalised(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+        """Normalisations with a gain and an offset."""
+        gain, bias = GAINS[name]
+        x = self.noted(args[0])
+        for at, how in ((gain, "gain"), (bias, "sum")):
+            note = self.noted(args[at]) if at and len(args) > at else None
+            if note is not None and note.fixed:
+                self.record(note, how)
+        if x is None or x.fixed:
+            return x and Note(shown=x.shown, fixed=True)
+        return replace(x, last=frozenset())
+
+    def weight_normalised(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
+        """A kernel whose lengths are parameters of their own: v and g."""
+        v, g = (self.noted(arg) or Note(fixed=True) for arg in args[:2])
+        gains = tuple(replace(s, how="gain") for s in g.shown)
+        return Note(shown=(*v.shown, *gains), fixed=v.fixed and g.fixed)
+
+    def lookup(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
+        """Rows of a table by their numbers."""
+        note = self.noted(args[0])
+        for shown in note.shown if note is not None else ():
+            axes = shown.axes()
+            rows = axes[0] if axes else ()
+            words = ["in" if j in rows else "out" for j in range(len(shown.shape))]
+            self._use(shown.name, "lookup", Layout(" ".join(numbered(words))))
+        return Note() if note is None or note.fixed else mixture([note])
+
+    def picked(self, name: str, args: Any, kwargs: Any, result: Tensor) -> Note | None:
+        """Entries by their numbers."""
+        note = self.noted(args[0])
+        if note is None:
+            return None
+        if name == "index":
+            dims = [d for d, index in enumerate(args[1]) if index is not None]
+        else:
+            dims = [int(args[1]) % args[0].ndim]
+        index = None
+        if note.index is not None:
+            index = self._picked_index(name, note, args, dims, result)
+        shown = tuple(
+            filter(None, (picked_parameter(s, name, args, dims, result) for s in note.shown))
+        )
+        return replace(note, index=index, shown=shown)
+
+    def _picked_index(
+        self, name: str, note: Note, args: Any, dims: list[int], result: Tensor
+    ) -> Tensor | None:
+        index = note.index
+        assert index is not None
+        known = all(not i.is_meta for i in tree_flatten(args[1:])[0] if isinstance(i, Tensor))
+        if known and result.numel() <= LARGEST:
+            try:
+                found = getattr(torch.ops.aten, name)(index, *args[1:])
+                return found if found.shape == result.shape else None
+            except (RuntimeError, IndexError):
+                pass
+        self.use(note)
+        return None
+
+    def joined(self, name: str, args: Any, kwargs: Any, result: Tensor) -> Note | None:
+        """Concatenations."""
+        values = [value for value in args[0] if value.numel()]
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+        dim %= result.ndim
+        notes = [self.noted(value) for value in values]
+        known = [n for n in notes if n is not None]
+        if all(n.fixed for n in known):
+            return self._put_together(name, values, notes, dim, result)
+        for note in known:
+            if note.fixed:
+                self.record(note, "place")
+        active = [n for n in known if not n.fixed]
+        return replace(
+            mixture(active),
+            index=self._joined_index(name, notes, dim, result),
+            squashed=all(n.squashed for n in active),
+            head_size=max(n.head_size for n in active),
+        )
+
+    def _joined_index(
+        self, name: str, notes: list[Note | None], dim: int, result: Tensor
+    ) -> Tensor | None:
+        indices = [n.index for n in notes if n is not None and n.index is not None]
+        if not indices:
+            return None
+        if name == "cat":
+            apart = len({self._source(int(i.min())) for i in indices if i.numel()}) > 1
+            same = all(are_same(essential(i), essential(indices[0])) for i in indices)
+            if (apart or same) and all(is_batch(i, dim) for i in indices):  # along the sequence
+                first = indices[0].narrow(dim, 0, 1)
+                for other in indices[1:]:
+                    other = other.narrow(dim, 0, 1)
+                    if other.shape == first.shape:
+                        self.both(first, other, summed=True)
+                try:
+                    return first.expand(result.shape)
+                except RuntimeError:
+                    return None
+        sources = {self._source(int(i.min())) for i in indices if i.numel()}
+        if len(indices) == len(notes) and len(sources) == 1:
+            join = torch.stack if name == "stack" else torch.cat
+            rest = [d for d in range(indices[0].ndim) if name == "stack" or d != dim]
+            rest = [d for d in rest if all(is_batch(i, d) for i in indices)]
+            return expanded_to(join([narrowed(i, rest) for i in indices], dim), result.shape)
+        for note in notes:
+            self.use(note)
+        return None
+
+    def _put_together(
+        self, name: str, values: list[Tensor], notes: list[Note | None], dim: int, result: Tensor
+    ) -> Note:
+        shown: list[Shown] = []
+        at = 0
+        for value, note in zip(values, notes, strict=True):
+            for one in note.shown if note is not None else ():
+                if name == "stack":
+                    stacked = one.view.unsqueeze(dim) if one.start is None else None
+                    if stacked is not None:
+                        shown.append(replace(one, view=stacked, start=(dim, at)))
+                elif one.start is None:
+                    shown.append(replace(one, start=(dim, at)))
+            at += value.shape[dim] if name == "cat" and value.ndim else 1
+        return Note(shown=tuple(shown), fixed=True)
+
+    def placed(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+        """Entries that are written into a tensor."""
+        operands = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        notes = [n for n in map(self.noted, operands) if n is not None]
+        target = self.noted(args[0])
+        if notes and all(n.fixed for n in notes):
+            shown = tuple(
+                replace(s, how=s.how or "scatter", view=torch.empty((), device="meta"), given=())
+                for n in notes
+                for s in n.shown
+            )
+            whole = name == "copy" and target is None
+            return Note(shown=notes[0].shown if whole else shown, fixed=True)
+        for note in notes:
+            if note.fixed:
+                self.record(note, "place")
+        for note in notes:
+            if note is not target and note.index is not None:
+                index = narrowed(note.index)
+                if 0 < index.numel() <= LARGEST:
+                    key = args[0].untyped_storage()._cdata
+                    self.pieces.setdefault(key, []).append(essential(index))
+        active = [n for n in notes if not n.fixed]
+        return mixture(active)
+
+    def reduced(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+        """Sums, means and norms along axes."""
+        note = self.noted(args[0])
+        if note is None:
+            return None
+        if note.fixed:
+            if any(s.picked for s in note.shown):
+                self.record(note, "lookup")
+                return Note()
+            return Note(fixed=True)
+        index = self._reduced_index(note, args, kwargs, next(tensors_of(result)))
+        return replace(note, index=index, shown=())
+
+    def _reduced_index(self, note: Note, args: Any, kwargs: Any, result: Tensor) -> Tensor | None:
+        index = note.index
+        if index is None:
+            return None
+        given = next((a for a in args[1:] if isinstance(a, (list, tuple))), None)
+        if given is None and len(args) > 1 and type(args[1]) is int:
+            given = [args[1]]
+        given = given if given is not None else kwargs.get("dim")
+        given = [given] if isinstance(given, int) else given
+        dims = sorted({d % index.ndim for d in given}) if given else list(range(index.ndim))
+        if not all(is_batch(index, d) for d in dims):
+            self.use(note)
+            return None
+        keep = result.ndim == index.ndim
+        for d in reversed(dims):
+            index = index.narrow(d, 0, 1) if keep else index.select(d, 0)
+        return index if index.shape == result.shape else None
+
+    def softmax(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+        """Weights that add up to 1."""
+        note = self.noted(args[0])
+        if note is None or note.fixed:
+            return note
+        self.use(note)
+        return replace(note, index=None, squashed="log" not in name)
+
+    def gated(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+        """One half times the sigmoid of the other."""
+        note = self.noted(args[0])
+        if note is None:
+            return None
+        if note.index is not None:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
+            for half in note.index.chunk(2, dim):
+                self.use(replace(note, index=half))
+        return replace(note, index=None, shown=())
+
+    def patched(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+        """Patches of an image as columns."""
+        note = self.noted(args[0])
+        self.use(note)
+        return None if note is None else replace(note, patches=True, index=None)
+
+    def anything(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+        """Operations that no method knows: they mix what they get."""
+        operands = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        notes = [n for n in map(self.noted, operands) if n is not None]
+        output = next(tensors_of(result), None)
+        active = [n for n in notes if not n.fixed]
+        if not active:
+            shown = notes[0].shown if output is not None and len(notes) == 1 else ()
+            same = output is not None and output.shape == operands[0].shape
+            return Note(shown=shown if same else (), fixed=True)
+        for note in notes:
+            if note.fixed:
+                self.record(note, "other")
+        index = None
+        for note in active:
+            if note.index is None:
+                continue
+            moved = resized_to(note.index, output.shape) if output is not None else None
+            if moved is None or len(active) > 1:
+                self.use(note)
+            else:
+                index = moved
+        return replace(
+            mixture(active),
+            index=index,
+            head_size=max(n.head_size for n in active),
+        )

@@ -1,0 +1,134 @@
+"""Operations entry by entry: gains, sums, activations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from ..layouts import Layout
+from .follow import Follower, expanded_to, mixture, tensors_of
+from .notes import NONE, Note, Shown, essential, is_batch
+from .views import numbered
+
+_SUMS_OF = frozenset(("add", "sub", "rsub", "addcmul", "addcdiv", "subtract"))
+_PRODUCTS_OF = frozenset(("mul", "div", "multiply", "addcmul"))
+_SQUASHES = frozenset(("sigmoid", "hardsigmoid", "softmax"))
+
+_CHOICES = frozenset(("where", "masked_fill", "fill", "maximum", "minimum", "masked_scatter"))
+
+
+class Pointwise(Follower):
+    """Notes what multiplies activations entry by entry, and what is added to them."""
+
+    def pointwise(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+        """Entry by entry: gains, sums, activations."""
+        output = next(tensors_of(result))
+        operands = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        notes = [n for n in map(self.noted, operands) if n is not None]
+        if name in _CHOICES and not all(n.fixed for n in notes):
+            for note in notes:
+                if note.fixed:
+                    self.record(note, "place")
+            notes = [n for n in notes if not n.fixed]
+        active = [n for n in notes if not n.fixed]
+        if not active:
+            return self._combined(name, notes, output)
+        summed = name in _SUMS_OF
+        for position, value in enumerate(operands):
+            its = self.noted(value)
+            if its is not None and its.fixed:
+                how = "sum" if summed and not (name.startswith("addc") and position) else "gain"
+                self._beside(its, how, active, output)
+        found = self._active(name, active, output, summed)
+        if name in ("mul", "div"):
+            largest = max(v.numel() for v in operands if self._is_active(v))
+            modulated = output.numel() > largest or any(n.shown for n in active)
+            shown = [s.spread(output.shape) for n in notes for s in n.shown] if modulated else []
+            return replace(
+                found, shown=tuple(s for s in shown if s is not None and s.picked == NONE)
+            )
+        if len(operands) == 1 and active[0].shown:
+            return replace(found, shown=active[0].shown)
+        return found
+
+    def _is_active(self, value: Tensor) -> bool:
+        note = self.noted(value)
+        return note is not None and not note.fixed
+
+    def _beside(self, note: Note, how: str, active: list[Note], output: Tensor) -> None:
+        """Parameters that multiply activations, or are added to them, entry by entry."""
+        index = next((n.index for n in active if n.index is not None), None)
+        axis = output.ndim - 1
+        if index is not None and index.ndim == output.ndim:
+            axes = [d for d in range(index.ndim) if not is_batch(index, d)]
+            axis = axes[0] if len(axes) == 1 else axis
+            if how == "sum" and len(axes) == 1:
+                self._link(note, essential(index))
+        if how == "sum" and any(n.stacked for n in active):
+            how = "offset"
+        layouts = {}
+        for shown in note.shown:
+            spread = shown.spread(output.shape) if shown.given is None else None
+            if spread is not None and spread.start is None and sum(n > 1 for n in shown.shape) > 1:
+                features = spread.axes()[axis]
+                if features and axis != output.ndim - 1:
+                    words = ["out" if j in features else "in" for j in range(len(shown.shape))]
+                    layouts[shown.name] = Layout(" ".join(numbered(words)))
+        self.record(note, how, layouts)
+
+    def _link(self, note: Note, index: Tensor) -> None:
+        """A vector that is added to the features of a matrix is divided as they are."""
+        flat = index.flatten()
+        for shown in note.shown:
+            if math.prod(shown.shape) == flat.numel() == shown.entries():
+                name = self._source(int(flat.min()))
+                if name is not None and self.sources[name].size == flat.numel():
+                    self.seen.beside.setdefault(shown.name, name)
+
+    def _active(self, name: str, active: list[Note], output: Tensor, summed: bool) -> Note:
+        if len(active) > 1 and name in _PRODUCTS_OF:
+            plain = [n for n in active if not n.squashed]
+            makers = plain if plain else active
+        else:
+            makers = active
+        index = None
+        for note in active:
+            if note.index is None:
+                continue
+            mine = expanded_to(note.index, output.shape)
+            if mine is None:
+                self.use(note)
+            elif index is None:
+                index = mine
+            else:
+                index = self.both(index, mine, summed)
+        return replace(
+            mixture(makers),
+            index=index,
+            squashed=name in _SQUASHES or all(n.squashed for n in active),
+            patches=any(n.patches for n in active),
+            head_size=max(n.head_size for n in active),
+        )
+
+    def _combined(self, name: str, notes: list[Note], output: Tensor) -> Note:
+        """A function of parameters alone; the smaller of two is a gain or offset of the other."""
+        shown: list[Shown] = []
+        for note in notes:
+            for one in note.shown:
+                spread = one.spread(output.shape)
+                if spread is not None:
+                    shown.append(spread)
+        most = max((s.entries() for s in shown), default=0)
+        how = "sum" if name in _SUMS_OF else "gain"
+        found: dict[str, Shown] = {}
+        for one in shown:
+            if len(notes) > 1 and one.entries() < most and not one.how and one.start is None:
+                one = replace(one, how=how)
+            old = found.get(one.name)
+            if old is None or (old.how and not one.how) or one.entries() > old.entries():
+                found[one.name] = one
+        return Note(shown=tuple(found.values()), fixed=True)

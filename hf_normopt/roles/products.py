@@ -1,0 +1,290 @@
+"""Products with parameters: matrices, convolutions, attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layouts import Layout, usual_layout
+from .follow import mixture, resized_to, tensors_of
+from .notes import Note, Shown, essential
+from .parts import Source
+from .pointwise import Pointwise
+from .views import is_token, kernel_layout, product_layout, unsqueezed
+
+ROWS = 1 << 16  # of a table that may be cut to the length of a sequence
+
+
+class Products(Pointwise):
+    """Notes what is multiplied, and along which axes."""
+
+    def product(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+        """Matrix products: mm, bmm, and those that add."""
+        added = name.startswith("add") or name == "baddbmm"
+        left, right = args[1:3] if added else args[:2]
+        found = self._product(left, right, result)
+        if added and (bias := self.noted(args[0])) is not None and found is not None:
+            if bias.fixed and not found.fixed:
+                self._beside(bias, "sum", [found], result)
+            elif not bias.fixed and not found.fixed:
+                found = self._active("add", [found, bias], result, True)
+            elif bias.fixed:
+                found = self._combined("add", [found, bias], result)
+        return found
+
+    def _product(self, left: Tensor, right: Tensor, result: Tensor) -> Note | None:
+        a, b = self.noted(left), self.noted(right)
+        if right.ndim == 1:  # mv, dot
+            right = right.unsqueeze(-1)
+            b = unsqueezed(b)
+        if left.ndim == 1:
+            left = left.unsqueeze(0)
+            a = unsqueezed(a, 0)
+        if a is not None and b is not None and a.fixed and b.fixed:
+            a, b = self._settled(a, b)
+        if a is not None and b is not None and a.fixed and b.fixed:
+            return self._of_parameters(a, b, result)
+        a, b = a or Note(), b or Note()  # constants are activations: positions, frequencies
+        for note, kept in ((a, left.ndim - 2), (b, right.ndim - 1)):
+            tokens = [is_token(s, kept) and not self._is_matrix(s.name) for s in note.shown]
+            if note.fixed and tokens and all(tokens):
+                self.record(note, "place")
+                return self._activations(
+                    Note() if note is a else a, Note() if note is b else b, result
+                )
+        if not (a.fixed or b.fixed) and bool(a.shown) != bool(b.shown):
+            a, b = replace(a, fixed=bool(a.shown)), replace(b, fixed=bool(b.shown))  # modulated
+        if a.fixed:
+            return self._weighted(a, b, (left.ndim - 1, left.ndim - 2), result)
+        if b.fixed:
+            return self._weighted(b, a, (right.ndim - 2, right.ndim - 1), result)
+        return self._activations(a, b, result)
+
+    def _settled(self, a: Note, b: Note) -> tuple[Note, Note]:
+        """Of two parameters, one may stand for activations: it is repeated for each row."""
+        for one, other in ((a, b), (b, a)):
+            repeated = any(s.expanded for s in one.shown)
+            stored = any(self._is_matrix(s.name) for s in other.shown)
+            if (repeated and not any(s.expanded for s in other.shown)) or (
+                stored and not any(self._is_matrix(s.name) for s in one.shown)
+            ):
+                self.record(one, "place")
+                active = Note()
+                return (active, b) if one is a else (a, active)
+        return a, b
+
+    def _of_parameters(self, a: Note | None, b: Note | None, result: Tensor) -> Note:
+        """A product of parameters, or of one with constants: what it is will be seen later."""
+        shown = []
+        for note, side in ((a, 0), (b, 1)):
+            for one in note.shown if note is not None else ():
+                if one.start is not None or one.view.ndim < 2:
+                    continue
+                contracted = one.view.ndim - 1 - side  # of W x the last, of x W the one before
+                inner = frozenset(one.axes()[contracted])
+                view = one.view.select(contracted, 0)
+                view = view.unsqueeze(contracted)
+                given = None
+                if one.given is not None:
+                    given = tuple(() if i == contracted else x for i, x in enumerate(one.given))
+                try:
+                    view = view.expand(result.shape)
+                except RuntimeError:
+                    continue
+                shown.append(replace(one, view=view, inner=one.inner | inner, given=given))
+        return Note(shown=tuple(shown), fixed=True)
+
+    def _weighted(self, weight: Note, x: Note, axes: tuple[int, int], result: Tensor) -> Note:
+        """Activations times parameters.
+
+        Args:
+            weight: of the parameters.
+            x: of the activations.
+            axes: the contracted axis of the parameters, and the one that stays.
+            result: the product.
+        """
+        self.use(x)
+        contracted, kept = axes
+        layouts, source = {}, None
+        for shown in weight.shown:
+            layout, outs = product_layout(shown, contracted, kept)
+            if layout is None:
+                continue
+            layouts[shown.name] = layout
+            self._cover(shown, contracted, kept)
+            if shown.divided:
+                self.seen.divided.setdefault(shown.name, dict(shown.divided))
+            if not shown.how and outs and (source is None or shown.entries() > source[0].entries()):
+                source = (shown, outs)
+        how = "kernel" if x.patches and any(len(s.shape) > 2 for s in weight.shown) else "product"
+        if how == "kernel":
+            layouts = {s.name: usual_layout("conv", s.shape) for s in weight.shown}
+        self.record(weight, how, layouts)
+        makers = frozenset(
+            s.name
+            for s in weight.shown
+            if (not s.how and any(s.axes()[kept : kept + 1]))
+            or (s.name in layouts and not s.how and not s.inner)
+        )
+        makers = makers or frozenset(s.name for s in weight.shown if not s.how)
+        for maker in makers:
+            self.seen.feeds.setdefault(maker, set()).update(x.makers)
+            if x.head_size:
+                self.seen.head_sizes.setdefault(maker, x.head_size)
+        index = None
+        if source is not None:
+            index = self._features(weight, source, contracted, kept, layouts, result, axes)
+        stacked = any("stack" in str(layout) for layout in layouts.values())
+        return Note(makers=makers, last=makers, index=index, stacked=stacked)
+
+    def _cover(self, shown: Shown, contracted: int, kept: int) -> None:
+        """Note which entries along each stored axis were multiplied by."""
+        if shown.given is not None or shown.start is not None:
+            return
+        divided = {j for j, _ in shown.divided}
+        for d in (contracted, kept):
+            axes = shown.axes()[d]
+            if len(axes) == 1 and axes[0] not in divided and not (shown.picked or shown.how):
+                seen = self.covered.setdefault((shown.name, axes[0]), set())
+                if len(seen) < shown.shape[axes[0]] <= ROWS:
+                    seen.update(shown.numbers([d], [axes[0]]).tolist())
+
+    def _features(
+        self,
+        weight: Note,
+        source: tuple[Shown, list[int]],
+        contracted: int,
+        kept: int,
+        layouts: Mapping[str, Layout],
+        result: Tensor,
+        axes: tuple[int, int],
+    ) -> Tensor | None:
+        """Numbers of the features that a product with parameters gives, in its shape."""
+        pieces: list[tuple[int, Tensor]] = []
+        for shown in weight.shown:
+            if shown.how or shown.name not in layouts:
+                continue
+            _, outs = product_layout(shown, contracted, kept)
+            if not outs or (shown.start is None and shown is not source[0]):
+                continue
+            known = self.sources.get(shown.name)
+            text = str(layouts[shown.name])
+            if known is None:
+                start = max((s.stop for s in self.sources.values()), default=0)
+                sizes = tuple(shown.shape[j] for j in outs)
+                fan = shown.view.shape[contracted]
+                known = Source(start, start + math.prod(sizes), int(fan), text, sizes)
+                self.sources[shown.name] = known
+            elif known.pattern != text:
+                return None
+            numbers = known.start + shown.numbers([kept], outs)
+            at = shown.start[1] if shown.start is not None and shown.start[0] == kept else 0
+            pieces.append((at, numbers))
+        if not pieces:
+            return None
+        pieces.sort(key=lambda piece: piece[0])
+        numbers = torch.cat([piece for _, piece in pieces])
+        last = contracted < kept  # x W gives the features last, W x before the rest
+        axis = result.ndim - 1 if last else result.ndim - 2
+        if result.ndim == 1:
+            axis = 0
+        if result.shape[axis] != len(numbers):
+            return None
+        shape = [len(numbers) if d == axis else 1 for d in range(result.ndim)]
+        return numbers.view(shape).expand(result.shape)
+
+    def _activations(self, a: Note, b: Note, result: Tensor) -> Note:
+        """A product of activations: weights of an attention times values, or a comparison."""
+        self.use(a)
+        self.use(b)
+        if a.squashed == b.squashed:
+            return Note()
+        values = b if a.squashed else a
+        size = result.shape[-1] if a.squashed else 0
+        return Note(makers=values.makers, last=values.last, head_size=size)
+
+    def attention(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
+        """A fused attention: queries, keys, values."""
+        for value in args[:3]:
+            self.use(self.noted(value))
+            note = self.noted(value)
+            if note is not None and note.fixed:
+                self.record(note, "place")
+        values = self.noted(args[2])
+        return replace(
+            mixture([values] if values is not None else []),
+            head_size=next(tensors_of(result)).shape[-1],
+        )
+
+    def convolution(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+        """Convolutions of any number of axes."""
+        x, weight = self.noted(args[0]), self.noted(args[1])
+        bias = self.noted(args[2]) if len(args) > 2 else None
+        if x is not None and x.fixed:
+            self.record(x, "place")
+            x = Note()
+        modulated = weight is not None and not weight.fixed and bool(weight.shown)
+        if weight is None or not (weight.fixed or modulated):
+            self.use(x)
+            return mixture([n for n in (x, weight) if n is not None])
+        depthwise = name != "conv_tbc" and args[1].shape[1] == 1 and args[8] == args[0].shape[1]
+        layouts = {}
+        transposed = name != "conv_tbc" and bool(args[6])
+        groups = 1 if name == "conv_tbc" else int(args[8])
+        for shown in weight.shown:
+            layout = kernel_layout(name, shown, transposed, 1 if modulated else groups)
+            if layout is not None:
+                layouts[shown.name] = layout
+        self.record(weight, "kernel", layouts)
+        makers = frozenset(s.name for s in weight.shown if not s.how)
+        for maker in makers:
+            self.seen.feeds.setdefault(maker, set()).update(x.makers if x is not None else ())
+        index = self._channels(weight, x, depthwise, groups, transposed, layouts, args, result)
+        found = Note(makers=makers, last=makers, index=index)
+        if bias is not None and bias.fixed:
+            axis = 1 if name != "conv_tbc" else result.ndim - 1
+            self.record(bias, "sum")
+            if index is not None and not depthwise and index.shape[axis] > 1:
+                self._link(bias, essential(index))
+        return found
+
+    def _channels(
+        self,
+        weight: Note,
+        x: Note | None,
+        depthwise: bool,
+        groups: int,
+        transposed: bool,
+        layouts: Mapping[str, Layout],
+        args: Any,
+        result: Tensor,
+    ) -> Tensor | None:
+        """Numbers of the channels that a convolution gives."""
+        if depthwise and x is not None and x.index is not None and groups == result.shape[1]:
+            return resized_to(x.index, result.shape)
+        self.use(x)
+        plain = [s for s in weight.shown if s.name in layouts and not s.how and s.given is None]
+        if groups > 1 or len(plain) != 1 or len(plain[0].view.shape) != args[1].ndim:
+            return None
+        shown, out = plain[0], 1 if transposed else 0
+        axes = list(shown.axes()[out])
+        if not axes:
+            return None
+        known = self.sources.get(shown.name)
+        if known is None:
+            start = max((s.stop for s in self.sources.values()), default=0)
+            sizes = tuple(shown.shape[j] for j in axes)
+            fan = args[0].shape[1]
+            text = str(layouts[shown.name])
+            known = Source(start, start + math.prod(sizes), int(fan), text, sizes)
+            self.sources[shown.name] = known
+        numbers = known.start + shown.numbers([out], axes)
+        if len(numbers) != result.shape[1]:
+            return None
+        shape = [len(numbers) if d == 1 else 1 for d in range(result.ndim)]
+        return numbers.view(shape).expand(result.shape)

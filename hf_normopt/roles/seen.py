@@ -1,0 +1,62 @@
+"""What one pass saw: [`Seen`]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..layouts import Layout
+from .parts import Matrix
+
+
+@dataclass
+class Seen:
+    """What one pass saw.
+
+    Attributes:
+        uses: by parameter, what was done with it: "product", "kernel", "lookup", "gain", "sum",
+            "offset" (to a product), "place", "return", "packed", with the layout that this gives.
+        matrices: by parameter, how what a matrix gives is divided.
+        beside: by bias, the matrix to whose features it is added.
+        divided: by matrix, the number of pieces that a view divided its stored axes into.
+        head_sizes: by matrix after an attention, the size of the attention's heads.
+        feeds: by matrix, those that made its inputs last.
+        fields: by model (its name), for each field of its output the matrices that made it last.
+        where: by parameter, the class of the module that used it.
+        ran: the parameters that the model's own `forward` reached.
+        alike: by parameter of a layer that was skipped, that of the equal layer that ran.
+        failure: what ended the pass early, "" if nothing did.
+    """
+
+    uses: dict[str, dict[str, Layout | None]] = field(default_factory=dict)
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
+    divided: dict[str, dict[int, int]] = field(default_factory=dict)
+    head_sizes: dict[str, int] = field(default_factory=dict)
+    feeds: dict[str, set[str]] = field(default_factory=dict)
+    fields: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
+    where: dict[str, str] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+    alike: dict[str, str] = field(default_factory=dict)
+    failure: str = ""
+
+    def update(self, other: Seen) -> None:
+        """Add what was seen of modules that ran alone."""
+        for name, table in self._tables():
+            for key, value in getattr(other, name).items():
+                table.setdefault(key, value)
+        for key, makers in other.feeds.items():
+            self.feeds.setdefault(key, set()).update(makers)
+        for path, fields in other.fields.items():
+            self.fields.setdefault(path, fields)
+
+    def copy_to_equals(self) -> None:
+        """What was seen of a module holds for its equals that did not run."""
+        for name, ran in self.alike.items():
+            for _, table in self._tables():
+                if ran in table:
+                    table.setdefault(name, table[ran])
+
+    def _tables(self) -> list[tuple[str, dict[str, Any]]]:
+        names = ("uses", "matrices", "beside", "divided", "head_sizes", "where")
+        return [(name, getattr(self, name)) for name in names]

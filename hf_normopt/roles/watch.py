@@ -1,0 +1,263 @@
+"""The dispatch mode under which the twin runs.
+
+[`Watch`] lets every composite operation come down to a few dozen ATen operations, gives their
+shapes (`operations.py`), and moves notes (`notes.py`) from what goes in to what comes out. To
+support an operation, add a method to `mixing.py` or `products.py`, and its name to `_NOTED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+
+from ..layouts import Layout
+from .follow import mixture, note_of, tensors_of
+from .mixing import GAINS, Mixing
+from .notes import Note, Shown
+from .operations import evaluate, is_real
+from .parts import divided
+from .products import ROWS
+from .twin import Twin
+from .views import COPIES, numbered
+
+_SMALL = 3  # matrices of a module whose features go on to the one that called it
+_SAME = COPIES | {"_unsafe_view", "repeat", "_reshape_alias", "_conj", "view_as_real_copy"}
+_POINTWISE = frozenset(
+    ("complex", "polar", "real", "imag", "native_dropout", "dropout", "addcmul", "addcdiv", "lerp")
+) | {"where", "rsub"}
+
+
+class Watch(Mixing):
+    """Notes what every operation does.
+
+    Args:
+        twin: the twin that runs.
+    """
+
+    def __init__(self, twin: Twin) -> None:
+        super().__init__(twin)
+        self.sizes: dict[int, int] = {}
+        for tensor in [*twin.module.parameters()]:
+            name = twin.names.get(id(tensor))
+            if name is not None and is_real(tensor):
+                view = torch.empty(tensor.shape, device="meta")
+                shown = (Shown(name, tuple(tensor.shape), view),)
+                tensor._note = Note(shown=shown, fixed=True)  # type: ignore[attr-defined]
+
+    def given(self, values: Any) -> None:
+        """Mark floating inputs as activations."""
+        for value in tree_flatten(values)[0]:
+            if is_real(value):
+                value._note = Note()
+
+    def hooks(self) -> Any:
+        """A context in which every call of a module is known."""
+        stack = ExitStack()
+        for handle in (
+            register_module_forward_pre_hook(self._enter),  # type: ignore[arg-type]
+            register_module_forward_hook(self._leave),
+        ):
+            stack.callback(handle.remove)
+        return stack
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Features are followed into small modules; others receive them as they are."""
+        self.stack.append(module)
+        if self._count(module) <= _SMALL + 1:
+            return None
+        return tuple(self._received(value) if is_real(value) else value for value in args)
+
+    def _received(self, value: Tensor) -> Tensor:
+        note = note_of(value)
+        if note is None or note.index is None:
+            return value
+        self.use(note)
+        value = value.detach()
+        value._note = replace(note, index=None)  # type: ignore[attr-defined]
+        return value
+
+    def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
+        while self.stack and self.stack.pop() is not module:
+            pass  # calls that ended with an exception
+        path = self.twin.paths.get(id(module))
+        if path and hasattr(module, "config") and hasattr(module, "get_output_embeddings"):
+            self.returned(path, output)
+        if "norm" in type(module).__name__.lower() and not module._modules:
+            for value in tensors_of(output):
+                note = note_of(value)
+                if note is not None and not note.fixed:
+                    value._note = replace(note, last=frozenset())  # type: ignore[attr-defined]
+        if self._count(module) > _SMALL:
+            for value in tensors_of(output):
+                note = note_of(value)
+                if note is not None and note.index is not None:
+                    self.use(note)
+                    value._note = replace(note, index=None)  # type: ignore[attr-defined]
+
+    def _count(self, module: nn.Module) -> int:
+        if id(module) not in self.sizes:
+            self.sizes[id(module)] = sum(p.ndim > 1 for p in module.parameters())
+        return self.sizes[id(module)]
+
+    def returned(self, path: str, output: Any) -> None:
+        """Note what made the fields of a model's output."""
+        fields = self.seen.fields.setdefault(path, {})
+        for key, value in _fields(output):
+            makers: frozenset[str] = frozenset()
+            for tensor in tensors_of(value):
+                note = self.noted(tensor)
+                if note is not None:
+                    makers |= note.last
+                    if not path and note.fixed:
+                        self.record(note, "return")
+            fields[key] = fields.get(key, frozenset()) | makers
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = evaluate(func, args, kwargs)
+        try:
+            self.note(func, args, kwargs, result)
+        except Exception as error:  # an operation that is called otherwise than was thought of
+            self.lost(error)
+        return result
+
+    def lost(self, error: Exception) -> None:
+        """Called where an operation could not be noted."""
+
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Note what an operation gives."""
+        name = func.overloadpacket.__name__
+        base = name.rstrip("_") if func._schema.is_mutable else name
+        values = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        notes = [n for n in map(self.noted, values) if n is not None]
+        if not notes:
+            return
+        if base.endswith("_like") or base.startswith("new_"):
+            return None
+        if func.is_view or base in _SAME:
+            return self.view(func, args, kwargs, result)
+        method = _NOTED.get(base)
+        if method is not None:
+            found = method(self, base, args, kwargs, result)
+        elif torch.Tag.pointwise in func.tags or base in _POINTWISE:
+            found = self.pointwise(base, args, kwargs, result)
+        else:
+            found = self.anything(base, args, kwargs, result)
+        outputs = list(tensors_of(result))
+        for i, output in enumerate(outputs):
+            if is_real(output):
+                part = found if i == 0 or found is None else replace(found, index=None)
+                output._note = part  # type: ignore[attr-defined]
+        if func._schema.is_mutable and outputs and found is not None and args:
+            self.write(args[0], found)
+
+    def write(self, target: Tensor, note: Note) -> None:
+        """Something was written into a tensor's memory; others that share it show it."""
+        key = target.untyped_storage()._cdata
+        self.kept.append(target)
+        old = self.written.get(key)
+        made = mixture([note] if old is None else [note, old])
+        self.written[key] = replace(made, fixed=note.fixed and (old is None or old.fixed))
+
+    def finish(self) -> None:
+        """Divide each matrix as its features were used."""
+        for pieces in self.pieces.values():
+            # of one matrix: put together anew, as by a rotation
+            if len({self._source(int(piece.min())) for piece in pieces}) == len(pieces):
+                for piece in pieces:
+                    self._receive(piece)
+        for (name, axis), rows in self.covered.items():
+            size = self.twin.shapes[name][axis]
+            if rows and len(rows) < size <= ROWS and not self._is_matrix(name):
+                # a slice as long as the sequence: rows of a table of positions
+                count = len(self.twin.shapes[name])
+                words = ["in" if axis < count - 1 or j == axis else "out" for j in range(count)]
+                words[-1] = "in" if axis == count - 1 else "out"
+                words = [w if axis < count - 1 or j == axis else "out" for j, w in enumerate(words)]
+                self.seen.uses[name] = {"lookup": Layout(" ".join(numbered(words)))}
+        uses = list(self.received.values())
+        for name, source in self.sources.items():
+            self.seen.matrices[name] = divided(source, uses)
+
+
+def _fields(output: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(output, Mapping):
+        yield from ((str(key), value) for key, value in output.items())
+    elif hasattr(output, "__dataclass_fields__"):
+        yield from vars(output).items()
+    elif hasattr(output, "_fields"):
+        yield from zip(output._fields, output, strict=True)
+    else:
+        yield "output", output
+
+
+class Lists(TorchFunctionMode):
+    """Lists of numbers that index are kept on the CPU, where their values are known."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].is_meta:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            index = tuple(torch.tensor(i) if _is_list(i) else i for i in index)
+            args = (args[0], index, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(i, (int, bool)) for i in value)
+
+
+_NOTED: dict[str, Callable[..., Note | None]] = {
+    **dict.fromkeys(
+        ("mm", "bmm", "mv", "dot", "vdot", "addmm", "baddbmm", "addmv", "_grouped_mm"),
+        Watch.product,
+    ),
+    **dict.fromkeys(("convolution", "_convolution", "conv_tbc"), Watch.convolution),
+    **dict.fromkeys(GAINS, Watch.normalised),
+    **dict.fromkeys(("embedding", "_embedding_bag", "_embedding_bag_forward_only"), Watch.lookup),
+    **dict.fromkeys(("index", "index_select", "gather"), Watch.picked),
+    **dict.fromkeys(("cat", "stack"), Watch.joined),
+    **dict.fromkeys(
+        ("copy", "index_put", "_index_put_impl", "scatter", "scatter_add", "index_add"),
+        Watch.placed,
+    ),
+    **dict.fromkeys(
+        ("index_copy", "slice_scatter", "select_scatter", "scatter_reduce", "masked_scatter"),
+        Watch.placed,
+    ),
+    **dict.fromkeys(
+        ("mean", "sum", "amax", "amin", "max", "min", "norm", "linalg_vector_norm", "var", "std"),
+        Watch.reduced,
+    ),
+    **dict.fromkeys(("prod", "logsumexp", "var_mean", "median", "nansum"), Watch.reduced),
+    **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax"), Watch.softmax),
+    "im2col": Watch.patched,
+    "_weight_norm": Watch.weight_normalised,
+    "_weight_norm_interface": Watch.weight_normalised,
+    "glu": Watch.gated,
+    **dict.fromkeys(
+        (
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_fused_attention_overrideable",
+            "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_attention_math",
+        ),
+        Watch.attention,
+    ),
+}
