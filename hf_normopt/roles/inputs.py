@@ -114,7 +114,10 @@ def _from_widths(model: nn.Module, device: str) -> Iterator[Inputs]:
     names = required or list(case.parameters)[:1]
     for first in _first_arguments(model, names[0] if names else "", device):
         rest = [_further(model, name, first) for name in names[1:]]
-        yield (first, *rest), {}
+        kwargs = {}
+        if "position_embeddings" in set(case.parameters) - set(names) and case.config is not None:
+            kwargs["position_embeddings"] = _further(model, "position_embeddings", first)
+        yield (first, *rest), kwargs
         if any(value is first for value in rest):  # vectors of other widths: styles, conditions
             widths = {m.in_features: None for m in model.modules() if isinstance(m, nn.Linear)}
             for width in list(widths)[:4]:

@@ -27,7 +27,7 @@ def _normalisation(view: View) -> Finding | None:
         return None
     if any(True for child in view.owner.children() for _ in child.parameters()):
         return None  # a model of that name
-    if view.uses.keys() & {"product", "kernel", "lookup", "place"}:
+    if view.uses.keys() & {"product", "kernel", "lookup"} or view.uses.keys() == {"place"}:
         return None
     added = not type(view.owner).__module__.startswith("torch.") and _uses(view).keys() == {"sum"}
     if "bias" in view.leaf or view.leaf == "beta" or added:

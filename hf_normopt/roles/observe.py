@@ -78,6 +78,7 @@ def _run(
             watch.use(note_of(tensor))
     except Exception as error:  # foreign code raises anything
         watch.seen.failure = f"{type(error).__name__}: {error} ({_place(error)})"
+        watch.forget()
     watch.finish()
     return watch.seen
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from ..layouts import Layout
-from .follow import mixture, note_of, tensors_of
+from .follow import is_plain, mixture, note_of, tensors_of
 from .mixing import GAINS, Mixing
 from .notes import Note, Shown
 from .operations import evaluate, is_real
@@ -104,6 +104,15 @@ class Watch(Mixing):
                 if note is not None and note.index is not None:
                     self.use(note)
                     value._note = replace(note, index=None)  # type: ignore[attr-defined]
+
+    def forget(self) -> None:
+        """Forget what the module did in which the pass ended: it will run alone."""
+        unfinished = next((m for m in reversed(self.stack) if not is_plain(m)), None)
+        path = self.twin.paths.get(id(unfinished), "")
+        for name in list(self.seen.uses) if path else ():
+            if name.startswith(f"{path}."):
+                del self.seen.uses[name]
+                self.sources.pop(name, None)
 
     def _count(self, module: nn.Module) -> int:
         if id(module) not in self.sizes:
