@@ -110,6 +110,8 @@ class _Sight:
             return not _INSIDE.search(key) if custom else OUTPUTS.search(key) is not None
 
         fields = self.made(path, wanted, is_plain=False) or {}
+        if custom and not any(fields.values()):
+            fields = self.made(path, lambda key: "loss" in key, is_plain=False) or {}
         if not any(fields.values()) and task and not model.get_output_embeddings():
             fields = self.made(path, lambda key: key == "last_hidden_state", is_plain=False) or {}
         return {
@@ -132,14 +134,21 @@ class _Sight:
         parts = list(root.named_children()) if _is_collection(root) else [("", root)]
         heads: dict[str, str] = {}
         for path, part in parts:
-            fields = self.made(path, lambda key: not _INSIDE.search(key), is_plain=True)
-            found = set().union(*fields.values()) if fields is not None else set()
+            found = self.made_last(path)
             reason = f"made last what {_name(part)} returns"
             if not found:
                 reason = f"the last matrix of {_name(part)}, whose forward was not seen to its end"
                 found = self.last_defined(path, own)
             heads |= dict.fromkeys(filter(own, found), reason)
         return heads
+
+    def made_last(self, path: str) -> set[str]:
+        """What made the outputs of a plain module last; its loss, if it returns nothing else."""
+        for wanted in (lambda key: not _INSIDE.search(key), lambda key: "loss" in key):
+            fields = self.made(path, wanted, is_plain=True) or {}
+            if any(fields.values()):
+                return set().union(*fields.values())
+        return set()
 
     def last_defined(self, path: str, own: Callable[[str], bool]) -> set[str]:
         """The last matrix in the order of definition, of those that were not reached if any."""

@@ -126,7 +126,8 @@ class Pointwise(Follower):
         how = "sum" if name in _SUMS_OF else "gain"
         found: dict[str, Shown] = {}
         for one in shown:
-            if len(notes) > 1 and one.entries() < most and not one.how and one.start is None:
+            smaller = one.entries() < most and not one.inner  # factors cover what they multiply to
+            if len(notes) > 1 and smaller and not one.how and one.start is None:
                 one = replace(one, how=how)
             old = found.get(one.name)
             if old is None or (old.how and not one.how) or one.entries() > old.entries():
