@@ -32,6 +32,7 @@ from hf_normopt import PRESETS, DualNorm, EscapeVelocity, Fixed, create_normopt_
 from hf_normopt.exchange import assign
 from hf_normopt.orthogonalize import plan
 from hf_normopt.sharding import shard_sizes
+from tests.ddp_worker import rank_of
 from tests.processes import start
 from tests.test_optimizer import batches, llama, train
 
@@ -454,15 +455,6 @@ def test_checkpoints_go_on_with_another_number_of_ranks(tmp_path, full):
             spawn(folder, _goes_on, after, str(folder), full)
 
 
-def launch(folder, world, batch_size, *, model="llama", fault="none"):
-    folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    command += ["-m", "tests.ddp_worker", str(folder), str(batch_size), model, fault]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-
-
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -474,8 +466,8 @@ def free_port():
 def test_a_trainer_on_two_processes_is_one_on_one(tmp_path, model):
     """DDP for the first two; transformers' own sharding at loading for the others."""
     for name, world, batch_size in (("one", 1, 8), ("two", 2, 4)):
-        done = launch(tmp_path / name, world, batch_size, model=model)
-        assert not done.returncode, done.stderr
+        (tmp_path / name).mkdir()
+        start(rank_of, world, free_port(), tmp_path / name, batch_size, model, world=world)
     one, two = (torch.load(tmp_path / name / "weights.pt") for name in ("one", "two"))
     for name in one:
         # A router's logits may be shifted, so that one singular value is nothing but rounding.
@@ -486,11 +478,15 @@ def test_a_trainer_on_two_processes_is_one_on_one(tmp_path, model):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["raise", "die"])
 def test_no_rank_waits_for_one_that_is_gone(tmp_path, fault):
-    start = time.monotonic()
-    done = launch(tmp_path / fault, 2, 4, fault=fault)
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    command += ["-m", "tests.ddp_worker", str(tmp_path), "4", "llama", fault]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode
     assert ("rank 1 has had enough" if fault == "raise" else "exitcode  : 9") in done.stderr
-    assert time.monotonic() - start < 120
+    assert time.monotonic() - begin < 120
 
 
 @pytest.mark.parametrize("world", [1, 2, 8, 64, 1024])
