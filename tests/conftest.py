@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the Hub
@@ -7,6 +8,33 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: threads would wait
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+
+_savefig = Figure.savefig
+
+
+def pytest_collection_finish():
+    """Every Trainer collects garbage; what was imported is none and need not be looked at again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_pictures():
+    """A run ends with a picture, which takes longer than a small model's training: save an empty one."""
+
+    def save_an_empty_one(figure, *args, **options):
+        _savefig(Figure(figsize=(1, 1)), *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_an_empty_one)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """For tests that look at what is drawn."""
+    monkeypatch.setattr(Figure, "savefig", _savefig)
 
 
 @pytest.fixture(autouse=True)

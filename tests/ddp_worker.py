@@ -54,8 +54,7 @@ def made(kind, folder, world):
     return AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
 
 
-def main():
-    folder, batch_size, kind, fault = sys.argv[1:]
+def train(folder, batch_size, kind, fault="none"):
     world = int(os.environ["WORLD_SIZE"])
     model = made(kind, folder, world)
     generator = torch.Generator().manual_seed(0)
@@ -84,5 +83,14 @@ def main():
         torch.save(weights, f"{folder}/weights.pt")
 
 
+def rank_of(rank, world, port, *args):
+    """Train in a process that was forked, with what a launcher sets."""
+    torch.set_num_threads(1)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train(*args)
+
+
 if __name__ == "__main__":
-    main()
+    train(*sys.argv[1:])

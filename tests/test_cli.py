@@ -320,10 +320,11 @@ def test_picture_shows_every_tensor_once(tmp_path, capsys):
     assert shown == [parameter["name"] for parameter in json.loads(out)["parameters"]]
 
 
-def test_picture_as_png(capsys, tmp_path, llama):
+def test_picture_as_png(capsys, tmp_path, llama, pictures):
     file = tmp_path / "model.png"
     assert run(capsys, "inspect", llama, "--plot", file)[0] == 0
     assert file.read_bytes().startswith(b"\x89PNG")
+    assert file.stat().st_size > 10_000
 
 
 def test_a_picture_has_a_colour_for_each_role():
@@ -332,7 +333,7 @@ def test_a_picture_has_a_colour_for_each_role():
 
 
 @pytest.mark.parametrize("name", ["model.html", "model.png"])
-def test_a_picture_of_nothing(tmp_path, name):
+def test_a_picture_of_nothing(tmp_path, name, pictures):
     picture.save_picture(tmp_path / name, "nothing to train", [], [])
     assert (tmp_path / name).stat().st_size
 

@@ -35,7 +35,7 @@ def full(*args):
     raise OSError(28, "No space left on device")
 
 
-def test_on_a_full_disk_the_old_file_stays(tmp_path, monkeypatch):
+def test_on_a_full_disk_the_old_file_stays(tmp_path, monkeypatch, pictures):
     save_run(tmp_path / "picture.png", LOG)
     assert is_picture(tmp_path / "picture.png")
     write_report(tmp_path, report(create_normopt_optimizer(bert(), lr=1e-3)))

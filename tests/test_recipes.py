@@ -47,6 +47,7 @@ from transformers import (
 from common import METRICS, MetricArguments, Score
 from hf_normopt import PRESETS, update_model_card
 from recipes.compare import OPTIMIZERS, RECIPES, SEEDS, table
+from tests.processes import run_script
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "recipes" / "data"
@@ -63,16 +64,16 @@ def run(script, *argv):
     return done
 
 
-def result(done, metric):
+def result(printed, metric):
     """Of the last line; without test data it is that of the validation data."""
-    last = done.stdout.splitlines()[-1]
+    last = printed.splitlines()[-1]
     return float(re.fullmatch(rf"(?:test|validation)_{metric} = (\d+\.\d+)", last)[1])
 
 
 @pytest.mark.slow
 def test_default_reaches_what_the_readme_says(tmp_path):
     done = run("text_classification", "--output_dir", tmp_path)
-    assert result(done, "accuracy") >= 0.97
+    assert result(done.stdout, "accuracy") >= 0.97
     assert "NormOpt, preset normopt:" in done.stdout
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"]["0"] == "AddToPlaylist"
@@ -228,10 +229,11 @@ def test_other_data_and_another_model(tmp_path, recipe):
     argv += ["--model_name_or_path", tmp_path / "model", "--per_device_train_batch_size", 4]
     argv += ["--output_dir", tmp_path / "out", "--save_steps", 1, "--logging_steps", 1]
     argv += ["--eval_steps", 1, "--optim", "normopt_muon"]
-    run(recipe, *argv, "--max_steps", 1)
-    checkpoint = tmp_path / "out" / "checkpoint-1"
-    done = run(recipe, *argv, "--max_steps", 3, "--resume_from_checkpoint", checkpoint)
-    assert "NormOpt, preset muon" in done.stdout
+    script = ROOT / "recipes" / f"{recipe}.py"
+    run_script(script, [*argv, "--max_steps", 1], tmp_path / "first.txt")
+    argv += ["--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1", "--max_steps", 3]
+    printed = run_script(script, argv, tmp_path / "resumed.txt")
+    assert "NormOpt, preset muon" in printed
     assert (tmp_path / "out" / "checkpoint-3" / "optimizer.pt").exists()
 
     record = json.loads((tmp_path / "out" / "normopt_run.json").read_text())
@@ -239,7 +241,7 @@ def test_other_data_and_another_model(tmp_path, recipe):
     has_test = recipe in ("token_classification", "image_classification")
     assert record["final_split"] == ("test" if has_test else "validation")
     assert record["dataset_id"] is None  # nothing is from the Hub
-    assert result(done, metric) == pytest.approx(value, abs=0.01)
+    assert result(printed, metric) == pytest.approx(value, abs=0.01)
     assert record["steps"] == 3
     assert all(np.isfinite(baseline) for baseline in record["baselines"].values())
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -425,7 +427,7 @@ def test_another_metric_and_optimizer_and_a_card_without_ours(tmp_path):
     argv += ["--metric_for_best_model", "each", "--load_best_model_at_end", "True"]
     argv += ["--optim", "adamw_torch"]
     done = run("text_classification", *argv, "--output_dir", tmp_path / "out")
-    value = result(done, "each")
+    value = result(done.stdout, "each")
     record = json.loads((tmp_path / "out" / "normopt_run.json").read_text())
     assert record["metric"] == "each"
     assert record["metrics"]["validation_another"] == 0.5

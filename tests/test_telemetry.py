@@ -288,10 +288,11 @@ def test_two_groups_of_one_role_have_their_own_names():
     assert [found[f"lr/{name}"] for name in ("linear", "linear/2", "linear/3")] == [0.1, 0.2, 0.1]
 
 
-def test_the_run_is_drawn(tmp_path):
+def test_the_run_is_drawn(tmp_path, pictures):
     trainer = trained(tmp_path)
     picture = (tmp_path / "normopt_norms.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 10_000
     lines = series(trainer.state.log_history, ("dual_norm",))
     assert set(lines) == {"linear", "embedding", "head", "norm", "bias"}
     steps, values = lines["head"]
