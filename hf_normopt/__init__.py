@@ -12,20 +12,20 @@ Face models:
 Importing the package makes `TrainingArguments(optim="normopt")` known to transformers.
 """
 
-from .arguments import NormOptArguments
-from .layouts import Layout
-from .model_card import update_model_card
-from .norms import Frobenius, MaxColumn, MaxEntry, MaxRow, Norm, Spectral, operator_norm
-from .optimizer import NormOpt
-from .orthogonalize import orthogonalize
-from .presets import PRESETS, Preset, create_normopt_optimizer
-from .publish import finish_run
+from .cards.model_card import update_model_card
+from .norms.layouts import Layout
+from .norms.operators import Frobenius, MaxColumn, MaxEntry, MaxRow, Norm, Spectral, operator_norm
+from .norms.orthogonalize import orthogonalize
+from .optim.optimizer import NormOpt
+from .optim.presets import PRESETS, Preset, create_normopt_optimizer
+from .optim.rules import EMA, Accumulate, Policy, Rule
+from .optim.schedules import create_normopt_scheduler
+from .optim.step_sizes import DualNorm, EscapeVelocity, Fixed, StepSize
 from .roles import ParamSpec, classify
-from .rules import EMA, Accumulate, Policy, Rule
-from .schedules import create_normopt_scheduler
-from .step_sizes import DualNorm, EscapeVelocity, Fixed, StepSize
-from .telemetry import NormTelemetry
-from .trainer import NormOptFactory, NormOptMixin, NormOptTrainer, register
+from .runs.publish import finish_run
+from .trainer.arguments import NormOptArguments
+from .trainer.telemetry import NormTelemetry
+from .trainer.trainer import NormOptFactory, NormOptMixin, NormOptTrainer, register
 from .version import __version__
 
 __all__ = [

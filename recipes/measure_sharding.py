@@ -9,8 +9,8 @@ the bytes that it sends in a step, in float32. It draws both into outputs/shardi
 
 from pathlib import Path
 
-from hf_normopt.exchange import assign
-from hf_normopt.orthogonalize import plan
+from hf_normopt.norms.orthogonalize import plan
+from hf_normopt.optim.exchange import assign
 from hf_normopt.tables import format_table
 
 LAYER = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 3

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_normopt import create_normopt_optimizer
-from hf_normopt.gauge import Gauge
+from hf_normopt.trainer.gauge import Gauge
 
 LOGGING_STEPS = 10
 LOGS = 6

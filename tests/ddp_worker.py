@@ -17,7 +17,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from hf_normopt import NormOpt
-from hf_normopt.sharding import gathered
+from hf_normopt.optim.sharding import gathered
 from tests.test_optimizer import llama
 
 

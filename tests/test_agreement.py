@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_normopt import DualNorm, create_normopt_optimizer
 from hf_normopt import optimizer as package
-from hf_normopt.agreement import difference
-from hf_normopt.sharding import gathered
+from hf_normopt.optim.agreement import difference
+from hf_normopt.optim.sharding import gathered
 from tests.test_sharding import _all, spawn
 
 SIZES = (None, DualNorm(), "escape_velocity")

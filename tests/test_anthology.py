@@ -22,7 +22,7 @@ from hf_normopt import (
     create_normopt_optimizer,
     operator_norm,
 )
-from hf_normopt.step_sizes import parse_step_size
+from hf_normopt.optim.step_sizes import parse_step_size
 from tests.test_optimizer import batches, llama, train
 
 torch64 = {"dtype": torch.float64}

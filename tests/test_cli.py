@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_normopt import picture
-from hf_normopt.cli import main
+from hf_normopt.cli.commands import main
 from hf_normopt.roles import ROLES
 from hf_normopt.tables import fold_names
 

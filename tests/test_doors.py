@@ -36,8 +36,8 @@ from hf_normopt import (
     create_normopt_optimizer,
     create_normopt_scheduler,
 )
-from hf_normopt.callback import warn_of_deepspeed
-from hf_normopt.launch import run
+from hf_normopt.cli.launch import run
+from hf_normopt.trainer.callback import warn_of_deepspeed
 
 from .test_trainer import arguments, bert, equal, inner, rows, weights
 

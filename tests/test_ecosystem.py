@@ -54,7 +54,7 @@ from hf_normopt import (
     classify,
     create_normopt_optimizer,
 )
-from hf_normopt.report import read_report
+from hf_normopt.cards.report import read_report
 
 from .test_trainer import arguments, bert, equal, inner, rows, weights
 

@@ -14,10 +14,10 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from hf_normopt import NormOptTrainer, NormTelemetry, create_normopt_optimizer, update_model_card
-from hf_normopt.callback import innermost, unwrapped
-from hf_normopt.files import write_whole
-from hf_normopt.plot import is_picture, save_run
-from hf_normopt.report import report, write_report
+from hf_normopt.cards.files import write_whole
+from hf_normopt.cards.plot import is_picture, save_run
+from hf_normopt.cards.report import report, write_report
+from hf_normopt.trainer.callback import innermost, unwrapped
 
 from .test_runs import FACTS, finished
 from .test_trainer import arguments, bert, rows

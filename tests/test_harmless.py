@@ -126,7 +126,7 @@ def test_a_report_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch, c
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_normopt.report.os.replace", full)
+    monkeypatch.setattr("hf_normopt.cards.report.os.replace", full)
     args = arguments(tmp_path, optim="normopt", max_steps=2, save_strategy="no")
     trainer = Trainer(bert(), args, train_dataset=rows())
     trainer.train()

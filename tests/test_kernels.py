@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_normopt import create_normopt_optimizer, kernels, orthogonalize
-from hf_normopt.orthogonalize import POLYNOMIALS
+from hf_normopt.norms.orthogonalize import POLYNOMIALS
 from tests.test_optimizer import llama
 
 

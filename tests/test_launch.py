@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import hf_normopt
-from hf_normopt.launch import run
+from hf_normopt.cli.launch import run
 
 SITE = Path(hf_normopt.__file__).parent / "_site"
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from hf_normopt import Layout, operator_norm
-from hf_normopt.layouts import usual_layout
+from hf_normopt.norms.layouts import usual_layout
 
 SPECTRAL = operator_norm("rms", "rms")
 

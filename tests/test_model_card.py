@@ -30,10 +30,10 @@ from transformers import (
 
 import hf_normopt
 from hf_normopt import NormOptFactory, NormOptMixin, NormOptTrainer, update_model_card
-from hf_normopt.arguments import optimizer_from_arguments, run_schedule
-from hf_normopt.callback import unwrapped
-from hf_normopt.cli import main
-from hf_normopt.report import FILE_NAME, report, write_report
+from hf_normopt.cards.report import FILE_NAME, report, write_report
+from hf_normopt.cli.commands import main
+from hf_normopt.trainer.arguments import optimizer_from_arguments, run_schedule
+from hf_normopt.trainer.callback import unwrapped
 
 from .test_trainer import arguments, bert, equal, rows, weights
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from hf_normopt import Frobenius, MaxColumn, MaxRow, Norm, Spectral, operator_norm
-from hf_normopt.norms import parse_norm
+from hf_normopt.norms.operators import parse_norm
 from tests.tolerances import TOLERANCE
 
 NORMS = {

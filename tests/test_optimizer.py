@@ -19,10 +19,10 @@ from hf_normopt import (
     moves,
     operator_norm,
 )
-from hf_normopt.norms import parse_norm
-from hf_normopt.optimizer import parameter_groups
-from hf_normopt.presets import PRESETS
-from hf_normopt.rules import ADAMW_RMS, SCALES
+from hf_normopt.norms.operators import parse_norm
+from hf_normopt.optim.optimizer import parameter_groups
+from hf_normopt.optim.presets import PRESETS
+from hf_normopt.optim.rules import ADAMW_RMS, SCALES
 
 LINEAR = {"linear": Rule(operator_norm("rms", "rms"))}
 
@@ -764,7 +764,7 @@ def partitioned(model, optimizer, stage):
 @pytest.mark.parametrize("preset", ["adam", "sign", "signum", "lion"])
 def test_rules_by_entry_are_right_for_flat_partitions(monkeypatch, preset, stage):
     config = {"zero_optimization": {"stage": stage}}
-    monkeypatch.setattr("hf_normopt.sharding.deepspeed_config", lambda: config)
+    monkeypatch.setattr("hf_normopt.optim.sharding.deepspeed_config", lambda: config)
     ends = []
     for flat in (False, True):
         torch.manual_seed(0)
@@ -797,6 +797,6 @@ def test_zero_is_refused_where_matrices_or_the_network_count(monkeypatch, option
     with pytest.raises(RuntimeError, match=r"FSDP2.*--fsdp_config.*ZeRO 1 to 3.*adam, sign"):
         partitioned(model, optimizer, 2)()
     config = {"zero_optimization": {"stage": 1}}
-    monkeypatch.setattr("hf_normopt.sharding.deepspeed_config", lambda: config)
+    monkeypatch.setattr("hf_normopt.optim.sharding.deepspeed_config", lambda: config)
     with pytest.raises(ValueError, match=r"ZeRO stage 1.*FSDP2.*--fsdp_config"):
         create_normopt_optimizer(model, lr=1e-2, **options)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_normopt import orthogonalize
-from hf_normopt.orthogonalize import POLYNOMIALS, _by_gram, _iterate, plan
+from hf_normopt.norms.orthogonalize import POLYNOMIALS, _by_gram, _iterate, plan
 
 LARGEST = {"gram": 1.0001, "polar_express": 1.0015, "polar_express_5": 1.0055, "rational": 1.01}
 """Of the singular values of O, by method. `docs/oracle.md` tells where they end."""
@@ -131,7 +131,7 @@ def test_the_promise_on_other_devices(shape, monkeypatch):
     """They iterate on the matrix itself, here on a CPU."""
     chosen = plan(shape, device="cuda")
     monkeypatch.setattr(
-        importlib.import_module("hf_normopt.orthogonalize"), "_by_gram", lambda *_: False
+        importlib.import_module("hf_normopt.norms.orthogonalize"), "_by_gram", lambda *_: False
     )
     oracle = lambda g: _iterate(g, chosen)
     check(shape, 0, count_for(shape, 5e7), method=chosen.method, oracle=oracle)

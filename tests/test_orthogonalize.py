@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from hf_normopt import orthogonalize
-from hf_normopt.orthogonalize import (
+from hf_normopt.norms.orthogonalize import (
     _DELTA,
     _NARROWED,
     EFFICIENCY,

@@ -20,7 +20,7 @@ from hf_normopt import (
     moves,
     operator_norm,
 )
-from hf_normopt.precision import MOMENTUM_DTYPES, ROUNDINGS, warn_once
+from hf_normopt.optim.precision import MOMENTUM_DTYPES, ROUNDINGS, warn_once
 
 from .test_optimizer import batches, llama, train
 from .test_trainer import arguments, equal, inner, rows, weights

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_normopt import EMA, PRESETS, create_normopt_optimizer
-from hf_normopt.presets import changed, optimizer_names
+from hf_normopt.optim.presets import changed, optimizer_names
 from hf_normopt.roles import ROLES
 from tests.test_optimizer import batches, gpt2, llama, train
 

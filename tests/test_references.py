@@ -21,9 +21,9 @@ from hf_normopt import (
     Rule,
     create_normopt_optimizer,
 )
-from hf_normopt.gauge import _dual, _size
-from hf_normopt.norms import parse_norm
-from hf_normopt.presets import PRESETS
+from hf_normopt.norms.operators import parse_norm
+from hf_normopt.optim.presets import PRESETS
+from hf_normopt.trainer.gauge import _dual, _size
 from tests.test_presets import fp32_newton_schulz
 
 STEPS, DECAY = 12, 0.1

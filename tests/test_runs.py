@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_normopt import NormOptTrainer, finish_run, update_model_card
-from hf_normopt.cli import main
+from hf_normopt.cli.commands import main
 
 from .test_model_card import Hub, card_of, hub, pushed
 from .test_trainer import arguments, bert, rows

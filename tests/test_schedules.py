@@ -12,7 +12,7 @@ from hf_normopt import (
     create_normopt_optimizer,
     create_normopt_scheduler,
 )
-from hf_normopt.schedules import BY_METRIC, Schedule, parse_schedule
+from hf_normopt.optim.schedules import BY_METRIC, Schedule, parse_schedule
 
 from .test_trainer import arguments, bert, equal, inner, rows, weights
 

@@ -29,9 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_normopt import PRESETS, DualNorm, EscapeVelocity, Fixed, create_normopt_optimizer, exchange
-from hf_normopt.exchange import assign
-from hf_normopt.orthogonalize import plan
-from hf_normopt.sharding import shard_sizes
+from hf_normopt.norms.orthogonalize import plan
+from hf_normopt.optim.exchange import assign
+from hf_normopt.optim.sharding import shard_sizes
 from tests.ddp_worker import rank_of
 from tests.processes import start
 from tests.test_optimizer import batches, llama, train

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from hf_normopt import EscapeVelocity, create_normopt_optimizer
-from hf_normopt.precision import block_of, entry_noise, new_momentum, packed, unpacked
-from hf_normopt.sharding import places
+from hf_normopt.optim.precision import block_of, entry_noise, new_momentum, packed, unpacked
+from hf_normopt.optim.sharding import places
 from tests.test_sharding import _all, shard, spawn
 
 

@@ -15,8 +15,8 @@ from hf_normopt import (
     operator_norm,
 )
 from hf_normopt import gauge as gauge_module
-from hf_normopt.gauge import Gauge
-from hf_normopt.plot import series
+from hf_normopt.cards.plot import series
+from hf_normopt.trainer.gauge import Gauge
 
 from .test_optimizer import gpt2, llama
 from .test_trainer import arguments, bert, equal, rows, weights

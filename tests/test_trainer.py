@@ -24,7 +24,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_normopt
 from hf_normopt import NormOpt, NormOptArguments, NormOptMixin, NormOptTrainer
-from hf_normopt.arguments import normopt_options, parse_optim_args, parse_roles
+from hf_normopt.trainer.arguments import normopt_options, parse_optim_args, parse_roles
 
 
 def bert(**changes):

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_normopt import NormOpt, NormOptTrainer, classify, create_normopt_optimizer
-from hf_normopt.bystanders import Bystanders
-from hf_normopt.optimizer import parameter_groups
-from hf_normopt.presets import PRESETS
+from hf_normopt.optim.optimizer import parameter_groups
+from hf_normopt.optim.presets import PRESETS
+from hf_normopt.trainer.bystanders import Bystanders
 
 from .test_optimizer import llama
 from .test_trainer import arguments, bert, equal, inner, rows, weights

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..layouts import Layout, usual_layout
+from ..norms.layouts import Layout, usual_layout
 from .graph import Finding, View, canonical_name, owner_layout
 
 

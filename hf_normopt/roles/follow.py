@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from ..layouts import Layout
+from ..norms.layouts import Layout
 from .notes import LARGEST, Note, essential, is_batch, narrowed, reshaped
 from .operations import is_real
 from .parts import Source

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..layouts import Layout
+from ..norms.layouts import Layout
 from .parts import Matrix
 from .seen import Seen
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..layouts import Layout, usual_layout
+from ..norms.layouts import Layout, usual_layout
 from .adapters import adapter
 from .architectures import fused_row, is_a, listed_parameter
 from .graph import MATRIX, Finding, View, owner_layout, place

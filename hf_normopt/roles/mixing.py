@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ..layouts import Layout
+from ..norms.layouts import Layout
 from .follow import are_same, expanded_to, mixture, resized_to, tensors_of
 from .notes import LARGEST, Note, Shown, essential, is_batch, narrowed
 from .products import Products

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ..layouts import Layout
+from ..norms.layouts import Layout
 from .follow import Follower, expanded_to, mixture, tensors_of
 from .notes import NONE, Note, Shown, essential, is_batch
 from .views import numbered

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layouts import Layout, usual_layout
+from ..norms.layouts import Layout, usual_layout
 from .follow import mixture, resized_to, tensors_of
 from .notes import Note, Shown, essential
 from .parts import Source

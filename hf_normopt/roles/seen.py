@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..layouts import Layout
+from ..norms.layouts import Layout
 from .parts import Matrix
 
 

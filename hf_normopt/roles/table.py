@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layouts import Layout, usual_layout
+from ..norms.layouts import Layout, usual_layout
 from .graph import Finding, View, place
 from .heads import find_heads
 from .matchers import find

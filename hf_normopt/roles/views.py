@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layouts import Layout
+from ..norms.layouts import Layout
 from .notes import Note, Shown
 
 COPIES = frozenset(

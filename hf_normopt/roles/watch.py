@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from ..layouts import Layout
+from ..norms.layouts import Layout
 from .follow import is_plain, mixture, note_of, tensors_of
 from .mixing import GAINS, Mixing
 from .notes import Note, Shown

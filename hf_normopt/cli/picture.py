@@ -14,8 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .roles import ROLES, ParamSpec
-from .tables import fold_names, format_indices, index_of
+from ..roles import ROLES, ParamSpec
+from ..tables import fold_names, format_indices, index_of
 
 # Okabe & Ito's palette, told apart by colour-blind people; and black or white ink to write on it.
 _COLOURS = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .roles.graph import canonical_name
+from ..roles.graph import canonical_name
 
 logger = logging.getLogger(__name__)
 

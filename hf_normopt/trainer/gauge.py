@@ -25,11 +25,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .moves import Move
-from .norms import Spectral
-from .optimizer import NormOpt
-from .orthogonalize import POLYNOMIALS
-from .sharding import gathered
+from ..norms.operators import Spectral
+from ..norms.orthogonalize import POLYNOMIALS
+from ..optim.moves import Move
+from ..optim.optimizer import NormOpt
+from ..optim.sharding import gathered
 
 PERIOD = 24
 LARGE = 1e8  # multiplications in the Gram matrices of a model: more is measured in turn

@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import nn
 
+from ..norms.operators import Frobenius, Norm, Spectral, operator_norm, parse_norm
+from ..roles import KINDS, ROLES, classify
 from .groups import asked_groups, read_groups
-from .norms import Frobenius, Norm, Spectral, operator_norm, parse_norm
 from .optimizer import NormOpt, parameter_groups
-from .roles import KINDS, ROLES, classify
 from .rules import EMA, Policy, Rule
 from .sharding import check_deepspeed
 from .step_sizes import EscapeVelocity, Fixed, StepSize, parse_step_size
@@ -39,7 +39,7 @@ class Preset:
         policy: a rule for every role.
         step_size: η.
         schedule: of the learning rate where nobody asks for another, see
-            `hf_normopt/schedules.py`; "": the trainer's.
+            `hf_normopt/optim/schedules.py`; "": the trainer's.
     """
 
     description: str

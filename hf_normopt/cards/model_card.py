@@ -1,8 +1,8 @@
 """Model cards: the section that says how NormOpt trained the model, in whatever card there is.
 
 It is written from `normopt.json`, which every trainer leaves beside the model and its checkpoints
-(see `hf_normopt/report.py`), so that it says what ran, and not what the arguments look like. Where
-a script has left `normopt_run.json` too (see `hf_normopt/runs.py`), the card is written anew.
+(see `report.py`), so that it says what ran, and not what the arguments look like. Where a script
+has left `normopt_run.json` too (see `hf_normopt/runs`), the card is written anew.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
+from ..optim.presets import PRESETS
+from ..optim.schedules import parse_schedule
+from ..optim.step_sizes import STEP_SIZES
+from ..runs.record import HYPERPARAMETERS, read_run, run_card
+from ..tables import format_table
 from .files import write_whole
 from .plot import PICTURE
-from .presets import PRESETS
 from .report import has_report, read_report
-from .runs import HYPERPARAMETERS, read_run, run_card
-from .schedules import parse_schedule
-from .step_sizes import STEP_SIZES
-from .tables import format_table
 
 TAG = "hf-normopt"
 

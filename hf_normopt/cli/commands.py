@@ -7,17 +7,17 @@ import json
 import sys
 from collections.abc import Sequence
 
-from .arguments import parse_roles
+from ..cards.model_card import card_file, update_model_card
+from ..optim.presets import PRESETS
+from ..optim.rules import Rule, policy_key
+from ..roles import ROLES, ParamSpec, classify
+from ..roles.skeletons import skeleton
+from ..runs.record import compare_runs
+from ..tables import fold_names, format_table
+from ..trainer.arguments import parse_roles
 from .cost import cost_report
 from .launch import run
-from .model_card import card_file, update_model_card
 from .picture import Total, check_file, count_roles, save_picture, tied_names
-from .presets import PRESETS
-from .roles import ROLES, ParamSpec, classify
-from .roles.skeletons import skeleton
-from .rules import Rule, policy_key
-from .runs import compare_runs
-from .tables import fold_names, format_table
 
 _FORMATS = ("table", "json", "markdown")
 

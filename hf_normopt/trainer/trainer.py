@@ -17,15 +17,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from ..cards.model_card import say_optimizer, update_model_card
+from ..cards.report import has_report
+from ..optim.optimizer import NormOpt
+from ..optim.presets import create_normopt_optimizer, optimizer_names
+from ..optim.schedules import BY_METRIC, attach_inplace
 from .arguments import optimizer_name, run_schedule, scheduler_name
 from .batch import example_batch, making_optimizer_of
 from .callback import NormOptCallback, innermost, unwrapped, warn_of_deepspeed
 from .door import optimizer_class, warn_of_decay_names
-from .model_card import say_optimizer, update_model_card
-from .optimizer import NormOpt
-from .presets import create_normopt_optimizer, optimizer_names
-from .report import has_report
-from .schedules import BY_METRIC, attach_inplace
 from .telemetry import NormTelemetry
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class NormOptMixin:
         """Make the scheduler unless there is one, see `Trainer.create_scheduler`.
 
         Every `lr_scheduler_type` keeps its meaning; roles and presets may have schedules of their
-        own, see `hf_normopt/schedules.py`.
+        own, see `hf_normopt/optim/schedules.py`.
         """
         optimizer = optimizer or self.optimizer
         by_step, inner = scheduler_name(self.args) not in BY_METRIC, unwrapped(optimizer)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .norms import Spectral
-from .orthogonalize import Plan, plan
-from .roles import ParamSpec
-from .rules import Rule
-from .tables import format_table
+from ..norms.operators import Spectral
+from ..norms.orthogonalize import Plan, plan
+from ..optim.rules import Rule
+from ..roles import ParamSpec
+from ..tables import format_table
 
 MATRICES = ("linear", "conv", "head")  # roles whose parameters every token is multiplied by
 

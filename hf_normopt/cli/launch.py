@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_SITE = str(Path(__file__).resolve().parent / "_site")
+_SITE = str(Path(__file__).resolve().parent.parent / "_site")
 
 USAGE = """usage: hf-normopt run SCRIPT [ARGUMENTS ...]
        hf-normopt run -m MODULE [ARGUMENTS ...]

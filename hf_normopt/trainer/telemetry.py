@@ -15,11 +15,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from ..cards.plot import PICTURE, is_picture, save_run
+from ..optim.optimizer import NormOpt
 from .arguments import wants_telemetry
 from .callback import unwrapped
 from .gauge import Gauge
-from .optimizer import NormOpt
-from .plot import PICTURE, is_picture, save_run
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 class NormTelemetry(TrainerCallback):
     """Logs, with the loss, what the step did to each role in the role's own norm.
 
-    The keys are `quantity/role`, see `hf_normopt/gauge.py`. At the end of training it draws the run
-    into `normopt_norms.png` of `output_dir`, if matplotlib is installed.
+    The keys are `quantity/role`, see `gauge.py`. At the end of training it draws the run into
+    `normopt_norms.png` of `output_dir`, if matplotlib is installed.
     """
 
     def __init__(self) -> None:

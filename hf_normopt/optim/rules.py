@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .norms import MaxEntry, Norm
+from ..norms.operators import MaxEntry, Norm
 
 # RMS per entry of a full-rank update under the "adamw" scale, at learning rate 1. With 1, AdamW's
 # best learning rate was ours too on four tasks, with fresh heads and from scratch; with Moonlight's
@@ -91,7 +91,7 @@ class Rule:
         nesterov: look one step ahead along the momentum.
         statistic: how the norm's statistic is smoothed over time; None: the direction is the LMO.
         decay: multiplies the weight decay: 1 for matrices, 0 for gains and biases.
-        schedule: of this role's learning rate, see `hf_normopt/schedules.py`; "": the one of the
+        schedule: of this role's learning rate, see `schedules.py`; "": the one of the
             run. No part of the rule's text: like the learning rate it may change from one run to
             the next.
 

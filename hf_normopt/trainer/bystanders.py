@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .optimizer import NormOpt
-from .roles.graph import canonical_name
+from ..optim.optimizer import NormOpt
+from ..roles.graph import canonical_name
 
 
 class Bystanders:

@@ -15,16 +15,16 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .batch import example_batch
-from .optimizer import NormOpt
-from .presets import (
+from ..optim.optimizer import NormOpt
+from ..optim.presets import (
     PRESETS,
     create_normopt_optimizer,
     has_statistic,
     optimizer_names,
     read_option,
 )
-from .schedules import Schedule, parse_schedule, preset_schedule
+from ..optim.schedules import Schedule, parse_schedule, preset_schedule
+from .batch import example_batch
 
 logger = logging.getLogger(__name__)
 

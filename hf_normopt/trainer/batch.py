@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from .roles.twin import random_states
+from ..roles.twin import random_states
 
 logger = logging.getLogger(__name__)
 

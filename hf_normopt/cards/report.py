@@ -1,6 +1,6 @@
 """How a model is trained, as plain data: `normopt.json`, beside every checkpoint and model.
 
-The model card is written from it, see `hf_normopt/model_card.py`.
+The model card is written from it, see `hf_normopt/cards/model_card.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import transformers
 
+from ..optim.optimizer import NormOpt
+from ..optim.presets import PRESETS
+from ..optim.step_sizes import StepSize, format_step_size
+from ..version import __version__
 from .files import write_whole
-from .optimizer import NormOpt
-from .presets import PRESETS
-from .step_sizes import StepSize, format_step_size
-from .version import __version__
 
 FILE_NAME = "normopt.json"
 FORMAT_VERSION = 1

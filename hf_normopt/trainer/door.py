@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from ..optim.checkpoints import some
+from ..optim.groups import read_groups
+from ..optim.optimizer import NormOpt
 from .arguments import optimizer_from_arguments
-from .checkpoints import some
-from .groups import read_groups
-from .optimizer import NormOpt
 
 logger = logging.getLogger(__name__)
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .layouts import Layout
+from ..norms.layouts import Layout
+from ..norms.operators import Spectral
+from ..norms.orthogonalize import plan
 from .moves import Move, advance_inplace, parts, smooth_inplace
-from .norms import Spectral
-from .orthogonalize import plan
 from .precision import state_dtype
 from .sharding import (
     copies_of,

@@ -25,10 +25,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from ..norms.layouts import Layout, usual_layout
+from ..roles import ROLES, ParamSpec
+from ..roles.graph import canonical_name
+from ..tables import fold_names, format_table
 from .agreement import Facts, Own, agree, average_inplace
 from .checkpoints import ON_MISMATCH, described, matched, some
 from .exchange import directed_inplace, dual_norms
-from .layouts import Layout, usual_layout
 from .moves import Move, apply_inplace, is_flat, moves_of
 from .precision import (
     check_precision,
@@ -39,8 +42,6 @@ from .precision import (
     state_dtype,
     unpacked,
 )
-from .roles import ROLES, ParamSpec
-from .roles.graph import canonical_name
 from .rules import Policy, Rule, check_total, policy_key
 from .sharding import (
     NEEDS_WHOLE_MATRICES,
@@ -52,7 +53,6 @@ from .sharding import (
     wrappers_of,
 )
 from .step_sizes import Fixed, StepSize
-from .tables import fold_names, format_table
 
 logger = logging.getLogger(__name__)
 

@@ -17,17 +17,17 @@ from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..cards.plot import PICTURE, is_picture
+from ..cards.report import FILE_NAME, json_object, report, write_report
+from ..optim.checkpoints import some
+from ..optim.optimizer import NormOpt
+from ..optim.presets import optimizer_names
+from ..optim.schedules import attach_inplace
+from ..optim.sharding import deepspeed_config
+from ..optim.step_sizes import DualNorm
+from ..runs.record import RUN_FILE
 from .arguments import optimizer_name, run_schedule, trainer_schedule
 from .bystanders import Bystanders
-from .checkpoints import some
-from .optimizer import NormOpt
-from .plot import PICTURE, is_picture
-from .presets import optimizer_names
-from .report import FILE_NAME, json_object, report, write_report
-from .runs import RUN_FILE
-from .schedules import attach_inplace
-from .sharding import deepspeed_config
-from .step_sizes import DualNorm
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from huggingface_hub import upload_folder
 
-from .arguments import optimizer_name
-from .callback import unwrapped
-from .model_card import options_text, update_model_card
-from .presets import optimizer_names
-from .report import report
-from .runs import record_run
+from ..cards.model_card import options_text, update_model_card
+from ..cards.report import report
+from ..optim.presets import optimizer_names
+from ..trainer.arguments import optimizer_name
+from ..trainer.callback import unwrapped
+from .record import record_run
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from .layouts import Layout, usual_layout
+from ..norms.layouts import Layout, usual_layout
+from ..roles.graph import canonical_name
 from .precision import (
     BLOCK,
     entry_noise,
@@ -35,7 +36,6 @@ from .precision import (
     widened,
     write_inplace,
 )
-from .roles.graph import canonical_name
 from .rules import SCALES, Rule, bias_correction
 from .sharding import (
     copies_of,

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..roles import ROLES, classify
 from .checkpoints import some
 from .optimizer import parameter_groups
-from .roles import ROLES, classify
 from .rules import Policy, policy_key
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """What a script tells of its run, `normopt_run.json`, and the model card that is written from it.
 
-`hf_normopt/report.py` has what NormOpt did; this has what only the script knows, and holds for runs
-with any optimizer, so that they can be compared.
+`hf_normopt/cards/report.py` has what NormOpt did; this has what only the script knows, and holds
+for runs with any optimizer, so that they can be compared.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from .report import json_object, read_versioned, write_json
-from .tables import format_table
+from ..cards.report import json_object, read_versioned, write_json
+from ..tables import format_table
 
 RUN_FILE = "normopt_run.json"
 RUN_VERSION = 1

@@ -1,0 +1,4 @@
+"""What a run writes beside a checkpoint: report, model card, picture.
+
+Imports `optim`. All files are written by `files.py`, which leaves those of others alone.
+"""
