@@ -22,8 +22,8 @@ from .optim.rules import EMA, Accumulate, Policy, Rule
 from .optim.schedules import create_normopt_scheduler
 from .optim.step_sizes import DualNorm, EscapeVelocity, Fixed, StepSize
 from .roles import ParamSpec, classify
-from .runs.publish import finish_run
 from .trainer.arguments import NormOptArguments
+from .trainer.publish import finish_run
 from .trainer.telemetry import NormTelemetry
 from .trainer.trainer import NormOptFactory, NormOptMixin, NormOptTrainer, register
 from .version import __version__

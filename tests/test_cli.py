@@ -15,7 +15,7 @@ from transformers import (
     T5Config,
 )
 
-from hf_normopt import picture
+from hf_normopt.cli import picture
 from hf_normopt.cli.commands import main
 from hf_normopt.roles import ROLES
 from hf_normopt.tables import fold_names

@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from hf_normopt import create_normopt_optimizer, kernels, orthogonalize
+from hf_normopt import create_normopt_optimizer, orthogonalize
+from hf_normopt.norms import kernels
 from hf_normopt.norms.orthogonalize import POLYNOMIALS
 from tests.test_optimizer import llama
 

@@ -17,9 +17,9 @@ from hf_normopt import (
     NormOptArguments,
     Rule,
     create_normopt_optimizer,
-    moves,
     operator_norm,
 )
+from hf_normopt.optim import moves
 from hf_normopt.optim.precision import MOMENTUM_DTYPES, ROUNDINGS, warn_once
 
 from .test_optimizer import batches, llama, train

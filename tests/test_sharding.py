@@ -28,8 +28,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_normopt import PRESETS, DualNorm, EscapeVelocity, Fixed, create_normopt_optimizer, exchange
+from hf_normopt import PRESETS, DualNorm, EscapeVelocity, Fixed, create_normopt_optimizer
 from hf_normopt.norms.orthogonalize import plan
+from hf_normopt.optim import exchange
 from hf_normopt.optim.exchange import assign
 from hf_normopt.optim.sharding import shard_sizes
 from tests.ddp_worker import rank_of

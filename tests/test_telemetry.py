@@ -14,8 +14,8 @@ from hf_normopt import (
     create_normopt_optimizer,
     operator_norm,
 )
-from hf_normopt import gauge as gauge_module
 from hf_normopt.cards.plot import series
+from hf_normopt.trainer import gauge as gauge_module
 from hf_normopt.trainer.gauge import Gauge
 
 from .test_optimizer import gpt2, llama

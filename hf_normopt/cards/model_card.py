@@ -2,7 +2,7 @@
 
 It is written from `normopt.json`, which every trainer leaves beside the model and its checkpoints
 (see `report.py`), so that it says what ran, and not what the arguments look like. Where a script
-has left `normopt_run.json` too (see `hf_normopt/runs`), the card is written anew.
+has left `normopt_run.json` too (see `record.py`), the card is written anew.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from huggingface_hub import ModelCard
 from ..optim.presets import PRESETS
 from ..optim.schedules import parse_schedule
 from ..optim.step_sizes import STEP_SIZES
-from ..runs.record import HYPERPARAMETERS, read_run, run_card
 from ..tables import format_table
 from .files import write_whole
 from .plot import PICTURE
+from .record import HYPERPARAMETERS, read_run, run_card
 from .report import has_report, read_report
 
 TAG = "hf-normopt"

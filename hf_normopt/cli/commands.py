@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from ..cards.model_card import card_file, update_model_card
+from ..cards.record import compare_runs
 from ..optim.presets import PRESETS
 from ..optim.rules import Rule, policy_key
 from ..roles import ROLES, ParamSpec, classify
 from ..roles.skeletons import skeleton
-from ..runs.record import compare_runs
 from ..tables import fold_names, format_table
 from ..trainer.arguments import parse_roles
 from .cost import cost_report

@@ -165,7 +165,7 @@ class Spectral(Norm):
     Args:
         input: "l2" or "rms".
         output: "l2" or "rms".
-        method: how the LMO is computed, see [`orthogonalize`](hf_normopt.norms.orthogonalize).
+        method: how the LMO is computed, see [`orthogonalize`](hf_normopt.orthogonalize).
     """
 
     input: Vector = "l2"

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..cards.plot import PICTURE, is_picture
+from ..cards.record import RUN_FILE
 from ..cards.report import FILE_NAME, json_object, report, write_report
 from ..optim.checkpoints import some
 from ..optim.optimizer import NormOpt
@@ -25,7 +26,6 @@ from ..optim.presets import optimizer_names
 from ..optim.schedules import attach_inplace
 from ..optim.sharding import deepspeed_config
 from ..optim.step_sizes import DualNorm
-from ..runs.record import RUN_FILE
 from .arguments import optimizer_name, run_schedule, trainer_schedule
 from .bystanders import Bystanders
 

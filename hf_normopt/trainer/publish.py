@@ -11,11 +11,11 @@ from typing import Any
 from huggingface_hub import upload_folder
 
 from ..cards.model_card import options_text, update_model_card
+from ..cards.record import record_run
 from ..cards.report import report
 from ..optim.presets import optimizer_names
-from ..trainer.arguments import optimizer_name
-from ..trainer.callback import unwrapped
-from .record import record_run
+from .arguments import optimizer_name
+from .callback import unwrapped
 
 logger = logging.getLogger(__name__)
 
