@@ -96,7 +96,7 @@ def llama33(**options):
     """Tied weights, and a vocabulary that does not divide."""
     torch.manual_seed(0)
     model = llama(vocab_size=33, tie_word_embeddings=True)
-    # In float64, since the rounding of a mean over three ranks grows in the roots of nearly singular
+    # In float64, since the rounding of a mean over three ranks grows in roots of nearly singular
     # matrices, and becomes one of 8 bits where a momentum lies between two values of bfloat16.
     if options.get("preset") == "shampoo" or "momentum_dtype" in options:
         model.double()
