@@ -360,6 +360,7 @@ def test_presets(capsys):
     assert json.loads(run(capsys, "presets", "--format", "json")[1])[0]["name"] == "normopt"
 
 
+@pytest.mark.slow
 def test_module_is_the_command(llama):
     command = [sys.executable, "-m", "hf_normopt", "inspect", str(llama)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)

@@ -384,15 +384,6 @@ def test_a_script_finds_what_it_finds_under_python(target, tmp_path):
         assert "Traceback" not in ours.stderr + plain.stderr
 
 
-@pytest.mark.slow
-def test_a_process_that_imported_nothing_reads_arguments(tmp_path):
-    """One that a script spawns, or that loads `training_args.bin`."""
-    torch.save(arguments(tmp_path, optim="normopt"), tmp_path / "training_args.bin")
-    code = "import torch; print(torch.load('training_args.bin', weights_only=False).optim.value)"
-    done = in_shell([PYTHON, "-c", code], tmp_path)
-    assert done.stdout.strip() == "normopt", done.stderr
-
-
 def test_what_a_script_raises_is_passed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["hf-normopt"])
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -112,6 +112,7 @@ def test_the_defaults_name_written_out_is_one_warning(tmp_path, caplog, optim, s
     assert len(found) == said
 
 
+@pytest.mark.slow
 def test_the_import_prints_nothing_and_takes_no_torchao():
     """Transformers imports it, but not for us; what it prints then is not ours."""
     code = """

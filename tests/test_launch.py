@@ -118,6 +118,7 @@ def test_a_spawned_process_knows_the_name(launched):
     assert said(python(launched / "spawns.py")) == BOTH
 
 
+@pytest.mark.slow
 def test_a_child_with_the_real_transformers_knows_the_name(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(hf_normopt.__file__).parent.parent))
     monkeypatch.chdir(tmp_path)

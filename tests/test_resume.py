@@ -408,6 +408,7 @@ def test_the_role_table_lies_beside_the_checkpoint(checkpoint):
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_imported_nothing_reads_saved_arguments(tmp_path):
     trained(tmp_path, max_steps=1, save_steps=1)
     path = tmp_path / "checkpoint-1" / "training_args.bin"

@@ -182,12 +182,12 @@ def _what_is_not_sharded_draws_the_same_noise():
             assert all(torch.equal(other, p) for other in everyone)
 
 
-@pytest.mark.parametrize("world", [2])
-def test_two_ranks_are_one(tmp_path, world):
+@pytest.mark.slow
+def test_two_ranks_are_one(tmp_path):
     spawn(
         tmp_path,
         _all,
-        world,
+        2,
         _gradients_may_be_placed_otherwise,
         _a_shard_may_be_empty,
         _low_precision_is_that_of_one_process,

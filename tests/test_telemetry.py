@@ -176,13 +176,14 @@ def test_norms_reach_the_log_and_later_reporters(tmp_path):
     assert not any("cos_theta" in row for row in history)
 
 
-def test_escape_velocity_logs_its_angle(tmp_path):
+def test_escape_velocity_logs_its_angle(tmp_path, pictures):
     per_role = {"learning_rate": 1.0, "optim_args": "step_size=escape_velocity/per_role:true"}
     row = trained(tmp_path, **per_role).state.log_history[1]
     assert -1 <= row["cos_theta/linear"] <= 1
     assert row["cos_theta/linear"] != row["cos_theta/head"]
     assert row["step_size/linear"] >= 1e-6 * row["learning_rate"]
     assert "step_size" not in row
+    assert (tmp_path / "normopt_norms.png").stat().st_size > 10_000
 
 
 def test_watching_changes_nothing(tmp_path):

@@ -293,6 +293,7 @@ def test_arguments_survive_their_round_trips(tmp_path):
         assert twin.optim == "normopt"
 
 
+@pytest.mark.slow
 def test_a_fresh_process_knows_the_name(tmp_path):
     arguments = f"{str(tmp_path)!r}, optim='normopt', use_cpu=True"
     code = (

@@ -20,8 +20,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from ..cards.report import json_object, read_versioned, write_json
 from ..tables import format_table
+from .report import json_object, read_versioned, write_json
 
 RUN_FILE = "normopt_run.json"
 RUN_VERSION = 1

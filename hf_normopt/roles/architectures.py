@@ -235,6 +235,7 @@ HEADS: tuple[Head, ...] = (
     ),
     Head("BrosSpadeEE.*", r"initial_token_classifier\.3", "scores of first tokens"),
     Head("Blip2ForImageTextRetrieval", "itm_head", "scores of matches"),
+    Head("ZoeDepthConditionalLogBinomialSoftmax", r"mlp\.2", "probabilities of the bins"),
     Head("FSMTDecoder", "output_projection", "token scores, which the base model returns"),
     Head("Bark(Causal|Coarse|Semantic)Model", "lm_head", "token scores"),
     Head("UVDocHead", r"out_point_positions2D\.conv_up", "two coordinates for each pixel"),
