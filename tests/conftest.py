@@ -21,11 +21,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def _empty_pictures():
-<<<<<<< HEAD
     """A run ends with a picture, which takes longer than the training: save an empty one."""
-=======
-    """A run ends with a picture, and it takes longer than what trained; save an empty one."""
->>>>>>> wt-k
 
     def save_an_empty_one(figure, *args, **options):
         _savefig(Figure(figsize=(1, 1)), *args, **options)
