@@ -260,6 +260,15 @@ class Doubling(Endless):
         return x if depth > x.sum() else self.forward(x, depth) + self.forward(self.step(x), depth)
 
 
-@pytest.mark.parametrize("cls", [Endless, Doubling])
+class Converging(Endless):
+    def forward(self, x):
+        while (x - self.step(x)).abs().max() > 1e-3:
+            x = self.step(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "cls", [Endless, Doubling, pytest.param(Converging, marks=pytest.mark.slow)]
+)
 def test_a_forward_that_never_ends_is_no_harm(cls):
     assert {s.role for s in classify(cls())} == {"head", "bias"}

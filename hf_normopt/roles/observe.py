@@ -21,7 +21,7 @@ from .follow import note_of, tensors_of
 from .inputs import candidates, normalise, with_places
 from .seen import Seen
 from .twin import Twin, structure, undisturbed, unwrapped
-from .watch import Lists, Watch
+from .watch import EndlessError, Lists, Watch
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _ALONE = 60  # kinds of modules that run alone
@@ -58,6 +58,8 @@ def _best(twin: Twin, module: nn.Module, path: str, given: Iterable[Any], tries:
                 return seen
             if len(seen.uses) > len(best.uses) or not best.uses:
                 best = seen
+            if seen.failure.startswith(EndlessError.__name__):
+                return best  # other inputs would take as long
             mended = with_places(module, kwargs, seen.failure)
             if mended is None:
                 break

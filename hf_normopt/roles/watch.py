@@ -32,10 +32,15 @@ from .twin import Twin
 from .views import COPIES, numbered
 
 _SMALL = 3  # matrices of a module whose features go on to the one that called it
+_MOST = 40_000  # operations of one pass
 _SAME = COPIES | {"_unsafe_view", "repeat", "_reshape_alias", "_conj", "view_as_real_copy"}
 _POINTWISE = frozenset(
     ("complex", "polar", "real", "imag", "native_dropout", "dropout", "addcmul", "addcdiv", "lerp")
 ) | {"where", "rsub"}
+
+
+class EndlessError(Exception):
+    """A pass of more operations than any model needs."""
 
 
 class Watch(Mixing):
@@ -48,6 +53,7 @@ class Watch(Mixing):
     def __init__(self, twin: Twin) -> None:
         super().__init__(twin)
         self.sizes: dict[int, int] = {}
+        self.operations = 0
         for tensor in [*twin.module.parameters()]:
             name = twin.names.get(id(tensor))
             if name is not None and is_real(tensor):
@@ -136,6 +142,9 @@ class Watch(Mixing):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.operations += 1
+        if self.operations > _MOST:  # a loop until something converges, which nothing does here
+            raise EndlessError(f"forward went on after {_MOST} operations")
         result = evaluate(func, args, kwargs)
         try:
             self.note(func, args, kwargs, result)
