@@ -80,7 +80,7 @@ def _run(
             watch.use(note_of(tensor))
     except Exception as error:  # foreign code raises anything
         watch.seen.failure = f"{type(error).__name__}: {error} ({_place(error)})"
-        watch.forget()
+        watch.ended()
     watch.finish()
     return watch.seen
 
@@ -92,7 +92,7 @@ def _observe_rest_inplace(seen: Seen, twin: Twin, model: nn.Module) -> None:
     while todo and len(known) < _ALONE:
         path, module = todo.pop(0)
         names = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters()]
-        missing = [name for name in names if name not in seen.uses]
+        missing = [name for name in names if name not in seen.uses or name in seen.partly]
         if not missing or not is_worth_running(module):
             continue
         if path and len(missing) == len(names) and not isinstance(module, _CONTAINERS):

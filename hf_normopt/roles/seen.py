@@ -23,6 +23,7 @@ class Seen:
         feeds: by matrix, those that made its inputs last.
         fields: by model (its name), for each field of its output the matrices that made it last.
         where: by parameter, the class of the module that used it.
+        partly: parameters of the module in which a pass ended.
         ran: the parameters that the model's own `forward` reached.
         alike: by parameter of a layer that was skipped, that of the equal layer that ran.
         failure: what ended the pass early, "" if nothing did.
@@ -36,6 +37,7 @@ class Seen:
     feeds: dict[str, set[str]] = field(default_factory=dict)
     fields: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
+    partly: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
     alike: dict[str, str] = field(default_factory=dict)
     failure: str = ""
@@ -44,7 +46,11 @@ class Seen:
         """Add what was seen of modules that ran alone."""
         for name, table in self._tables():
             for key, value in getattr(other, name).items():
+                if key in self.partly and not other.failure:
+                    table[key] = value
                 table.setdefault(key, value)
+        if not other.failure:
+            self.partly -= other.uses.keys()
         for key, makers in other.feeds.items():
             self.feeds.setdefault(key, set()).update(makers)
         for path, fields in other.fields.items():

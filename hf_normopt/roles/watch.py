@@ -111,14 +111,13 @@ class Watch(Mixing):
                     self.use(note)
                     value._note = replace(note, index=None)  # type: ignore[attr-defined]
 
-    def forget(self) -> None:
-        """Forget what the module did in which the pass ended: it will run alone."""
+    def ended(self) -> None:
+        """Note of what the pass ended in that not all of it was seen: it will run alone."""
         unfinished = next((m for m in reversed(self.stack) if not is_plain(m)), None)
         path = self.twin.paths.get(id(unfinished), "")
-        for name in list(self.seen.uses) if path else ():
-            if name.startswith(f"{path}."):
-                del self.seen.uses[name]
-                self.sources.pop(name, None)
+        if path:
+            below = f"{path}."
+            self.seen.partly |= {name for name in self.seen.uses if name.startswith(below)}
 
     def _count(self, module: nn.Module) -> int:
         if id(module) not in self.sizes:
@@ -198,7 +197,8 @@ class Watch(Mixing):
                 for piece in pieces:
                     self._receive(piece)
         for (name, axis), rows in self.covered.items():
-            size = self.twin.shapes[name][axis]
+            shape = self.twin.shapes[name]
+            size = shape[axis] if axis < len(shape) else 0  # a flat shard tells nothing
             if rows and len(rows) < size <= ROWS and not self._is_matrix(name):
                 # a slice as long as the sequence: rows of a table of positions
                 count = len(self.twin.shapes[name])
