@@ -229,7 +229,9 @@ def _rotated(config: Any) -> int:
     for name in ("qk_rope_head_dim", "head_dim"):
         if isinstance(size := getattr(config, name, None), int):
             return size
-    return int(config.hidden_size) // int(config.num_attention_heads)
+    width, heads = (getattr(config, n, 0) for n in ("hidden_size", "num_attention_heads"))
+    known = isinstance(width, int) and isinstance(heads, int) and heads > 0
+    return width // heads if known else 64
 
 
 def normalise(inputs: Any) -> Inputs:

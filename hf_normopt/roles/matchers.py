@@ -284,6 +284,15 @@ def _vector(view: View) -> Finding | None:
     return None
 
 
+def _by_class(view: View) -> Finding | None:
+    """A matrix that did not run, in a class whose name says what its weight is."""
+    says = re.search(r"Router$|Gate$|Linear$", view.owner_class)
+    if view.uses or view.leaf != "weight" or len(view.shape) != 2 or not says:
+        return None
+    reason = f"weight of {view.owner_class}, which did not run"
+    return Finding("linear", reason, Layout("out in"), _kind(view))
+
+
 def _uses(view: View) -> dict[str, Layout | None]:
     """What was seen of a parameter, with the layout that this gives."""
     return {
@@ -407,4 +416,5 @@ MATCHERS: tuple[Matcher, ...] = (
     _raw_kernel,
     _token,
     _vector,
+    _by_class,
 )
