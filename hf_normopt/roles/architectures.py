@@ -174,13 +174,23 @@ def fused_row(owner: Any, path: str) -> Fused | None:
         owner: a module.
         path: name of a matrix's module under the owner, or of a raw parameter of it.
     """
-    rows = (row for row in FUSED if re.fullmatch(row.path, path) and is_a(owner, row.owner))
+    rows = (row for row in _fused_rows(class_names(owner)) if re.fullmatch(row.path, path))
     return next(rows, None)
 
 
+@functools.cache
+def _fused_rows(classes: tuple[str, ...]) -> list[Fused]:
+    return [row for row in FUSED if any(re.fullmatch(row.owner, name) for name in classes)]
+
+
+def class_names(owner: Any) -> tuple[str, ...]:
+    """The names of an owner's class, and of those that it refines, as FSDP does."""
+    return tuple(cls.__name__ for cls in type(owner).__mro__)
+
+
 def is_a(owner: Any, pattern: str) -> bool:
-    """Whether an owner's class, or one that it refines (as FSDP does), has such a name."""
-    return any(re.fullmatch(pattern, cls.__name__) for cls in type(owner).__mro__)
+    """Whether an owner's class, or one that it refines, has such a name."""
+    return any(re.fullmatch(pattern, name) for name in class_names(owner))
 
 
 @dataclass(frozen=True)
@@ -329,7 +339,7 @@ RAW: tuple[Raw, ...] = (
 
 def listed_parameter(owner: Any, leaf: str) -> Raw | None:
     """The row for a raw parameter, if there is one."""
-    return _row(tuple(cls.__name__ for cls in type(owner).__mro__), leaf)
+    return _row(class_names(owner), leaf)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from ..norms.layouts import Layout
-from .notes import LARGEST, Note, essential, is_batch, narrowed, reshaped
+from .graph import is_matrix
+from .notes import LARGEST, Note, Shown, essential, is_batch, narrowed, reshaped
 from .operations import is_real
 from .parts import Source
 from .seen import Seen
@@ -49,7 +51,10 @@ class Follower(TorchDispatchMode):
         if self.written and isinstance(value, Tensor):
             other = self.written.get(value.untyped_storage()._cdata)
             if other is not None and other is not note:
-                return other if note is None else _with_makers(note, mixture([note, other]))
+                if note is None:
+                    return other
+                both = mixture([note, other])
+                return replace(note, makers=both.makers, last=both.last)
         return note
 
     def view(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -109,6 +114,16 @@ class Follower(TorchDispatchMode):
                 return [torch.stack([real, imaginary], -1)]
         return [None]
 
+    def notes_of(self, values: Iterable[Any]) -> list[Note]:
+        """What is noted of those of some tensors of which anything is."""
+        return [note for note in map(self.noted, values) if note is not None]
+
+    def record_fixed(self, notes: Iterable[Note], how: str) -> None:
+        """Note what is done with the parameters among some operands."""
+        for note in notes:
+            if note.fixed:
+                self.record(note, how)
+
     def record(self, note: Note, how: str, layouts: Mapping[str, Layout] | None = None) -> None:
         """Note what is done with the parameters that a tensor shows."""
         for shown in note.shown:
@@ -166,6 +181,16 @@ class Follower(TorchDispatchMode):
         self.sums.append((features, other.flatten()[order]))
         return left
 
+    def _source_of(self, shown: Shown, outs: list[int], fan: int, layout: Layout) -> Source:
+        """The numbers of a matrix's features, which are given out when it is first seen."""
+        known = self.sources.get(shown.name)
+        if known is None:
+            start = max((source.stop for source in self.sources.values()), default=0)
+            sizes = tuple(shown.shape[j] for j in outs)
+            known = Source(start, start + math.prod(sizes), fan, str(layout), sizes)
+            self.sources[shown.name] = known
+        return known
+
     def _source(self, number: int) -> str | None:
         for name, source in self.sources.items():
             if source.start <= number < source.stop:
@@ -180,7 +205,7 @@ class Follower(TorchDispatchMode):
             return False
         if isinstance(owner, nn.MultiheadAttention):
             return leaf.endswith("proj_weight")
-        return leaf == "weight" and isinstance(owner, (nn.Linear, Conv1D, _ConvNd))
+        return leaf == "weight" and is_matrix(owner)
 
 
 def note_of(value: Any) -> Note | None:
@@ -189,7 +214,7 @@ def note_of(value: Any) -> Note | None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is one matrix, table or normalisation, whatever its class is called."""
+    """Whether a module is one matrix or table, whatever its class is called."""
     return not module._modules and isinstance(module, (nn.Linear, nn.Embedding, Conv1D, _ConvNd))
 
 
@@ -221,10 +246,6 @@ def mixture(notes: list[Note]) -> Note:
     )
 
 
-def _with_makers(note: Note, other: Note) -> Note:
-    return replace(note, makers=other.makers, last=other.last)
-
-
 def are_same(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of numbers are equal, their shapes too."""
     return left.shape == right.shape and torch.equal(left, right)
@@ -244,6 +265,14 @@ def expanded_to(index: Tensor, shape: Iterable[int]) -> Tensor | None:
         return index.expand(tuple(shape))
     except RuntimeError:
         return None
+
+
+def along(numbers: Tensor, axis: int, shape: torch.Size) -> Tensor | None:
+    """Numbers of features in a tensor that has them along one axis; None if they do not fit."""
+    if shape[axis] != len(numbers):
+        return None
+    sizes = [len(numbers) if d == axis else 1 for d in range(len(shape))]
+    return numbers.view(sizes).expand(shape)
 
 
 def resized_to(index: Tensor, shape: torch.Size) -> Tensor | None:

@@ -150,20 +150,24 @@ class _Sight:
                 return set().union(*fields.values())
         return set()
 
+    def matrices(self, path: str) -> list[str]:
+        """The matrices below a module, without those of adapters, in the order of definition."""
+        below = f"{path}.".lstrip(".")
+        return [
+            name
+            for name, module in self.modules.items()
+            if name.startswith(below) and is_matrix(module) and not is_adapter(name, self.modules)
+        ]
+
     def last_defined(self, path: str, own: Callable[[str], bool]) -> set[str]:
         """The last matrix in the order of definition, of those that were not reached if any."""
         below = f"{path}.".lstrip(".")
-        modules = self.modules
-        lists = [f"{name}." for name, m in modules.items() if isinstance(m, nn.ModuleList)]
+        lists = [f"{name}." for name, m in self.modules.items() if isinstance(m, nn.ModuleList)]
         lists = [name for name in lists if name.removeprefix(below) not in ("", ".")]
         matrices = [
             name
-            for name, module in modules.items()
-            if is_matrix(module)
-            and name.startswith(below)
-            and own(place(name))
-            and not is_adapter(name, modules)
-            and not name.startswith(tuple(lists))
+            for name in self.matrices(path)
+            if own(place(name)) and not name.startswith(tuple(lists))
         ]
         later = [name for name in matrices if f"{name}.weight" not in self.seen.uses]
         return {place(name) for name in (later or matrices)[-1:]}
@@ -175,15 +179,7 @@ class _Sight:
         if not failed or not _TASK.search(_name(model)) or not isinstance(base, nn.Module):
             return {}
         inside = {id(module) for module in base.modules()}
-        below = f"{path}.".lstrip(".")
-        matrices = [
-            name
-            for name, module in self.modules.items()
-            if name.startswith(below)
-            and is_matrix(module)
-            and id(module) not in inside
-            and not is_adapter(name, self.modules)
-        ]
+        matrices = [n for n in self.matrices(path) if id(self.modules[n]) not in inside]
         reason = f"the last matrix of {_name(model)}, whose output was not seen"
         return {place(name): reason for name in matrices[-1:]}
 

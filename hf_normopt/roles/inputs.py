@@ -187,11 +187,7 @@ def _taken(
         for parameter in module.parameters(recurse=False):
             if len(parameter.shape) >= 4 and parameter.shape[-1] == parameter.shape[-2]:
                 yield (ROWS, parameter.shape[-3], sides[0], sides[0])
-            widths += (
-                [parameter.shape[i] for i in (-1, *range(len(parameter.shape) - 1))]
-                if (parameter.ndim)
-                else []
-            )
+            widths += [*parameter.shape[-1:], *parameter.shape[:-1]]
     for width in dict.fromkeys(widths):
         yield (ROWS, lengths[0], width)
         yield (ROWS, width)

@@ -333,13 +333,11 @@ def find(view: View, heads: bool = False) -> Finding:
         view: the parameter under one of its names.
         heads: whether each attention head is an operator of its own.
     """
-    added = adapter(view)
-    if added is not None:
-        return added
-    found = _find_first(view)
-    if found is None:
-        return Finding("other", f"no matcher knows {view.leaf} of {view.owner_class}")
-    return _divided(view, found, heads)
+    for matcher in MATCHERS:
+        found = matcher(view)
+        if found is not None:  # an adapter's rows say how it is stored
+            return found if matcher is adapter else _divided(view, found, heads)
+    return Finding("other", f"no matcher knows {view.leaf} of {view.owner_class}")
 
 
 def _find_first(view: View) -> Finding | None:

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
-from ..norms.layouts import Layout
 from .follow import are_same, expanded_to, mixture, resized_to, tensors_of
 from .notes import LARGEST, Note, Shown, essential, is_batch, narrowed
 from .products import Products
-from .views import numbered, picked_parameter
+from .views import picked_parameter, table_layout
 
 GAINS = {
     "native_layer_norm": (2, 3),
@@ -52,10 +50,8 @@ class Mixing(Products):
         """Rows of a table by their numbers."""
         note = self.noted(args[0])
         for shown in note.shown if note is not None else ():
-            axes = shown.axes()
-            rows = axes[0] if axes else ()
-            words = ["in" if j in rows else "out" for j in range(len(shown.shape))]
-            self._use(shown.name, "lookup", Layout(" ".join(numbered(words))))
+            rows = next(iter(shown.axes()), ())
+            self._use(shown.name, "lookup", table_layout(len(shown.shape), rows))
         return Note() if note is None or note.fixed else mixture([note])
 
     def picked(self, name: str, args: Any, kwargs: Any, result: Tensor) -> Note | None:
@@ -80,7 +76,7 @@ class Mixing(Products):
     ) -> Tensor | None:
         index = note.index
         assert index is not None
-        known = all(not i.is_meta for i in tree_flatten(args[1:])[0] if isinstance(i, Tensor))
+        known = not any(i.is_meta for i in tensors_of(args[1:]))
         if known and result.numel() <= LARGEST:
             try:
                 found = getattr(torch.ops.aten, name)(index, *args[1:])
@@ -98,10 +94,8 @@ class Mixing(Products):
         notes = [self.noted(value) for value in values]
         known = [n for n in notes if n is not None]
         if all(n.fixed for n in known):
-            return self._put_together(name, values, notes, dim, result)
-        for note in known:
-            if note.fixed:
-                self.record(note, "place")
+            return self._put_together(name, values, notes, dim)
+        self.record_fixed(known, "place")
         active = [n for n in known if not n.fixed]
         return replace(
             mixture(active),
@@ -125,10 +119,7 @@ class Mixing(Products):
                     other = other.narrow(dim, 0, 1)
                     if other.shape == first.shape:
                         self.both(first, other, summed=True)
-                try:
-                    return first.expand(result.shape)
-                except RuntimeError:
-                    return None
+                return expanded_to(first, result.shape)
         sources = {self._source(int(i.min())) for i in indices if i.numel()}
         if len(indices) == len(notes) and len(sources) == 1:
             join = torch.stack if name == "stack" else torch.cat
@@ -140,25 +131,21 @@ class Mixing(Products):
         return None
 
     def _put_together(
-        self, name: str, values: list[Tensor], notes: list[Note | None], dim: int, result: Tensor
+        self, name: str, values: list[Tensor], notes: list[Note | None], dim: int
     ) -> Note:
         shown: list[Shown] = []
         at = 0
         for value, note in zip(values, notes, strict=True):
             for one in note.shown if note is not None else ():
-                if name == "stack":
-                    stacked = one.view.unsqueeze(dim) if one.start is None else None
-                    if stacked is not None:
-                        shown.append(replace(one, view=stacked, start=(dim, at)))
-                elif one.start is None:
-                    shown.append(replace(one, start=(dim, at)))
+                if one.start is None:
+                    view = one.view.unsqueeze(dim) if name == "stack" else one.view
+                    shown.append(replace(one, view=view, start=(dim, at)))
             at += value.shape[dim] if name == "cat" and value.ndim else 1
         return Note(shown=tuple(shown), fixed=True)
 
     def placed(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """Entries that are written into a tensor."""
-        operands = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-        notes = [n for n in map(self.noted, operands) if n is not None]
+        notes = self.notes_of(tensors_of((args, kwargs)))
         target = self.noted(args[0])
         if notes and all(n.fixed for n in notes):
             shown = tuple(
@@ -168,17 +155,14 @@ class Mixing(Products):
             )
             whole = name == "copy" and target is None
             return Note(shown=notes[0].shown if whole else shown, fixed=True)
-        for note in notes:
-            if note.fixed:
-                self.record(note, "place")
+        self.record_fixed(notes, "place")
         for note in notes:
             if note is not target and note.index is not None:
                 index = narrowed(note.index)
                 if 0 < index.numel() <= LARGEST:
                     key = args[0].untyped_storage()._cdata
                     self.pieces.setdefault(key, []).append(essential(index))
-        active = [n for n in notes if not n.fixed]
-        return mixture(active)
+        return mixture([n for n in notes if not n.fixed])
 
     def reduced(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """Sums, means and norms along axes."""
@@ -238,17 +222,15 @@ class Mixing(Products):
 
     def anything(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """Operations that no method knows: they mix what they get."""
-        operands = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-        notes = [n for n in map(self.noted, operands) if n is not None]
+        operands = list(tensors_of((args, kwargs)))
+        notes = self.notes_of(operands)
         output = next(tensors_of(result), None)
         active = [n for n in notes if not n.fixed]
         if not active:
             shown = notes[0].shown if output is not None and len(notes) == 1 else ()
             same = output is not None and output.shape == operands[0].shape
             return Note(shown=shown if same else (), fixed=True)
-        for note in notes:
-            if note.fixed:
-                self.record(note, "other")
+        self.record_fixed(notes, "other")
         index = None
         for note in active:
             if note.index is None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 Args = tuple[Any, ...]
-aten = torch.ops.aten
 
 
 def is_real(value: Any) -> bool:
@@ -31,9 +30,10 @@ def evaluate(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
         args: its positional arguments.
         kwargs: its keyword arguments.
     """
-    special = _SPECIAL.get(func.overloadpacket.__name__)
+    name = func.overloadpacket.__name__
     values, _ = tree_flatten((args, kwargs))
     unknown = any(isinstance(value, Tensor) and value.is_meta for value in values)
+    special = (unknown and _OF_UNKNOWN.get(name)) or _SPECIAL.get(name)
     if special is not None:
         found = special(func, args, kwargs, unknown)
         if found is not NotImplemented:
@@ -89,8 +89,6 @@ def _without_unknown_integers(value: Any) -> Any:
 
 
 def _item(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
-    if not unknown:
-        return NotImplemented
     return True if args[0].dtype == torch.bool else 1.0 if is_real(args[0]) else 1
 
 
@@ -104,8 +102,6 @@ def _to_copy(func: Any, args: Args, kwargs: dict[str, Any], unknown: bool) -> An
 
 
 def _nonzero(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
-    if not unknown:
-        return NotImplemented
     return torch.zeros(min(2, args[0].numel()), args[0].ndim, dtype=torch.int64)
 
 
@@ -118,8 +114,6 @@ def _masked_select(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
 
 def _chosen(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
     """Places of the largest values: each in turn, so that every expert is chosen by some token."""
-    if not unknown:
-        return NotImplemented
     result = func(*args, **kwargs)
     dim = next((a for a in args[1:] if isinstance(a, int) and not isinstance(a, bool)), -1)
     if func.overloadpacket.__name__ in ("topk", "kthvalue"):
@@ -137,23 +131,17 @@ def _chosen(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
 
 
 def _bincount(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
-    if not unknown:
-        return NotImplemented
     count = args[2] if len(args) > 2 else kwargs.get("minlength", 1)
     return torch.zeros(max(count, 1), dtype=torch.int64)
 
 
 def _unique(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
-    if not unknown:
-        return NotImplemented
     zeros = tree_map(lambda t: torch.zeros(t.shape) if isinstance(t, Tensor) else t, args)
     return func(*zeros, **kwargs)
 
 
 def _indexed(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
     """Boolean indices become numbers, since their count must be known."""
-    if not unknown:
-        return NotImplemented
     name = func.overloadpacket.__name__
     if name in ("index_put_", "_index_put_impl_"):
         return args[0]
@@ -186,7 +174,7 @@ def _guess(value: bool) -> Callable[..., Any]:
 
     def compare(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
         name = func.overloadpacket.__name__
-        if not unknown or func._schema.is_mutable:
+        if func._schema.is_mutable:
             return NotImplemented
         shapes = [a.shape for a in args if isinstance(a, Tensor)]
         same = len(args) > 1 and args[0] is args[1]
@@ -215,28 +203,32 @@ def _product(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
 
 
 def _equal(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
-    return True if unknown else NotImplemented
+    return True
 
 
 def _in_place(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
-    return args[0] if unknown else NotImplemented
+    return args[0]
 
 
-_SPECIAL: dict[str, Callable[..., Any]] = {
+# Operations on values that are not known.
+_OF_UNKNOWN: dict[str, Callable[..., Any]] = {
     "_local_scalar_dense": _item,
-    **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), _product),
     "equal": _equal,
-    "clamp": _clamp,
-    "_to_copy": _to_copy,
     "nonzero": _nonzero,
-    "masked_select": _masked_select,
     "bincount": _bincount,
-    "histc": _histogram,
-    "_grouped_mm": _grouped,
     **dict.fromkeys(("unique_consecutive", "_unique2", "unique_dim", "_unique"), _unique),
     **dict.fromkeys(("index", "index_put", "index_put_", "_index_put_impl_"), _indexed),
     **dict.fromkeys(("topk", "argmax", "argmin", "sort", "argsort", "multinomial"), _chosen),
     **dict.fromkeys(("eq", "isnan", "isinf", "ne"), _guess(False)),
     **dict.fromkeys(("gt", "ge", "lt", "le", "isfinite"), _guess(True)),
     **dict.fromkeys(("bernoulli_", "normal_", "uniform_", "random_", "exponential_"), _in_place),
+}
+# Others that do not do as their kernels do.
+_SPECIAL: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), _product),
+    "clamp": _clamp,
+    "_to_copy": _to_copy,
+    "masked_select": _masked_select,
+    "histc": _histogram,
+    "_grouped_mm": _grouped,
 }

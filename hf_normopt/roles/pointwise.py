@@ -7,12 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
-from ..norms.layouts import Layout
 from .follow import Follower, expanded_to, mixture, tensors_of
 from .notes import NONE, Note, Shown, essential, is_batch
-from .views import numbered
+from .views import table_layout
 
 _SUMS_OF = frozenset(("add", "sub", "rsub", "addcmul", "addcdiv", "subtract"))
 _PRODUCTS_OF = frozenset(("mul", "div", "multiply", "addcmul"))
@@ -27,12 +25,10 @@ class Pointwise(Follower):
     def pointwise(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """Entry by entry: gains, sums, activations."""
         output = next(tensors_of(result))
-        operands = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-        notes = [n for n in map(self.noted, operands) if n is not None]
+        operands = list(tensors_of((args, kwargs)))
+        notes = self.notes_of(operands)
         if name in _CHOICES and not all(n.fixed for n in notes):
-            for note in notes:
-                if note.fixed:
-                    self.record(note, "place")
+            self.record_fixed(notes, "place")
             notes = [n for n in notes if not n.fixed]
         active = [n for n in notes if not n.fixed]
         if not active:
@@ -76,8 +72,8 @@ class Pointwise(Follower):
             if spread is not None and spread.start is None and sum(n > 1 for n in shown.shape) > 1:
                 features = spread.axes()[axis]
                 if features and axis != output.ndim - 1:
-                    words = ["out" if j in features else "in" for j in range(len(shown.shape))]
-                    layouts[shown.name] = Layout(" ".join(numbered(words)))
+                    rows = set(range(len(shown.shape))) - set(features)
+                    layouts[shown.name] = table_layout(len(shown.shape), rows)
         self.record(note, how, layouts)
 
     def _link(self, note: Note, index: Tensor) -> None:

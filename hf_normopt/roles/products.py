@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..norms.layouts import Layout, usual_layout
-from .follow import mixture, resized_to, tensors_of
+from .follow import along, mixture, resized_to, tensors_of
 from .notes import Note, Shown, essential
-from .parts import Source
 from .pointwise import Pointwise
 from .views import is_token, kernel_layout, product_layout, unsqueezed
 
@@ -23,33 +21,30 @@ ROWS = 1 << 16  # of a table that may be cut to the length of a sequence
 class Products(Pointwise):
     """Notes what is multiplied, and along which axes."""
 
-    def product(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
+    def product(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
         """Matrix products: mm, bmm, and those that add."""
-        added = name.startswith("add") or name == "baddbmm"
-        left, right = args[1:3] if added else args[:2]
-        found = self._product(left, right, result)
-        if added and (bias := self.noted(args[0])) is not None and found is not None:
-            if bias.fixed and not found.fixed:
-                self._beside(bias, "sum", [found], result)
-            elif not bias.fixed and not found.fixed:
-                found = self._active("add", [found, bias], result, True)
-            elif bias.fixed:
-                found = self._combined("add", [found, bias], result)
+        if not (name.startswith("add") or name == "baddbmm"):
+            return self._product(args[0], args[1], result)
+        found, bias = self._product(args[1], args[2], result), self.noted(args[0])
+        if bias is not None and bias.fixed and found.fixed:
+            return self._combined("add", [found, bias], result)
+        if bias is not None and bias.fixed:
+            self._beside(bias, "sum", [found], result)
+        elif bias is not None and not found.fixed:
+            return self._active("add", [found, bias], result, True)
         return found
 
-    def _product(self, left: Tensor, right: Tensor, result: Tensor) -> Note | None:
-        a, b = self.noted(left), self.noted(right)
+    def _product(self, left: Tensor, right: Tensor, result: Tensor) -> Note:
+        # Constants are activations: positions, frequencies.
+        a, b = self.noted(left) or Note(), self.noted(right) or Note()
         if right.ndim == 1:  # mv, dot
-            right = right.unsqueeze(-1)
-            b = unsqueezed(b)
+            right, b = right.unsqueeze(-1), unsqueezed(b, -1)
         if left.ndim == 1:
-            left = left.unsqueeze(0)
-            a = unsqueezed(a, 0)
-        if a is not None and b is not None and a.fixed and b.fixed:
+            left, a = left.unsqueeze(0), unsqueezed(a, 0)
+        if a.fixed and b.fixed:
             a, b = self._settled(a, b)
-        if a is not None and b is not None and a.fixed and b.fixed:
+        if a.fixed and b.fixed:
             return self._of_parameters(a, b, result)
-        a, b = a or Note(), b or Note()  # constants are activations: positions, frequencies
         for note, kept in ((a, left.ndim - 2), (b, right.ndim - 1)):
             tokens = [is_token(s, kept) and not self._is_matrix(s.name) for s in note.shown]
             if note.fixed and tokens and all(tokens):
@@ -78,11 +73,11 @@ class Products(Pointwise):
                 return (active, b) if one is a else (a, active)
         return a, b
 
-    def _of_parameters(self, a: Note | None, b: Note | None, result: Tensor) -> Note:
-        """A product of parameters, or of one with constants: what it is will be seen later."""
+    def _of_parameters(self, a: Note, b: Note, result: Tensor) -> Note:
+        """A product of parameters: what it is will be seen later."""
         shown = []
         for note, side in ((a, 0), (b, 1)):
-            for one in note.shown if note is not None else ():
+            for one in note.shown:
                 if one.start is not None or one.view.ndim < 2:
                     continue
                 contracted = one.view.ndim - 1 - side  # of W x the last, of x W the one before
@@ -138,7 +133,7 @@ class Products(Pointwise):
                 self.seen.head_sizes.setdefault(maker, x.head_size)
         index = None
         if source is not None:
-            index = self._features(weight, source, contracted, kept, layouts, result, axes)
+            index = self._features(weight, source[0], axes, layouts, result)
         stacked = any("stack" in str(layout) for layout in layouts.values())
         return Note(makers=makers, last=makers, index=index, stacked=stacked)
 
@@ -157,46 +152,32 @@ class Products(Pointwise):
     def _features(
         self,
         weight: Note,
-        source: tuple[Shown, list[int]],
-        contracted: int,
-        kept: int,
+        source: Shown,
+        axes: tuple[int, int],
         layouts: Mapping[str, Layout],
         result: Tensor,
-        axes: tuple[int, int],
     ) -> Tensor | None:
         """Numbers of the features that a product with parameters gives, in its shape."""
+        contracted, kept = axes
         pieces: list[tuple[int, Tensor]] = []
         for shown in weight.shown:
             if shown.how or shown.name not in layouts:
                 continue
             _, outs = product_layout(shown, contracted, kept)
-            if not outs or (shown.start is None and shown is not source[0]):
+            if not outs or (shown.start is None and shown is not source):
                 continue
-            known = self.sources.get(shown.name)
-            text = str(layouts[shown.name])
-            if known is None:
-                start = max((s.stop for s in self.sources.values()), default=0)
-                sizes = tuple(shown.shape[j] for j in outs)
-                fan = shown.view.shape[contracted]
-                known = Source(start, start + math.prod(sizes), int(fan), text, sizes)
-                self.sources[shown.name] = known
-            elif known.pattern != text:
+            layout = layouts[shown.name]
+            known = self._source_of(shown, outs, shown.view.shape[contracted], layout)
+            if known.pattern != str(layout):
                 return None
-            numbers = known.start + shown.numbers([kept], outs)
             at = shown.start[1] if shown.start is not None and shown.start[0] == kept else 0
-            pieces.append((at, numbers))
+            pieces.append((at, known.start + shown.numbers([kept], outs)))
         if not pieces:
             return None
         pieces.sort(key=lambda piece: piece[0])
-        numbers = torch.cat([piece for _, piece in pieces])
-        last = contracted < kept  # x W gives the features last, W x before the rest
-        axis = result.ndim - 1 if last else result.ndim - 2
-        if result.ndim == 1:
-            axis = 0
-        if result.shape[axis] != len(numbers):
-            return None
-        shape = [len(numbers) if d == axis else 1 for d in range(result.ndim)]
-        return numbers.view(shape).expand(result.shape)
+        # x W gives the features last, W x before the rest; there is no rest of a vector.
+        axis = result.ndim - 1 if contracted < kept or result.ndim == 1 else result.ndim - 2
+        return along(torch.cat([piece for _, piece in pieces]), axis, result.shape)
 
     def _activations(self, a: Note, b: Note, result: Tensor) -> Note:
         """A product of activations: weights of an attention times values, or a comparison."""
@@ -210,14 +191,13 @@ class Products(Pointwise):
 
     def attention(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
         """A fused attention: queries, keys, values."""
-        for value in args[:3]:
-            self.use(self.noted(value))
-            note = self.noted(value)
-            if note is not None and note.fixed:
-                self.record(note, "place")
-        values = self.noted(args[2])
+        notes = [self.noted(value) for value in args[:3]]
+        for note in notes:
+            self.use(note)
+        known = [note for note in notes if note is not None]
+        self.record_fixed(known, "place")
         return replace(
-            mixture([values] if values is not None else []),
+            mixture([notes[2]] if notes[2] is not None else []),
             head_size=next(tensors_of(result)).shape[-1],
         )
 
@@ -275,16 +255,5 @@ class Products(Pointwise):
         axes = list(shown.axes()[out])
         if not axes:
             return None
-        known = self.sources.get(shown.name)
-        if known is None:
-            start = max((s.stop for s in self.sources.values()), default=0)
-            sizes = tuple(shown.shape[j] for j in axes)
-            fan = args[0].shape[1]
-            text = str(layouts[shown.name])
-            known = Source(start, start + math.prod(sizes), int(fan), text, sizes)
-            self.sources[shown.name] = known
-        numbers = known.start + shown.numbers([out], axes)
-        if len(numbers) != result.shape[1]:
-            return None
-        shape = [len(numbers) if d == 1 else 1 for d in range(result.ndim)]
-        return numbers.view(shape).expand(result.shape)
+        known = self._source_of(shown, axes, args[0].shape[1], layouts[shown.name])
+        return along(known.start + shown.numbers([out], axes), 1, result.shape)

@@ -21,13 +21,8 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-import io
-import logging
-import random
 import re
-import sys
 import types
-import warnings
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -36,8 +31,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
+
+from .quiet import no_global_hooks, quiet, random_states
 
 # The one module inside each wrapper that runs it and adds nothing.
 _INNER = {
@@ -94,7 +90,7 @@ def undisturbed(model: nn.Module, *, repeated: bool = False) -> Iterator[Twin]:
             each kind in a list run, and each other one returns the output of the second as long
             as it is called with arguments of the same shapes (`Twin.alike`).
     """
-    with _quiet(), random_states(), _no_global_hooks(), torch.no_grad():
+    with quiet(), random_states(), no_global_hooks(), torch.no_grad():
         yield twin(model, repeated=repeated)
 
 
@@ -470,65 +466,3 @@ def _plain(key: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)) and len(value) < 100:
         return tuple(_plain(key, item) for item in value)
     return type(value).__name__
-
-
-# ------------------------------------------------------------------------------ global states
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warning, log line or print; and none counts as said (`warning_once`)."""
-    once = {
-        name: getattr(logging.Logger, name)
-        for name in ("warning_once", "info_once")
-        if hasattr(logging.Logger, name)
-    }
-    disabled = logging.root.manager.disable
-    nowhere = io.StringIO()
-    try:
-        for name in once:
-            setattr(logging.Logger, name, lambda *args, **kwargs: None)
-        logging.disable(logging.CRITICAL)
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        for name, method in once.items():
-            setattr(logging.Logger, name, method)
-
-
-@contextlib.contextmanager
-def random_states() -> Iterator[None]:
-    """Restore the states of Python's, NumPy's and torch's CPU generators."""
-    python = random.getstate()
-    numpy: Any = sys.modules.get("numpy")
-    of_numpy = numpy.random.get_state() if numpy else None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(of_numpy)
-
-
-@contextlib.contextmanager
-def _no_global_hooks() -> Iterator[None]:
-    """Hooks that were registered for all modules are not called."""
-    tables = [
-        getattr(torch_module, name)
-        for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
-    ]
-    kept = [dict(table) for table in tables]
-    try:
-        for table in tables:
-            table.clear()
-        yield
-    finally:
-        for table, hooks in zip(tables, kept, strict=True):
-            table.update(hooks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -142,8 +143,12 @@ def picked_parameter(
 
 def picked_layout(shown: Shown) -> Layout:
     """The layout of a table of which an index picked rows."""
-    words = ["in" if j in shown.picked else "out" for j in range(len(shown.shape))]
-    return Layout(" ".join(numbered(words)))
+    return table_layout(len(shown.shape), shown.picked)
+
+
+def table_layout(count: int, rows: Collection[int]) -> Layout:
+    """The layout of a table of so many axes, of which some number its rows."""
+    return Layout(" ".join(numbered(["in" if j in rows else "out" for j in range(count)])))
 
 
 def product_layout(shown: Shown, contracted: int, kept: int) -> tuple[Layout | None, list[int]]:
@@ -220,10 +225,8 @@ def is_token(shown: Shown, kept: int) -> bool:
     return shown.expanded and kept < shown.view.ndim and shown.view.shape[kept] == 1
 
 
-def unsqueezed(note: Note | None, dim: int = -1) -> Note | None:
+def unsqueezed(note: Note, dim: int) -> Note:
     """A note of a vector as one of a matrix."""
-    if note is None:
-        return None
     shown = tuple(s.moved(s.view.unsqueeze(dim)) for s in note.shown if s.start is None)
     index = None if note.index is None else note.index.unsqueeze(dim)
     return replace(note, shown=shown, index=index)

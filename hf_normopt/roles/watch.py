@@ -8,7 +8,7 @@ support an operation, add a method to `mixing.py` or `products.py`, and its name
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from ..norms.layouts import Layout
+from ..norms.layouts import usual_layout
 from .follow import is_plain, mixture, note_of, tensors_of
 from .mixing import GAINS, Mixing
 from .notes import Note, Shown
@@ -29,7 +29,7 @@ from .operations import evaluate, is_real
 from .parts import divided
 from .products import ROWS
 from .twin import Twin
-from .views import COPIES, numbered
+from .views import COPIES, table_layout
 
 _SMALL = 3  # matrices of a module whose features go on to the one that called it
 _MOST = 40_000  # operations of one pass
@@ -85,13 +85,18 @@ class Watch(Mixing):
         return tuple(self._received(value) if is_real(value) else value for value in args)
 
     def _received(self, value: Tensor) -> Tensor:
+        """An argument without its features, which its other users keep."""
         note = note_of(value)
         if note is None or note.index is None:
             return value
-        self.use(note)
         value = value.detach()
-        value._note = replace(note, index=None)  # type: ignore[attr-defined]
+        self._end_features(value, note)
         return value
+
+    def _end_features(self, value: Tensor, note: Note) -> None:
+        """Features that a module receives or gives are used, and not followed further."""
+        self.use(note)
+        value._note = replace(note, index=None)  # type: ignore[attr-defined]
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         while self.stack and self.stack.pop() is not module:
@@ -99,17 +104,15 @@ class Watch(Mixing):
         path = self.twin.paths.get(id(module))
         if path and hasattr(module, "config") and hasattr(module, "get_output_embeddings"):
             self.returned(path, output)
-        if "norm" in type(module).__name__.lower() and not module._modules:
-            for value in tensors_of(output):
-                note = note_of(value)
-                if note is not None and not note.fixed:
-                    value._note = replace(note, last=frozenset())  # type: ignore[attr-defined]
-        if self._count(module) > _SMALL:
-            for value in tensors_of(output):
-                note = note_of(value)
-                if note is not None and note.index is not None:
-                    self.use(note)
-                    value._note = replace(note, index=None)  # type: ignore[attr-defined]
+        normalises = "norm" in type(module).__name__.lower() and not module._modules
+        ends = self._count(module) > _SMALL
+        for value in tensors_of(output) if normalises or ends else ():
+            note = note_of(value)
+            if note is not None and normalises and not note.fixed:
+                note = replace(note, last=frozenset())
+                value._note = note  # type: ignore[attr-defined]
+            if note is not None and ends and note.index is not None:
+                self._end_features(value, note)
 
     def ended(self) -> None:
         """Note of what the pass ended in that not all of it was seen: it will run alone."""
@@ -145,25 +148,18 @@ class Watch(Mixing):
         if self.operations > _MOST:  # a loop until something converges, which nothing does here
             raise EndlessError(f"forward went on after {_MOST} operations")
         result = evaluate(func, args, kwargs)
-        try:
+        with suppress(Exception):  # an operation that is called otherwise than was thought of
             self.note(func, args, kwargs, result)
-        except Exception as error:  # an operation that is called otherwise than was thought of
-            self.lost(error)
         return result
-
-    def lost(self, error: Exception) -> None:
-        """Called where an operation could not be noted."""
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Note what an operation gives."""
         name = func.overloadpacket.__name__
         base = name.rstrip("_") if func._schema.is_mutable else name
-        values = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
-        notes = [n for n in map(self.noted, values) if n is not None]
-        if not notes:
-            return
         if base.endswith("_like") or base.startswith("new_"):
-            return None
+            return
+        if not self.notes_of(tensors_of((args, kwargs))):
+            return
         if func.is_view or base in _SAME:
             return self.view(func, args, kwargs, result)
         method = _NOTED.get(base)
@@ -201,11 +197,9 @@ class Watch(Mixing):
             size = shape[axis] if axis < len(shape) else 0  # a flat shard tells nothing
             if rows and len(rows) < size <= ROWS and not self._is_matrix(name):
                 # a slice as long as the sequence: rows of a table of positions
-                count = len(self.twin.shapes[name])
-                words = ["in" if axis < count - 1 or j == axis else "out" for j in range(count)]
-                words[-1] = "in" if axis == count - 1 else "out"
-                words = [w if axis < count - 1 or j == axis else "out" for j, w in enumerate(words)]
-                self.seen.uses[name] = {"lookup": Layout(" ".join(numbered(words)))}
+                is_last = axis == len(shape) - 1
+                layout = table_layout(len(shape), {axis}) if is_last else None
+                self.seen.uses[name] = {"lookup": layout or usual_layout("embedding", shape)}
         uses = list(self.received.values())
         for name, source in self.sources.items():
             self.seen.matrices[name] = divided(source, uses)

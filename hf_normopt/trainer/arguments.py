@@ -283,8 +283,8 @@ def optimizer_from_arguments(model: nn.Module, args: TrainingArguments, **change
                 "(optim_args).",
                 preset,
             )
-    inputs = {"inputs": example_batch(model)}
-    optimizer = create_normopt_optimizer(model, **{**inputs, **adam, **options})
+    options = {**adam, "inputs": example_batch(), **options}
+    optimizer = create_normopt_optimizer(model, **options)
     if args.process_index == 0:
         low, high = PRESETS[preset].learning_rate
         if not low / 10 <= options["lr"] <= high * 10:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from ..roles.twin import random_states
+from ..roles.quiet import random_states
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +27,13 @@ def making_optimizer_of(trainer: Any) -> Iterator[None]:
         _TRAINER.reset(token)
 
 
-def example_batch(model: Any) -> Any:
+def example_batch() -> Any:
     """What the collator makes of the first two rows of the training set.
 
     Random states are as before. An iterable data set is never touched.
 
-    Args:
-        model: whose inputs they are.
-
     Returns:
-        The batch; None without a trainer of this model, or where its data give none.
+        The batch; None where no trainer makes its optimizer, or its data give none.
     """
     trainer = _TRAINER.get()
     data = getattr(trainer, "train_dataset", None)

@@ -102,7 +102,7 @@ class NormOptFactory:
 
     def __call__(self, model: nn.Module, **kwargs: Any) -> NormOpt:
         """Make the optimizer for a model."""
-        return create_normopt_optimizer(model, **{"inputs": example_batch(model), **kwargs})
+        return create_normopt_optimizer(model, **{"inputs": example_batch(), **kwargs})
 
 
 def register() -> None:
