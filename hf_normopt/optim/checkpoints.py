@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # What a group is, as opposed to its options (lr, weight_decay, ...), which checkpoints may change.
 IDENTITY = ("param_names", "param_shapes", "role", "kind", "rule", "layouts")
 ON_MISMATCH = ("error", "reset")
-_OWN = ("schedule", "multiplier", "own", "label", "momentum_dtype", "rounding")
+_OWN = ("schedule", "multiplier", "own", "label", "momentum_dtype", "rounding", "scales")
 
 _CHUNK = 2**18  # entries whose bits are added up at a time
 

@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 from ..norms.layouts import Layout
 from ..norms.operators import Spectral
 from ..norms.orthogonalize import plan
-from .moves import Move, advance_inplace, parts, smooth_inplace
+from .batches import parts
+from .moves import Move, smooth_inplace
 from .precision import state_dtype
 from .sharding import (
     copies_of,
@@ -58,7 +59,7 @@ def assign(costs: tuple[float, ...], ranks: int) -> tuple[int, ...]:
 def localized(move: Move) -> Move | None:
     """The move of this rank's shard by itself, where it is that of the whole parameter."""
     p, rule = move.param, move.rule
-    axes = sharded_axes(p) if isinstance(p, DTensor) else None
+    axes = sharded_axes(p) if isinstance(p, DTensor) and rule.norm.independent else None
     if axes is None:
         return None
     if not rule.entrywise:
@@ -78,7 +79,8 @@ def is_shared(move: Move) -> bool:
 def is_exchanged(move: Move) -> bool:
     """Whether a parameter's shards can be sent to an owner and back."""
     p = move.param
-    return isinstance(p, DTensor) and move.rule.statistic is None and one_shard(p) is not None
+    is_one = isinstance(p, DTensor) and one_shard(p) is not None
+    return is_one and move.rule.statistic is None and bool(move.rule.norm.independent)
 
 
 def directed_inplace(
@@ -107,7 +109,7 @@ def directed_inplace(
     for alike in _alike(exchanged):
         yield from _exchanged_inplace(alike, weight, keep)
     for move in rest if keep else chain(*map(parts, rest)):
-        advance_inplace(move, weight, unit)
+        move.advance_inplace(weight, unit)
         yield move
 
 

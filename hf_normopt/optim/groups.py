@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..roles import ROLES, classify
+from ..norms.layouts import Layout
+from ..norms.product import Product
+from ..roles import KINDS, ROLES, ParamSpec, classify
 from .checkpoints import some
-from .optimizer import parameter_groups
-from .rules import Policy, policy_key
+from .rules import Policy, check_total, policy_key
+from .sharding import NEEDS_WHOLE_MATRICES
 
 logger = logging.getLogger(__name__)
 
@@ -117,28 +120,61 @@ def asked_groups(
     outside = _holder([one for key, one in by_id.items() if key not in own], model)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for module, patterns in _parts(model, outside, overrides or {}):
+        params = dict(module.named_parameters())
         specs = classify(module, patterns, inputs=inputs if module is model else None, heads=heads)
-        for group in parameter_groups(module, specs, policy) if specs else ():
-            rule = policy[policy_key(policy, group["role"], group["kind"])]
-            said = {"decay", f"decay_{group['role']}", f"decay_{group['kind']}"} & set(decays)
-            for pair, layout in zip(group["params"], group["layouts"], strict=True):
-                if id(pair[1]) not in by_id:
-                    continue
-                one = by_id[id(pair[1])]
-                options = {} if one.lr in (None, lr) else {"lr": one.lr}
-                if one.weight_decay is not None:
-                    options["weight_decay"] = one.weight_decay * (rule.decay if said else 1.0)
-                key = (group["role"], group["kind"], *options.items())
-                made = {**group, "params": [], "layouts": [], **options}
-                members = found.setdefault(key, made)
-                members["params"].append(pair)
-                members["layouts"].append(layout)
+        wishes: dict[tuple[float | None, float | None], list[ParamSpec]] = {}
+        for spec in specs:
+            one = by_id.get(id(params[spec.name]))
+            if one is not None:
+                wishes.setdefault((one.lr, one.weight_decay), []).append(spec)
+        _explain_split_products(wishes.values(), policy)
+        for (rate, weight_decay), members in wishes.items():
+            options = {} if rate in (None, lr) else {"lr": rate}
+            for group in parameter_groups(module, members, policy):
+                _add_inplace(found, group, policy, options, weight_decay, decays)
     if not found:
         raise ValueError(
             f"Nothing to train: none of the parameters that NormOpt was given for "
             f"{type(model).__name__} has requires_grad=True."
         )
     return sorted(found.values(), key=_place)
+
+
+def _add_inplace(
+    found: dict[tuple[Any, ...], dict[str, Any]],
+    group: dict[str, Any],
+    policy: Policy,
+    options: Mapping[str, Any],
+    weight_decay: float | None,
+    decays: Iterable[str],
+) -> None:
+    """Add a group with what was asked for it, to the one of its kind that asks for the same."""
+    if weight_decay is not None:
+        rule = policy[policy_key(policy, group["role"], group["kind"])]
+        said = {"decay", f"decay_{group['role']}", f"decay_{group['kind']}"} & set(decays)
+        options = {**options, "weight_decay": weight_decay * (rule.decay if said else 1.0)}
+    key = (group["role"], group["kind"], *options.items())
+    if key not in found:
+        found[key] = {**group, **options}
+        return
+    for name in ("params", "layouts", "scales"):
+        if name in group:
+            found[key][name] = [*found[key][name], *group[name]]
+
+
+def _explain_split_products(wishes: Iterable[Sequence[ParamSpec]], policy: Policy) -> None:
+    """Warn of products whose factors are asked for with different rates, as LoRA+ has them."""
+    wishes = list(wishes)
+    together = products([spec for members in wishes for spec in members], policy)
+    apart = len(together) - sum(len(products(members, policy)) for members in wishes)
+    if apart:
+        logger.warning(
+            "The factors of %d products, such as LoRA's A and B, are in groups with different "
+            "learning rates or weight decays (LoRA+?). Each is stepped by itself at its own rate. "
+            "In one group they are stepped as the operator that they make up: its step does not "
+            "depend on how it is divided into factors, and such a ratio has no meaning.",
+            apart,
+        )
 
 
 def _place(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -186,3 +222,88 @@ def _holder(params: list[Asked], model: nn.Module) -> nn.Module | None:
         some(set(names)),
     )
     return root
+
+
+# Groups by role
+
+
+def parameter_groups(
+    model: nn.Module, specs: Sequence[ParamSpec], policy: Policy
+) -> list[dict[str, Any]]:
+    """Groups for [`NormOpt`]: one for each rule, in the order of `ROLES`, the main matrices first.
+
+    Args:
+        model: the model that `specs` describe.
+        specs: from [`classify`](hf_normopt.classify).
+        policy: kinds with a rule of their own get a group of their own.
+
+    Raises:
+        ValueError: if there is nothing to train, a role without a rule, or flattened parameters.
+    """
+    if not specs:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: all of them have "
+            "requires_grad=False. Unfreeze some, or add an adapter."
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is wrapped by FSDP1. {NEEDS_WHOLE_MATRICES}")
+    check_total(policy, [(spec.role, spec.kind) for spec in specs])
+    params = dict(model.named_parameters())
+    groups: dict[tuple[int, str, str], dict[str, Any]] = {}
+
+    def add(role: str, kind: str, spec: ParamSpec, layout: Layout) -> dict[str, Any]:
+        key = list(ROLES).index(role), role, kind
+        empty = {"params": [], "role": role, "kind": kind, "layouts": []}
+        group = groups.setdefault(key, empty)
+        group["params"].append((spec.name, params[spec.name]))
+        group["layouts"].append(str(layout))
+        return group
+
+    pairs = products(specs, policy)
+    joined = {spec.name for pair in pairs for spec in pair}
+    for spec in specs:
+        if spec.name not in joined:
+            add(spec.role, spec.kind if spec.kind in policy else "", spec, spec.layout)
+    for pair in pairs:
+        for spec in pair:
+            kind = kind_of_product(spec)
+            group = add(KINDS[kind], kind, spec, spec.factor.layout)
+        group.setdefault("scales", []).append(pair[0].factor.scale)
+    return [group for _, group in sorted(groups.items())]
+
+
+def kind_of_product(spec: ParamSpec) -> str:
+    """The kind of the product of which a parameter is a factor; "" if it is none."""
+    if spec.factor is None:
+        return ""
+    return "table_product" if spec.factor.is_table else "product"
+
+
+def products(specs: Iterable[ParamSpec], policy: Policy) -> list[tuple[ParamSpec, ParamSpec]]:
+    """The pairs of factors, A and B, that take one step under a policy.
+
+    Both must be trained, and the policy must have a rule for products and none for the factors
+    (`adapter_a`, `adapter_b`).
+    """
+    sides: dict[str, dict[str, ParamSpec]] = {}
+    for spec in specs:
+        rule = policy.get(kind_of_product(spec))
+        if spec.factor is not None and rule is not None and isinstance(rule.norm, Product):
+            sides.setdefault(spec.factor.product, {})[spec.factor.side] = spec
+    if {"adapter_a", "adapter_b"} & policy.keys():
+        return []
+    pairs = [(pair["A"], pair["B"]) for pair in sides.values() if len(pair) == 2]
+    return [pair for pair in pairs if _chain(*pair)]
+
+
+def _chain(a: ParamSpec, b: ParamSpec) -> bool:
+    """Whether B A is a product of matrices, or of as many pairs of them."""
+    shapes = []
+    for spec in (a, b):
+        assert spec.factor is not None
+        if not spec.factor.layout.fits(spec.shape):
+            return False
+        (operator,) = spec.factor.layout.to_operators(torch.empty(spec.shape, device="meta"))
+        shapes.append(operator.shape)
+    first, second = shapes
+    return first[:-2] == second[:-2] and first[-2] == second[-1]

@@ -1,12 +1,5 @@
 """One step of the parameters: momentum, direction, and the move itself.
 
-Small tensors of one shape and rule move together: they are stacked, and one call of the LMO serves
-all. Large ones whose parts do not need each other (the vectors of an embedding, the rows of a head,
-entries under the sign, experts) move part by part. So a step takes a few times [`PART`] entries
-for itself, or a few times one tensor where that is more. All directions are held where the step
-size needs them at once; a parameter is taken whole when it is watched, and where its layout divides
-the first axis.
-
 Momenta are kept in the group's `momentum_dtype`, and weights in 16 bits are written as its
 `rounding` says; all arithmetic is in float32 at least.
 """
@@ -14,7 +7,7 @@ Momenta are kept in the group's `momentum_dtype`, and weights in 16 bits are wri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -24,10 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from ..norms.layouts import Layout, usual_layout
-from ..roles.graph import canonical_name
+from ..norms.layouts import Layout
 from .precision import (
-    BLOCK,
     entry_noise,
     is_low,
     new_compensation,
@@ -42,14 +33,10 @@ from .sharding import (
     divided_among,
     gathered,
     local,
-    placed_as_its_parameter,
     placed_like,
     places,
     sharded_like,
 )
-
-SMALL = 2**16  # entries: tensors of one shape up to this size move together, [`PART`] at a time
-PART = 2**18  # entries of a part of a large tensor
 
 _layout = cache(Layout)
 
@@ -74,6 +61,7 @@ class Move:
     whole: Tensor | None = None  # the parameter, if the param is a shard of it or some of its rows
     at: slice = field(default_factory=lambda: slice(None))  # which rows of the shard
     sums: dict[torch.device, Tensor] = field(default_factory=dict)  # see `note_inplace`
+    factors: int = 1  # parameters that make up one operator, each of which decays by a root
     smooth: Tensor = field(init=False)
     direction: Tensor = field(init=False)
 
@@ -89,16 +77,36 @@ class Move:
 
     def each(self) -> Iterator[Move]:
         """The moves of single parameters, which have `param`, `state` and `grad`."""
+        for i in range(len(self.params)):
+            yield self.single(i)
+
+    def single(self, i: int) -> Move:
+        """The move of the i-th parameter."""
         if self.alone:
-            yield self
-            return
-        for i, (p, gradient, state, name) in enumerate(
-            zip(self.params, self.gradients, self.states, self.names, strict=True)
-        ):
-            one = replace(self, params=[p], gradients=[gradient], states=[state], names=[name])
-            if hasattr(self, "smooth"):
-                one.smooth, one.direction = self.smooth[i], self.direction[i]
-            yield one
+            return self
+        rows = slice(i, i + 1)
+        one = replace(
+            self,
+            params=self.params[rows],
+            gradients=self.gradients[rows],
+            states=self.states[rows],
+            names=self.names[rows],
+        )
+        if hasattr(self, "smooth"):
+            one.smooth, one.direction = self.smooth[i], self.direction[i]
+        return one
+
+    def operators(self) -> Iterator[Move]:
+        """The moves of single operators, for who looks on."""
+        return self.each()
+
+    def advance_inplace(self, weight: Tensor | float, unit: Tensor | float) -> None:
+        """Advance the momenta and find the directions, see [`advance_inplace`]."""
+        advance_inplace(self, weight, unit)
+
+    def apply_inplace(self, eta: Tensor | float, steps: int) -> None:
+        """Move the parameters, see [`apply_inplace`]."""
+        apply_inplace(self, eta, steps)
 
     def of_whole(self) -> Move:
         """The same for who looks on: all ranks gather the parameter, whoever looks."""
@@ -158,101 +166,6 @@ class Move:
         """What multiplies the LMO of an operator (..., fan_out, fan_in)."""
         fan_out, fan_in = shape[-2:]
         return SCALES[self.rule.scale](self.rule.norm, fan_out, fan_in, self.layout.taps)
-
-
-def moves_of(
-    group: dict[str, Any],
-    rule: Rule,
-    states: Mapping[Tensor, dict[str, Any]],
-    copies: ProcessGroup | None = None,
-    sums: dict[torch.device, Tensor] | None = None,
-) -> Iterator[Move]:
-    """The moves of a group's parameters that have a gradient: small ones of one shape together.
-
-    Args:
-        group: of the optimizer.
-        rule: of the group.
-        states: of the optimizer.
-        copies: the ranks that hold the same parameters; a `DTensor` knows its own.
-        sums: of the optimizer, see `note_inplace`.
-    """
-    own: dict[str, Any] = {"sums": {} if sums is None else sums}
-    alike: dict[Any, list[Tensor]] = {}
-    layouts = group["layouts"]
-    if rule.of_entries or is_flat(group):
-        layouts = [_vector(p.ndim) for p in group["params"]]
-    names = dict(zip(group["params"], _names(group), strict=True))
-    for p, layout in zip(group["params"], layouts, strict=True):
-        if p.grad is None or p.numel() == 0:
-            continue
-        own["names"], own["copies"] = [names[p]], None if isinstance(p, DTensor) else copies
-        if isinstance(p, DTensor) or p.numel() > SMALL:
-            gradient = placed_as_its_parameter(p.grad, p)
-            yield Move([p], [gradient], [states[p]], group, rule, _layout(layout), **own)
-        else:
-            alike.setdefault((layout, p.shape, p.dtype, p.device), []).append(p)
-    for (layout, *_), params in alike.items():
-        count = max(1, PART // params[0].numel())
-        for i in range(0, len(params), count):
-            some = params[i : i + count]
-            gradients = [p.grad for p in some if p.grad is not None]
-            kept = [states[p] for p in some]
-            own["names"], own["copies"] = [names[p] for p in some], copies
-            yield Move(some, gradients, kept, group, rule, _layout(layout), **own)
-
-
-def _names(group: Mapping[str, Any]) -> list[str]:
-    """The parameters' names, as every wrapper and number of ranks has them."""
-    if is_flat(group):
-        return [f"{group['label']} {i}" for i in range(len(group["params"]))]
-    return [canonical_name(name) for name in group["param_names"]]
-
-
-def is_flat(group: Mapping[str, Any]) -> bool:
-    """Whether the parameters are no longer those of which the group was made: ZeRO's partitions."""
-    shapes = [tuple(p.shape) for p in group["params"]]
-    is_changed = shapes != [tuple(shape) for shape in group["param_shapes"]]
-    return is_changed and all(len(shape) == 1 for shape in shapes)
-
-
-@cache
-def _vector(axes: int) -> str:
-    """The layout of a tensor that is one vector."""
-    return str(usual_layout("other", (1,) * axes))
-
-
-def parts(move: Move) -> Iterator[Move]:
-    """The same in parts along the first stored axis, where it is large and they are independent."""
-    p, rule, gradient = move.param, move.rule, move.gradients[0]
-    if (
-        isinstance(p, DTensor)
-        or (p.numel() <= PART and not gradient.is_sparse)
-        or rule.statistic is not None
-        or rule.scale == "muon"  # asks for the whole shape
-        or move.layout.axis(0) not in rule.norm.independent
-    ):
-        yield move
-        return
-    if gradient.is_sparse:
-        touched = gradient.coalesce()
-        moves_others = rule.momentum or move.group["weight_decay"] or is_low(p)
-        if move.alone and touched.sparse_dim() == 1 and not moves_others:
-            rows = touched.indices()[0]
-            values = touched.values()
-            yield replace(move, params=[p[rows]], gradients=[values], rows=(p, rows))
-        else:
-            yield move
-        return
-    row = p.numel() // len(p)
-    aligned = BLOCK // math.gcd(BLOCK, row)  # rows that make up whole blocks
-    count = max(1, PART // row // aligned) * aligned
-    whole = kept(move, 0)
-    for i in range(0, len(p), count):
-        at = slice(i, min(i + count, len(p)))
-        state = {key: value[at] for key, value in whole.items()}
-        part = replace(move, params=[p[at]], gradients=[gradient[at]], states=[state], at=at)
-        part.whole = p if move.whole is None else move.whole
-        yield part
 
 
 def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) -> None:
@@ -329,7 +242,10 @@ def apply_inplace(move: Move, eta: Tensor | float, steps: int) -> None:
     step = group["lr"] * eta
     step = step.reshape(()) if isinstance(step, Tensor) else step
     decay = group["weight_decay"]
+    keep = (1 - step * decay) ** (1 / move.factors) if decay else 1.0
     rate = step * group["multiplier"]
+    if move.factors > 1:
+        rate = rate / keep  # the other factor has decayed too
     direction = sharded_like(move.direction, move.param) if move.alone else move.direction
     vars(move).pop("smooth", None)
     del move.direction
@@ -338,13 +254,15 @@ def apply_inplace(move: Move, eta: Tensor | float, steps: int) -> None:
             update = direction if move.alone else direction[i]
             state = kept(move, i)
             noise = _noise(move, i, steps) if group["rounding"] == "stochastic" else None
-            write_inplace(p, update, rate, 1 - step * decay, group["rounding"], state, noise)
-    elif decay and not isinstance(step, Tensor):  # towards -multiplier / decay · direction
+            write_inplace(p, update, rate, keep, group["rounding"], state, noise)
+    elif (
+        decay and move.factors == 1 and not isinstance(step, Tensor)
+    ):  # towards -multiplier / decay · direction
         goals = direction.mul_(-group["multiplier"] / decay)
         torch._foreach_lerp_(params, [goals] if move.alone else goals.unbind(), step * decay)
     else:
         if decay:
-            torch._foreach_mul_(params, 1 - step * decay)
+            torch._foreach_mul_(params, keep)
         updates = direction.mul_(rate)
         torch._foreach_sub_(params, [updates] if move.alone else updates.unbind())
     if move.rows is not None:

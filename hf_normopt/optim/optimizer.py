@@ -14,7 +14,7 @@ import math
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,13 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ..norms.layouts import Layout, usual_layout
-from ..roles import ROLES, ParamSpec
 from ..roles.graph import canonical_name
 from ..tables import fold_names, format_table
 from .agreement import Facts, Own, agree, average_inplace
+from .batches import is_flat, moves_of
 from .checkpoints import ON_MISMATCH, described, matched, some
 from .exchange import directed_inplace, dual_norms
-from .moves import Move, apply_inplace, is_flat, moves_of
+from .moves import Move
 from .precision import (
     check_precision,
     is_low,
@@ -68,7 +68,8 @@ class NormOpt(torch.optim.Optimizer):
     Args:
         groups: parameter groups, each a dict with `params` (parameters, or pairs of name and
             parameter) and `role`, and optionally `kind`, `layouts` (a text for each parameter;
-            default: the role's usual one), `lr`, `weight_decay`. [`parameter_groups`] makes them
+            default: the role's usual one), `lr`, `weight_decay`; and `scales` where the parameters
+            are factors A, B, A, B, ... of products s B A: s of each product. [`parameter_groups`] makes them
             for a model.
         policy: a rule for every role in the groups.
         lr: the learning rate, which a schedule may change; rules have multipliers of it.
@@ -183,6 +184,7 @@ class NormOpt(torch.optim.Optimizer):
             "param_names": [name for name, _ in pairs],  # torch leaves it out of an empty group
             "param_shapes": shapes,
             "layouts": by_name,
+            "scales": group.get("scales", []),
             "rule": str(rule) if self.step_size == Fixed() else f"{rule}; {self.step_size}",
             "multiplier": rule.multiplier,
             "own": [key for key in ("lr", "weight_decay") if key in group],
@@ -253,10 +255,10 @@ class NormOpt(torch.optim.Optimizer):
             directed = directed_inplace(moves, weight, unit, keep=watched, whole=watched)
         for move in directed:
             if watched:
-                for whole in (one.of_whole() for one in move.each()):
+                for whole in (one.of_whole() for one in move.operators()):
                     if self.observer is not None:  # else another rank's
                         self.observer(whole, eta)
-            apply_inplace(move, eta, self.steps)
+            move.apply_inplace(eta, self.steps)
 
     def _eta(
         self, moves: list[Move], weight: Tensor | float, memory: dict[str, Any]
@@ -595,40 +597,3 @@ class FirstForward:
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
-
-
-def parameter_groups(
-    model: nn.Module, specs: Sequence[ParamSpec], policy: Policy
-) -> list[dict[str, Any]]:
-    """Groups for [`NormOpt`]: one for each rule, in the order of `ROLES`, the main matrices first.
-
-    Args:
-        model: the model that `specs` describe.
-        specs: from [`classify`](hf_normopt.classify).
-        policy: kinds with a rule of their own get a group of their own.
-
-    Raises:
-        ValueError: if there is nothing to train, a role without a rule, or flattened parameters.
-    """
-    if not specs:
-        raise ValueError(
-            f"{type(model).__name__} has no trainable parameter: all of them have "
-            "requires_grad=False. Unfreeze some, or add an adapter."
-        )
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} is wrapped by FSDP1. {NEEDS_WHOLE_MATRICES}")
-    check_total(policy, [(spec.role, spec.kind) for spec in specs])
-    params = dict(model.named_parameters())
-    by_rule: dict[tuple[int, str, str], list[ParamSpec]] = {}
-    for spec in specs:
-        kind = spec.kind if spec.kind in policy else ""
-        by_rule.setdefault((list(ROLES).index(spec.role), spec.role, kind), []).append(spec)
-    return [
-        {
-            "params": [(spec.name, params[spec.name]) for spec in members],
-            "role": role,
-            "kind": kind,
-            "layouts": [str(spec.layout) for spec in members],
-        }
-        for (_, role, kind), members in sorted(by_rule.items(), key=lambda item: item[0])
-    ]

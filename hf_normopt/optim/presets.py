@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import nn
 
-from ..norms.operators import Frobenius, Norm, Spectral, operator_norm, parse_norm
+from ..norms.operators import Frobenius, Norm, Spectral, operator_norm
+from ..norms.product import parse_norm, product_norm
 from ..roles import KINDS, ROLES, classify
-from .groups import asked_groups, read_groups
-from .optimizer import NormOpt, parameter_groups
+from .groups import asked_groups, parameter_groups, read_groups
+from .optimizer import NormOpt
 from .rules import EMA, Policy, Rule
 from .sharding import check_deepspeed
 from .step_sizes import EscapeVelocity, Fixed, StepSize, parse_step_size
@@ -77,6 +78,17 @@ def _by_role(rule: Callable[..., Rule], *, embedding: float = 1.0, head: float =
     }
 
 
+def _with_products(policy: Policy) -> Policy:
+    """The same, and a low-rank adapter's s B A is one operator: a matrix, or a table's change."""
+    return {
+        **policy,
+        "product": replace(policy["linear"], norm=product_norm(policy["linear"].norm)),
+        "table_product": replace(
+            policy["embedding"], norm=product_norm(policy["embedding"].norm), multiplier=1.0
+        ),
+    }
+
+
 _ADAM = Rule(_ENTRY, momentum=0.9, statistic=EMA(0.999))
 _MUON = Rule(Spectral(method="muon"), scale="muon", momentum=0.95, nesterov=True)
 _SHAMPOO = Rule(operator_norm("l2", "l2"), momentum=0.9, statistic=EMA(0.99, 1e-12))
@@ -88,13 +100,13 @@ PRESETS: dict[str, Preset] = {
         description="An operator norm for each role, at the learning rates of AdamW.",
         source=f"{_PAPER}, Epilogue; scale: Liu et al. 2025, arXiv 2502.16982",
         learning_rate=(1e-5, 5e-3),
-        policy=_by_role(partial(Rule, scale="adamw", momentum=0.95, nesterov=True)),
+        policy=_with_products(_by_role(partial(Rule, scale="adamw", momentum=0.95, nesterov=True))),
     ),
     "modular": Preset(
         description="The same norms in their own unit: the rate transfers over width.",
         source=f"{_PAPER}, Epilogue; Large et al. 2024, arXiv 2405.14813",
         learning_rate=(1e-3, 1e-1),
-        policy=_by_role(partial(Rule, momentum=0.95, nesterov=True)),
+        policy=_with_products(_by_role(partial(Rule, momentum=0.95, nesterov=True))),
     ),
     "scion": Preset(
         description="The same norms with radius 50, 3000 for the head (by rows); plain momentum.",
@@ -318,7 +330,10 @@ def changed(policy: Policy, **changes: Any) -> Policy:
                 f"and {', '.join(_STATISTIC_FIELDS)}."
             )
         attribute, kind = _FIELDS[field]
-        for target in [role] if role else list(policy):
+        targets = [role] if role else list(policy)
+        if role and field != "norm":  # kinds that the preset has a rule for follow their role
+            targets += [kind for kind, of in KINDS.items() if of == role and kind in policy]
+        for target in targets:
             rule = policy.get(target) or policy[KINDS[target]]
             policy[target] = replace(rule, **{attribute: read_option(name, value, kind)})
     return policy

@@ -5,7 +5,8 @@
 `pointwise.py`, `products.py` and `mixing.py`); notes on tensors are in `notes.py` and `views.py`,
 what was seen in `seen.py`. `matchers.py` and `heads.py` say what that makes of a parameter,
 `parts.py` how its features are divided. What no pass can see has a row in `architectures.py`, what
-PEFT adds one in `adapters.py`. Imports `norms` (layouts) and no other room.
+PEFT adds one in `adapters.py`;
+`factors.py` says which two are one operator. Imports `norms` (layouts) and no other room.
 """
 
 from .table import KINDS, ROLES, ParamSpec, classify

@@ -62,7 +62,7 @@ def _factor(view: View) -> str:
     return (own or usual_layout(_kernel(view), view.shape)).pattern
 
 
-def _expert_factor(view: View) -> str:
+def expert_factor(view: View) -> str:
     """LoRA on one parameter (`target_parameters`), see `ParamWrapper.get_delta_weight`."""
     wrapper = next((m for _, m in view.owners if hasattr(m, "get_delta_factors")), None)
     experts = int(getattr(wrapper, "num_experts", 1))
@@ -101,8 +101,8 @@ _GAIN = "a gain for each output"
 
 PARTS: tuple[Part, ...] = (
     # Low-rank products B A; IN and OUT stand for A and B
-    Part("lora_(A|a|down)", _kernel, _IN, _expert_factor, "adapter_a"),
-    Part("lora_(B|b|up)", _kernel, _OUT, _expert_factor, "adapter_b"),
+    Part("lora_(A|a|down)", _kernel, _IN, expert_factor, "adapter_a"),
+    Part("lora_(B|b|up)", _kernel, _OUT, expert_factor, "adapter_b"),
     Part("(hira|delora|adamss|supertuning_lora|lily|peanut)_A", _kernel, _IN, _factor, "adapter_a"),
     Part("(hira|delora|adamss|supertuning_lora|peanut)_B", _kernel, _OUT, _factor, "adapter_b"),
     Part(r"deft_R|osf_svd_params\.[^.]+\.V_low", "linear", _IN, "out in", "adapter_a"),

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..norms.layouts import Layout, usual_layout
+from .factors import Factor, factor_of
 from .graph import Finding, View, place
 from .heads import find_heads
 from .matchers import find
@@ -42,6 +43,8 @@ KINDS: dict[str, str] = {
     "adapter_a": "linear",
     "adapter_b": "linear",
     "position": "embedding",
+    "product": "linear",
+    "table_product": "embedding",
 }
 
 
@@ -57,6 +60,7 @@ class ParamSpec:
         layout: how the stored tensor is read as operators.
         reason: why, for a person to read.
         tied_to: the other names of the same tensor, or None.
+        factor: of which product it is a factor, such as LoRA's B A, or None.
     """
 
     name: str
@@ -66,6 +70,7 @@ class ParamSpec:
     layout: Layout
     reason: str
     tied_to: str | None = None
+    factor: Factor | None = None
 
 
 def classify(
@@ -138,10 +143,13 @@ def _spec(
     heads: bool,
 ) -> ParamSpec:
     shape, tied_to = tuple(tensor.shape), ", ".join(names[1:]) or None
-    findings = (find(view, heads) for view in graph.views(tensor, names))
-    found = _overridden(_settled(findings), names, overrides)
+    views = list(graph.views(tensor, names))
+    settled = _settled(find(view, heads) for view in views)
+    found = _overridden(settled, names, overrides)
     layout = found.layout or usual_layout(found.role, shape)
-    return ParamSpec(names[0], shape, found.role, found.kind, layout, found.reason, tied_to)
+    factor = factor_of(views[0]) if found is settled and tied_to is None else None
+    reason = found.reason
+    return ParamSpec(names[0], shape, found.role, found.kind, layout, reason, tied_to, factor)
 
 
 def _checked(overrides: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,258 @@
+"""Norms of a product W = s B A, by steps of its factors.
+
+A low-rank adapter adds s B A to a weight, with A (r x n), B (m x r) and a scale s. What plays a
+role in the network is the product, so the norm is that of its change (to first order)
+
+    D = s (D_B A + B D_A).
+
+Each half gets half of the length: the LMO over D_B of ‖s D_B A‖ <= 1/2, and that over D_A of
+‖s B D_A‖ <= 1/2. With S_A = A Aᵀ, S_B = BᵀB and any roots F_A F_Aᵀ = S_A⁻¹, F_B F_Bᵀ = S_B⁻¹,
+
+    D_B = polar(M_B F_A) F_Aᵀ / 2s,        D_A = F_B polar(F_Bᵀ M_A) / 2s
+
+for the spectral norm (Cesista et al. 2026, LoRA-Muon, arXiv 2606.12921): all singular values of
+each half are 1/2, whatever A, B, s and r are. So the step of W does not depend on how it is divided
+into factors: under A → R A, B → B R⁻¹ the step of W stays as it is.
+
+Two things are needed to be safe:
+
+* **Guard.** Where B = 0, as at the start, F_B has no bound: the second step would replace A, at any
+  learning rate. S_B + δ² S_A⁻¹ takes the place of S_B, with δ = η / 2 s ρ for a step of length η. So
+  A moves by ρ at the most, relative to itself, and where s B A is longer than η / 2ρ nothing
+  changes. It transforms as S_B does.
+* **Gauge.** What the step does not depend on, it does not control: A and B would become ever worse
+  conditioned while B A stays as it is. [`balance`] finds the R that makes the rows of A orthogonal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from . import operators
+from .operators import MaxColumn, Norm, Spectral, Vector
+from .orthogonalize import orthogonalize, over_length
+
+GUARD = 0.2
+"""ρ: how far a factor moves at the most in one step, relative to itself."""
+
+WORST = 10.0
+"""The condition of A Aᵀ from which [`balance`] acts."""
+
+_LEAST_PIVOT = 1e-11  # of A Aᵀ with a unit diagonal; below it rows are taken for dependent
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The factors of a product s B A, or a batch of them, and their smoothed gradients.
+
+    Attributes:
+        a: (..., r, n).
+        b: (..., m, r).
+        scale: s, (..., 1, 1).
+        m_a: of a's shape.
+        m_b: of b's shape.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    m_a: Tensor
+    m_b: Tensor
+
+    @property
+    def transposed(self) -> Pair:
+        """The product s Aᵀ Bᵀ."""
+        return Pair(self.b.mT, self.a.mT, self.scale, self.m_b.mT, self.m_a.mT)
+
+    def balanced(self, r: Tensor, inverse: Tensor) -> Pair:
+        """The same product and the same gradient of it, with R A and B R⁻¹ for factors."""
+        r, inverse = r.to(self.m_a.dtype), inverse.to(self.m_a.dtype)
+        a, b = r @ self.a.to(r.dtype), self.b.to(r.dtype) @ inverse
+        return Pair(a, b, self.scale, inverse.mT @ self.m_a, self.m_b @ r.mT)
+
+
+class Product(Norm):
+    """The norm of an operator that is a product of two factors, which are stepped together."""
+
+    independent: ClassVar[tuple[str, ...]] = ()
+
+    def factor_lmos(self, pair: Pair, size: float, reach: Tensor | float) -> tuple[Tensor, Tensor]:
+        """D_A and D_B, each for half of `size`; 0 for a factor without gradient.
+
+        Args:
+            pair: the factors.
+            size: the norm of the product's change, to first order and at the most.
+            reach: by what the step will multiply it, for the guard.
+        """
+        raise NotImplementedError
+
+    def factor_duals(self, pair: Pair) -> Tensor:
+        """⟨m_A, D_A⟩ + ⟨m_B, D_B⟩ for size 1 and no guard, (...)."""
+        d_a, d_b = self.factor_lmos(pair, 1.0, 0.0)
+        return (pair.m_a * d_a).sum((-2, -1)) + (pair.m_b * d_b).sum((-2, -1))
+
+    def balance(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """R and R⁻¹, (..., r, r) in float64, by which the factors are to be balanced."""
+        return _balance(pair.a)
+
+    def norm_of_product(self, pair: Pair) -> Tensor:
+        """‖s B A‖, (...)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralProduct(Spectral, Product):
+    """The spectral norm of a product: see this module's docstring."""
+
+    independent = ()
+
+    def __str__(self) -> str:
+        return f"product {super().__str__()}"
+
+    def factor_lmos(self, pair: Pair, size: float, reach: Tensor | float) -> tuple[Tensor, Tensor]:
+        """D_A and D_B, see [`Product`]: all singular values of each half are half of the size."""
+        half = size / self.unit(pair.b.shape[-2], pair.a.shape[-1]) / 2
+        root_a = _inverse_root(pair.a)
+        delta = reach * half / (pair.scale.double() * GUARD)
+        root_b = _inverse_root(pair.b.mT, delta.square() * (root_a @ root_a.mT))
+        step = half / pair.scale
+        return (
+            _polar(pair.m_a, root_b, self.method) * step,
+            _polar(pair.m_b.mT, root_a, self.method).mT * step,
+        )
+
+    def norm_of_product(self, pair: Pair) -> Tensor:
+        """‖s B A‖ by eigenvalues of r x r matrices."""
+        values = torch.linalg.eigvals(_gram(pair.b.mT) @ _gram(pair.a)).abs().amax(-1).sqrt()
+        unit = self.unit(pair.b.shape[-2], pair.a.shape[-1])
+        return values * pair.scale[..., 0, 0].abs() * unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnProduct(MaxColumn, Product):
+    """The largest column of a product, for a table of vectors that are looked up: a column a token.
+
+    The half of A has a closed form, column by column: s B D_A has columns of one length. For that
+    of B the spectral norm bounds the columns: ‖s D_B a‖ <= ‖s D_B S_A^(1/2)‖ ‖S_A^(-1/2) a‖, whose
+    last factor is at most 1 and measured. A starts at 0 here, so the guard is on B's half.
+    """
+
+    output: Vector = "rms"
+
+    independent = ()
+
+    def __str__(self) -> str:
+        return f"product {super().__str__()}"
+
+    def factor_lmos(self, pair: Pair, size: float, reach: Tensor | float) -> tuple[Tensor, Tensor]:
+        """D_A and D_B, see [`Product`]."""
+        half = size / self.unit(pair.b.shape[-2], pair.a.shape[-1]) / 2
+        root_b = _inverse_root(pair.b.mT)
+        delta = reach * half / (pair.scale.double() * GUARD)
+        guard = delta.square() * (root_b @ root_b.mT)
+        longest = _longest(_inverse_root(pair.a, guard), pair.a)
+        root_a = _inverse_root(pair.a, guard / torch.where(longest > 0, longest, 1).square())
+        step = half / pair.scale
+        columns = over_length(root_b.to(pair.m_a.dtype).mT @ pair.m_a, -2)
+        d_b = _polar(pair.m_b.mT, root_a, "auto").mT * step
+        reached = torch.where(longest > 0, longest, torch.inf).to(d_b.dtype)
+        return root_b.to(columns.dtype) @ columns * step, d_b / reached
+
+    def balance(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """R and R⁻¹ that make the columns of B orthogonal."""
+        r, inverse = _balance(pair.b.mT)
+        return inverse.mT, r.mT
+
+    def norm_of_product(self, pair: Pair) -> Tensor:
+        """The length of the longest column of s B A, over √m."""
+        lengths = ((_gram(pair.b.mT) @ pair.a.double()) * pair.a).sum(-2).clamp_min(0).sqrt()
+        unit = self.unit(pair.b.shape[-2], pair.a.shape[-1])
+        return lengths.amax(-1) * pair.scale[..., 0, 0].abs() * unit
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """X Xᵀ in float64: in float32 it loses small singular values."""
+    wide = rows.double()
+    return wide @ wide.mT
+
+
+def _inverse_root(rows: Tensor, added: Tensor | None = None) -> Tensor:
+    """F with F Fᵀ = (X Xᵀ + added)⁻¹ for X (..., r, n): (..., r, k) in float64.
+
+    For more rows than columns it is F = X (XᵀX)⁻¹, that of the pseudo-inverse. For all else it is
+    Cholesky's, batched and without waiting for the device, of the Gram matrix with a unit diagonal:
+    rows of any length are alike to it, and rows of zeros get 0. Other dependent rows get
+    F = diag(S)^(-1/2), with which a step is longer by √r at the most.
+    """
+    if added is None and rows.shape[-2] > rows.shape[-1]:
+        inner = _inverse_root(rows.mT)
+        return rows.double() @ (inner @ inner.mT)
+    gram = _gram(rows) if added is None else _gram(rows) + added
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    lengths = torch.where(diagonal > 0, diagonal, 1).rsqrt() * (diagonal > 0)
+    unit = gram * lengths[..., None] * lengths[..., None, :]
+    unit.diagonal(dim1=-2, dim2=-1).fill_(1)
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    sound = (failed == 0) & (_pivots(factor).amin(-1) > _LEAST_PIVOT)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    factor = torch.where(sound[..., None, None], factor, eye)
+    return torch.linalg.solve_triangular(factor, eye, upper=False).mT * lengths[..., None]
+
+
+def _pivots(factor: Tensor) -> Tensor:
+    return factor.diagonal(dim1=-2, dim2=-1).square()
+
+
+def _polar(m: Tensor, root: Tensor, method: str) -> Tensor:
+    """F polar(Fᵀ M) for M (..., r, n), in M's dtype."""
+    root = root.to(m.dtype)
+    return root @ orthogonalize(root.mT @ m, method)
+
+
+def _longest(root: Tensor, a: Tensor) -> Tensor:
+    """The length of the longest column of Fᵀ A, (..., 1, 1)."""
+    return torch.linalg.vector_norm(root.mT @ a.double(), dim=-2, keepdim=True).amax(-1, True)
+
+
+def _balance(a: Tensor) -> tuple[Tensor, Tensor]:
+    """R and R⁻¹ that make the rows of A orthogonal and of one length; 1 where they nearly are."""
+    gram = _gram(a)
+    ranks = gram.shape[-1]
+    eye = torch.eye(ranks, dtype=gram.dtype, device=gram.device).expand_as(gram)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    factor = torch.where((failed == 0)[..., None, None], factor, eye)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    condition = torch.linalg.matrix_norm(gram) * torch.linalg.matrix_norm(inverse.mT @ inverse)
+    pivots = _pivots(factor)
+    is_sound = (failed == 0) & (pivots.amin(-1) > _LEAST_PIVOT * pivots.amax(-1))
+    acts = (is_sound & (condition > WORST * ranks))[..., None, None]
+    length = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) / ranks).sqrt()[..., None, None]
+    return torch.where(acts, inverse * length, eye), torch.where(acts, factor / length, eye)
+
+
+def product_norm(norm: Norm) -> Norm:
+    """The norm of products that measures as `norm` does.
+
+    Raises:
+        ValueError: where no rule is known for factors.
+    """
+    if isinstance(norm, Spectral):
+        return SpectralProduct(input=norm.input, output=norm.output, method=norm.method)
+    if isinstance(norm, MaxColumn) and norm.output in ("rms", "l2"):
+        return ColumnProduct(output=norm.output)
+    raise ValueError(
+        f"No rule is known for the factors of a product under {norm}; expected a spectral norm, "
+        "such as rms->rms, or l1->rms."
+    )
+
+
+def parse_norm(text: str) -> Norm:
+    """The norm that `str(norm)` names, such as `"rms->rms"` or `"product rms->rms"`."""
+    word, _, rest = text.strip().partition(" ")
+    if word == "product":
+        return product_norm(operators.parse_norm(rest))
+    return operators.parse_norm(text)

@@ -1,0 +1,153 @@
+"""The step of a product: two parameters that make up one operator move together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..norms.product import Pair, Product
+from .moves import Move, apply_inplace, kept, smooth_inplace
+from .precision import is_low, state_dtype, widened, write_inplace
+from .rules import SCALES
+from .sharding import gathered, sharded_like
+
+PERIOD = 20
+"""Steps from one balancing of the factors to the next."""
+
+
+class ProductMove(Move):
+    """The update of a product s B A, or of several of one shape; not yet made.
+
+    A factor without gradients stays, and the other moves as if both did.
+
+    Attributes:
+        a: the move of A, or of several, stacked.
+        b: likewise.
+        scales: s of each product.
+    """
+
+    def __init__(self, a: Move, b: Move, scales: Sequence[float]) -> None:
+        super().__init__(
+            [*a.params, *b.params],
+            [*a.gradients, *b.gradients],
+            [*a.states, *b.states],
+            a.group,
+            a.rule,
+            a.layout,
+            names=[*a.names, *b.names],
+            sums=a.sums,
+        )
+        self.a, self.b, self.scales = a, b, scales
+
+    @property
+    def moving(self) -> list[Move]:
+        """The moves of the factors that have gradients."""
+        return [factor for factor in (self.a, self.b) if factor.gradients]
+
+    def each(self) -> Iterator[Move]:
+        """The moves of the factors, one by one."""
+        for factor in self.moving:
+            yield from factor.each()
+
+    def operators(self) -> Iterator[Move]:
+        """The moves of single products."""
+        for i, scale in enumerate(self.scales):
+            yield ProductMove(self.a.single(i), self.b.single(i), [scale])
+
+    def of_whole(self) -> Move:
+        """The same for who looks on, see [`Move`]."""
+        return ProductMove(self.a.of_whole(), self.b.of_whole(), self.scales)
+
+    @property
+    def norm(self) -> Product:
+        """The rule's, of products."""
+        assert isinstance(self.rule.norm, Product)
+        return self.rule.norm
+
+    def advance_inplace(self, weight: Tensor | float, unit: Tensor | float) -> None:
+        """Advance the momenta, balance the factors now and then, and find the directions."""
+        smooth = [
+            gathered(smooth_inplace(factor, weight)[0])
+            if factor.gradients
+            else torch.zeros_like(_stacked(factor), dtype=state_dtype(factor.param))
+            for factor in (self.a, self.b)
+        ]
+        pair = self.pair(*smooth)
+        if len(self.moving) == 2 and self.group["steps"] % PERIOD == 0:
+            pair = self._balanced_inplace(pair)
+        reach = self.group["lr"] * self.group["multiplier"] * unit
+        directions = self.norm.factor_lmos(pair, self.size(pair), reach)
+        found = zip((self.a, self.b), (pair.m_a, pair.m_b), directions, smooth, strict=True)
+        for factor, momentum, direction, like in found:
+            layout, shape = factor.stacked_layout, tuple(like.shape)
+            factor.smooth = layout.from_operators((momentum.to(like.dtype),), shape)
+            factor.direction = layout.from_operators((direction.to(like.dtype),), shape)
+
+    def apply_inplace(self, eta: Tensor | float, steps: int) -> None:
+        """Move both factors."""
+        for factor in self.moving:
+            apply_inplace(factor, eta, steps)
+
+    def pair(self, m_a: Tensor, m_b: Tensor) -> Pair:
+        """The factors, and their smoothed gradients (stored as the factors are), as matrices."""
+        a, b = (_stacked(factor) for factor in (self.a, self.b))
+        operators = [
+            factor.stacked_layout.to_operators(tensor)[0]
+            for factor, tensor in ((self.a, a), (self.b, b), (self.a, m_a), (self.b, m_b))
+        ]
+        scale = operators[2].new_tensor(self.scales).reshape(-1, *[1] * (operators[2].ndim - 1))
+        return Pair(operators[0], operators[1], scale, operators[2], operators[3])
+
+    def size(self, pair: Pair) -> float:
+        """The norm of the product's change at rate 1."""
+        fan_out, fan_in = pair.b.shape[-2], pair.a.shape[-1]
+        return SCALES[self.rule.scale](self.norm, fan_out, fan_in, 1)
+
+    def _balanced_inplace(self, pair: Pair) -> Pair:
+        """Change the factors and their momenta so that the product stays and A is well conditioned.
+
+        Nothing is written where they are well conditioned.
+        """
+        r, inverse = self.norm.balance(pair)
+        if r.is_cpu and not (r != torch.eye(r.shape[-1], dtype=r.dtype)).any():
+            return pair
+        for factor, left, right in ((self.a, r, None), (self.b, None, inverse)):
+            for i, p in enumerate(factor.params):
+                one = [x if x is None or factor.alone else x[i] for x in (left, right)]
+                _turn_inplace(factor, i, p, *one)
+                momentum = kept(factor, i).get("momentum_buffer")
+                if momentum is not None:
+                    turned = [None if x is None else torch.linalg.inv(x).mT for x in one]
+                    wide = _turned(factor, widened(momentum, state_dtype(p)), *turned)
+                    momentum.copy_(sharded_like(wide.to(state_dtype(p)), momentum))
+        return pair.balanced(r, inverse)
+
+
+def _stacked(factor: Move) -> Tensor:
+    if factor.alone:
+        return gathered(factor.param)
+    return torch.stack(factor.params)
+
+
+def _turned(factor: Move, stored: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """A stored tensor whose operators are multiplied from one side, in float64."""
+    whole = gathered(stored).double()
+    (operator,) = factor.layout.to_operators(whole)
+    turned = operator if left is None else left @ operator
+    turned = turned if right is None else turned @ right
+    return factor.layout.from_operators((turned,), tuple(whole.shape))
+
+
+def _turn_inplace(
+    factor: Move, i: int, p: Tensor, left: Tensor | None, right: Tensor | None
+) -> None:
+    turned = sharded_like(_turned(factor, p, left, right), p)
+    if is_low(p):
+        update = (p.to(turned.dtype) - turned).float()
+        rounding = factor.group["rounding"]
+        rounding = "nearest" if rounding == "stochastic" else rounding
+        write_inplace(p, update, 1.0, 1.0, rounding, kept(factor, i), None)
+    else:
+        p.copy_(turned)
