@@ -222,7 +222,7 @@ class MaxColumn(Norm):
     input: Vector = "l1"
     output: Vector = "l2"
 
-    independent = ("batch", "in")
+    independent: ClassVar[tuple[str, ...]] = ("batch", "in")
 
     def _norm(self, w: Tensor) -> Tensor:
         return torch.linalg.vector_norm(w, _exponent(self.output), dim=-2).amax(-1)

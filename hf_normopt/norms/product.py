@@ -17,11 +17,12 @@ into factors: under A → R A, B → B R⁻¹ the step of W stays as it is.
 Two things are needed to be safe:
 
 * **Guard.** Where B = 0, as at the start, F_B has no bound: the second step would replace A, at any
-  learning rate. S_B + δ² S_A⁻¹ takes the place of S_B, with δ = η / 2 s ρ for a step of length η. So
-  A moves by ρ at the most, relative to itself, and where s B A is longer than η / 2ρ nothing
+  learning rate. S_B + δ² S_A⁻¹ takes the place of S_B, with δ = η / 2 s ρ for a step of length η.
+  So A moves by ρ at the most, relative to itself, and where s B A is longer than η / 2ρ nothing
   changes. It transforms as S_B does.
 * **Gauge.** What the step does not depend on, it does not control: A and B would become ever worse
-  conditioned while B A stays as it is. [`balance`] finds the R that makes the rows of A orthogonal.
+  conditioned while B A stays as it is. `balance` finds the R that makes the rows of A orthogonal,
+  and of the length that PEFT gives them.
 """
 
 from __future__ import annotations
@@ -36,12 +37,21 @@ from . import operators
 from .operators import MaxColumn, Norm, Spectral, Vector
 from .orthogonalize import orthogonalize, over_length
 
-GUARD = 0.2
-"""ρ: how far a factor moves at the most in one step, relative to itself."""
+GUARD = 0.05
+"""ρ: how far a factor moves at the most in one step, relative to itself.
+
+Momenta are kept in the coordinates of the factors, so that a factor should not become another one
+within their memory: 1 - momentum. On a regression with a target of rank 2, r = 12 and momentum
+0.95, the loss after 240 steps was 5e-1, 4e-2, 1e-4 and 4e-4 for ρ = 0.2, 0.1, 0.05 and 0.02.
+"""
 
 WORST = 10.0
-"""The condition of A Aᵀ from which [`balance`] acts."""
+"""The condition of A Aᵀ from which `balance` acts."""
 
+LENGTH = 3**-0.5
+"""Of the balanced rows: that of PEFT's initial A."""
+
+_NOISE = 1e-6  # singular values below this fraction of the largest are rounding, in float64
 _LEAST_PIVOT = 1e-11  # of A Aᵀ with a unit diagonal; below it rows are taken for dependent
 
 
@@ -143,7 +153,7 @@ class ColumnProduct(MaxColumn, Product):
 
     output: Vector = "rms"
 
-    independent = ()
+    independent: ClassVar[tuple[str, ...]] = ()
 
     def __str__(self) -> str:
         return f"product {super().__str__()}"
@@ -208,9 +218,17 @@ def _pivots(factor: Tensor) -> Tensor:
 
 
 def _polar(m: Tensor, root: Tensor, method: str) -> Tensor:
-    """F polar(Fᵀ M) for M (..., r, n), in M's dtype."""
+    """F polar(Fᵀ M) for M (..., r, n), in M's dtype.
+
+    F is large where the other factor is small, and M has nothing but rounding there.
+    """
     root = root.to(m.dtype)
-    return root @ orthogonalize(root.mT @ m, method)
+    turned = root.mT @ m
+    if m.dtype != torch.float64:
+        return root @ orthogonalize(turned, method)
+    u, singular, vh = torch.linalg.svd(turned, full_matrices=False)
+    kept = singular > _NOISE * singular.amax(-1, keepdim=True)
+    return root @ (u * kept[..., None, :]) @ vh
 
 
 def _longest(root: Tensor, a: Tensor) -> Tensor:
@@ -229,9 +247,10 @@ def _balance(a: Tensor) -> tuple[Tensor, Tensor]:
     condition = torch.linalg.matrix_norm(gram) * torch.linalg.matrix_norm(inverse.mT @ inverse)
     pivots = _pivots(factor)
     is_sound = (failed == 0) & (pivots.amin(-1) > _LEAST_PIVOT * pivots.amax(-1))
-    acts = (is_sound & (condition > WORST * ranks))[..., None, None]
-    length = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) / ranks).sqrt()[..., None, None]
-    return torch.where(acts, inverse * length, eye), torch.where(acts, factor / length, eye)
+    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1) / ranks / LENGTH**2
+    is_due = (condition > WORST * ranks) | (size > 4) | (size < 0.25)
+    acts = (is_sound & is_due)[..., None, None]
+    return torch.where(acts, inverse * LENGTH, eye), torch.where(acts, factor / LENGTH, eye)
 
 
 def product_norm(norm: Norm) -> Norm:

@@ -152,7 +152,7 @@ def _products(
         count = max(1, PART // size)
         for start in range(0, len(members), count):
             some = members[start : start + count]
-            factors = []
+            factors: list[Move] = []
             for side in (0, 1):
                 params, layouts, names = zip(*(rows[2 * i + side] for i in some), strict=True)
                 gradients = [
@@ -162,4 +162,4 @@ def _products(
                 layout = _layout(layouts[0])
                 made = dict(own, names=[*names], factors=2)
                 factors.append(Move([*params], gradients, kept_states, group, rule, layout, **made))
-            yield ProductMove(*factors, [group["scales"][i] for i in some])
+            yield ProductMove(factors[0], factors[1], [group["scales"][i] for i in some])

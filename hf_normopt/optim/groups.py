@@ -267,8 +267,10 @@ def parameter_groups(
     for pair in pairs:
         for spec in pair:
             kind = kind_of_product(spec)
+            assert spec.factor is not None
             group = add(KINDS[kind], kind, spec, spec.factor.layout)
-        group.setdefault("scales", []).append(pair[0].factor.scale)
+            group.setdefault("scales", [])
+        group["scales"].append(spec.factor.scale)
     return [group for _, group in sorted(groups.items())]
 
 

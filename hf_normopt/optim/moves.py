@@ -255,9 +255,8 @@ def apply_inplace(move: Move, eta: Tensor | float, steps: int) -> None:
             state = kept(move, i)
             noise = _noise(move, i, steps) if group["rounding"] == "stochastic" else None
             write_inplace(p, update, rate, keep, group["rounding"], state, noise)
-    elif (
-        decay and move.factors == 1 and not isinstance(step, Tensor)
-    ):  # towards -multiplier / decay · direction
+    elif decay and move.factors == 1 and not isinstance(step, Tensor):
+        # towards -multiplier / decay · direction
         goals = direction.mul_(-group["multiplier"] / decay)
         torch._foreach_lerp_(params, [goals] if move.alone else goals.unbind(), step * decay)
     else:

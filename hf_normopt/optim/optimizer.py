@@ -69,8 +69,8 @@ class NormOpt(torch.optim.Optimizer):
         groups: parameter groups, each a dict with `params` (parameters, or pairs of name and
             parameter) and `role`, and optionally `kind`, `layouts` (a text for each parameter;
             default: the role's usual one), `lr`, `weight_decay`; and `scales` where the parameters
-            are factors A, B, A, B, ... of products s B A: s of each product. [`parameter_groups`] makes them
-            for a model.
+            are factors A, B, A, B, ... of products s B A: s of each. [`parameter_groups`] makes
+            them for a model.
         policy: a rule for every role in the groups.
         lr: the learning rate, which a schedule may change; rules have multipliers of it.
         weight_decay: decoupled: W shrinks by lr · η · weight_decay · rule.decay in each step.

@@ -113,16 +113,19 @@ class ProductMove(Move):
         r, inverse = self.norm.balance(pair)
         if r.is_cpu and not (r != torch.eye(r.shape[-1], dtype=r.dtype)).any():
             return pair
+        balanced = pair.balanced(r, inverse)  # before what it is made of changes in place
         for factor, left, right in ((self.a, r, None), (self.b, None, inverse)):
             for i, p in enumerate(factor.params):
                 one = [x if x is None or factor.alone else x[i] for x in (left, right)]
                 _turn_inplace(factor, i, p, *one)
+                dual = [None if x is None else torch.linalg.inv(x).mT for x in one]
+                gradient = _turned(factor, factor.gradients[i], *dual).to(state_dtype(p))
+                factor.gradients[i] = sharded_like(gradient, p)
                 momentum = kept(factor, i).get("momentum_buffer")
                 if momentum is not None:
-                    turned = [None if x is None else torch.linalg.inv(x).mT for x in one]
-                    wide = _turned(factor, widened(momentum, state_dtype(p)), *turned)
+                    wide = _turned(factor, widened(momentum, state_dtype(p)), *dual)
                     momentum.copy_(sharded_like(wide.to(state_dtype(p)), momentum))
-        return pair.balanced(r, inverse)
+        return balanced
 
 
 def _stacked(factor: Move) -> Tensor:

@@ -20,7 +20,7 @@ ratio of the two, which changes slowly, is the one last found. Nothing waits for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from ..norms.operators import Spectral
 from ..norms.orthogonalize import POLYNOMIALS
 from ..optim.moves import Move
 from ..optim.optimizer import NormOpt
+from ..optim.products import ProductMove
 from ..optim.sharding import gathered
 
 PERIOD = 24
@@ -55,11 +56,15 @@ class Gauge:
     def observe(self, move: Move, eta: Tensor | float) -> None:
         """Measure a move before it is made."""
         label = move.group["label"]
+        self._rates[label] = move.group["lr"] * move.group["multiplier"]
+        self._step_sizes[label] = move.group["lr"] * eta
+        if isinstance(move, ProductMove):
+            measured = _of_product(move, self._rates[label] * eta)
+            self._note(label, measured)
+            return
         values = self._values.setdefault(label, {})
         position = len(values.get("weight_norm", ()))
         weight, grad = gathered(move.param).to(move.smooth.dtype), gathered(move.grad)
-        self._rates[label] = move.group["lr"] * move.group["multiplier"]
-        self._step_sizes[label] = move.group["lr"] * eta
         direction = move.direction
         claimed = _size_of_lmo(move)
         size = self._measure(move, _size, direction, "direction") if claimed is None else claimed
@@ -73,13 +78,17 @@ class Gauge:
             bound = bound * _dual(move, move.smooth)
             inner = torch.linalg.vecdot(move.smooth.flatten(), direction.flatten())
             measured["certificate"] = torch.where(bound > 0, inner / bound, 1)
-        for quantity, value in measured.items():
-            values.setdefault(quantity, []).append(value)
+        self._note(label, measured)
         if isinstance(move.rule.norm, Spectral):
             self._matrices += 1
             if self._steps == 0:
                 shapes = [tuple(operator.shape) for operator in move.layout.to_operators(weight)]
                 self._work += sum(math.prod(shape) * min(shape[-2:]) for shape in shapes)
+
+    def _note(self, label: str, measured: Mapping[str, Tensor]) -> None:
+        values = self._values.setdefault(label, {})
+        for quantity, value in measured.items():
+            values.setdefault(quantity, []).append(value)
 
     def read(self, optimizer: NormOpt) -> dict[str, float]:
         """What was measured, by `quantity/role`; the next step starts anew.
@@ -123,6 +132,22 @@ class Gauge:
             self._ratios[key] = torch.where(length > 0, value / length, 0)
             return value
         return length * self._ratios[key]
+
+
+def _of_product(move: ProductMove, rate: Tensor | float) -> dict[str, Tensor]:
+    """The same quantities of a product s B A; that of its change is the one asked for."""
+    factors = (move.a, move.b)
+    smooth = move.pair(move.a.smooth, move.b.smooth)
+    received = move.pair(*(f.grad if f.gradients else torch.zeros_like(f.smooth) for f in factors))
+    inner = torch.stack([(f.smooth * f.direction).sum() for f in factors]).sum()
+    size = move.size(smooth)
+    bound = size * move.norm.factor_duals(smooth).sum()
+    return {
+        "weight_norm": move.norm.norm_of_product(smooth).max(),
+        "dual_norm": move.norm.factor_duals(received).sum(),
+        "update": inner.new_tensor(size) * rate,
+        "certificate": torch.where(bound > 0, inner / bound, 1),
+    }
 
 
 def _size_of_lmo(move: Move) -> Tensor | None:
