@@ -20,7 +20,7 @@ from hf_normopt import (
 )
 from hf_normopt.norms.operators import parse_norm
 from hf_normopt.optim import moves
-from hf_normopt.optim.optimizer import parameter_groups
+from hf_normopt.optim.groups import parameter_groups
 from hf_normopt.optim.presets import PRESETS
 from hf_normopt.optim.rules import ADAMW_RMS, SCALES
 

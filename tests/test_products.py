@@ -169,7 +169,7 @@ def test_steps_are_those_of_a_slow_reference():
     for i, (x, y) in enumerate(batches(15)):
         nn.functional.mse_loss(reference(x), y).backward()
         with torch.no_grad():
-            for name, layer in layers(reference).items():
+            for layer in layers(reference).values():
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
                 smooth = []
                 for p in (a, b):

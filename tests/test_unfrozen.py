@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_normopt import NormOpt, NormOptTrainer, classify, create_normopt_optimizer
-from hf_normopt.optim.optimizer import parameter_groups
+from hf_normopt.optim.groups import parameter_groups
 from hf_normopt.optim.presets import PRESETS
 from hf_normopt.trainer.bystanders import Bystanders
 

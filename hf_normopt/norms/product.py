@@ -33,8 +33,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import operators
 from .operators import MaxColumn, Norm, Spectral, Vector
+from .operators import parse_norm as parse_plain
 from .orthogonalize import orthogonalize, over_length
 
 GUARD = 0.05
@@ -273,5 +273,5 @@ def parse_norm(text: str) -> Norm:
     """The norm that `str(norm)` names, such as `"rms->rms"` or `"product rms->rms"`."""
     word, _, rest = text.strip().partition(" ")
     if word == "product":
-        return product_norm(operators.parse_norm(rest))
-    return operators.parse_norm(text)
+        return product_norm(parse_plain(rest))
+    return parse_plain(text)

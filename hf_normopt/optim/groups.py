@@ -269,8 +269,9 @@ def parameter_groups(
             kind = kind_of_product(spec)
             assert spec.factor is not None
             group = add(KINDS[kind], kind, spec, spec.factor.layout)
-            group.setdefault("scales", [])
-        group["scales"].append(spec.factor.scale)
+            scales = group.setdefault("scales", [])
+            if spec.factor.side == "B":
+                scales.append(spec.factor.scale)
     return [group for _, group in sorted(groups.items())]
 
 
