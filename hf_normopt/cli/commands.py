@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..cards.model_card import card_file, update_model_card
-from ..cards.record import compare_runs
+from ..cards.run_record import compare_runs
 from ..optim.presets import PRESETS
 from ..tables import format_table
 from .inspect import FORMATS, add_inspect_arguments, inspect

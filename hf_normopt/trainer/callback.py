@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..cards.plot import PICTURE, is_picture
-from ..cards.record import RUN_FILE
 from ..cards.report import FILE_NAME, json_object, report, write_report
+from ..cards.run_record import RUN_FILE
 from ..optim.checkpoints import some
 from ..optim.optimizer import NormOpt
 from ..optim.presets import optimizer_names
