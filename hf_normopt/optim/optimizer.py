@@ -244,13 +244,13 @@ class NormOpt(torch.optim.Optimizer):
         ]
         eta = weight = size.weight(memory)
         if size.needs_directions:
-            moves = list(directed_inplace(moves, weight, weight, keep=True, whole=watched))
+            moves = list(directed_inplace(moves, weight, weight, keep=True, full=watched))
         if moves and not isinstance(size, Fixed):
             eta = self._eta(moves, weight, memory)
         directed: Iterable[Move] = moves
         if not size.needs_directions:
             unit = size.weight(memory)
-            directed = directed_inplace(moves, weight, unit, keep=watched, whole=watched)
+            directed = directed_inplace(moves, weight, unit, keep=watched, full=watched)
         for move in directed:
             if watched:
                 for whole in (one.of_whole() for one in move.each()):
