@@ -7,7 +7,7 @@
   owner is one rank among all of them and broadcasts the answer to its replicas.
 
 Some directions do not need other shards: those of experts, of the rows of a head, of Adam. Each
-rank computes its part of them ([`localized`]). Every rank gathers what is left (several sharded
+rank computes its part of them ([`_localized`]). Every rank gathers what is left (several sharded
 axes, other statistics). The same owners compute dual norms; only the sum is communicated.
 """
 
@@ -55,7 +55,7 @@ def assign(costs: tuple[float, ...], ranks: int) -> tuple[int, ...]:
     return tuple(owners)
 
 
-def localized(move: Move) -> Move | None:
+def _localized(move: Move) -> Move | None:
     """This rank's shard as a move of its own; None if its direction needs other shards."""
     p, rule = move.param, move.rule
     axes = sharded_axes(p) if isinstance(p, DTensor) else None
@@ -69,30 +69,21 @@ def localized(move: Move) -> Move | None:
     return move.of_shard()
 
 
-def is_shared(move: Move) -> bool:
-    """Whether replicas divide the operators: a direction costs more to compute than to send."""
-    is_spectral = isinstance(move.rule.norm, Spectral) and move.rule.statistic is None
-    return is_spectral and move.copies is not None
-
-
-def is_exchanged(move: Move) -> bool:
-    """Whether the shards of a parameter can be sent to an owner and back."""
-    p = move.param
-    return isinstance(p, DTensor) and move.rule.statistic is None and one_shard(p) is not None
-
-
 def _routed(moves: Sequence[Move], full: bool = False) -> tuple[list[Move], list[Move], list[Move]]:
     """Moves that replicas share, moves whose shards go to owners, and moves of this rank alone.
 
-    Unless every rank needs the full direction, a move that needs no other shard is replaced by the
-    move of this rank's shard.
+    Replicas share spectral directions, which cost more to compute than to send. Unless every rank
+    needs the full direction, a move that needs no other shard becomes that of this rank's shard.
     """
     shared, exchanged, own = [], [], []
     for move in moves:
-        shard = None if full else localized(move)
-        if is_shared(shard or move):
+        p, rule = move.param, move.rule
+        shard = None if full else _localized(move)
+        is_spectral = isinstance(rule.norm, Spectral) and rule.statistic is None
+        has_one_shard = isinstance(p, DTensor) and one_shard(p) is not None
+        if is_spectral and (shard or move).copies is not None:
             shared.append(shard or move)
-        elif shard is None and not full and is_exchanged(move):
+        elif shard is None and not full and rule.statistic is None and has_one_shard:
             exchanged.append(move)
         else:
             own.append(shard or move)
@@ -221,46 +212,46 @@ def _ownerships(moves: Sequence[Move]) -> list[list[_Ownership]]:
     return [[_Ownership(shape, owners, world, me) for shape in of_move] for of_move in shapes]
 
 
-class _Broadcast:
-    """A buffer on its way from one rank to its replicas."""
+class _Broadcasts:
+    """A buffer from each rank to its replicas, all on their way at once."""
 
-    def __init__(self, buffer: Tensor, source: int, ranks: ProcessGroup) -> None:
-        self.buffer = buffer
-        self.work = (
+    def __init__(self, buffers: Sequence[Tensor], ranks: ProcessGroup) -> None:
+        self._buffers = buffers
+        self._works = [
             dist.broadcast(buffer, group=ranks, group_src=source, async_op=True)
+            for source, buffer in enumerate(buffers)
             if buffer.numel()
-            else None
-        )
+        ]
 
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        return self.buffer
+    def wait(self) -> Sequence[Tensor]:
+        """The buffers, once all have arrived."""
+        for work in self._works:
+            work.wait()
+        return self._buffers
 
 
-def _broadcasts(ownerships: Sequence[_Ownership], move: Move) -> list[_Broadcast]:
-    """A broadcast from each rank, of the directions that it has computed."""
+def _broadcasts(ownerships: Sequence[_Ownership], move: Move) -> _Broadcasts:
+    """Broadcasts of the directions that each rank has computed."""
     ranks = move.copies
     assert ranks is not None
     me, empty = dist.get_rank(ranks), _empty(move)
-    sending = []
-    for rank in range(dist.get_world_size(ranks)):
-        if rank == me:
-            buffer = torch.cat([one.directions.flatten() for one in ownerships] or [empty])
-        else:
-            buffer = empty.new_empty(sum(one.entries(rank) for one in ownerships))
-        sending.append(_Broadcast(buffer, rank, ranks))
-    return sending
+    buffers = [
+        torch.cat([one.directions.flatten() for one in ownerships] or [empty])
+        if rank == me
+        else empty.new_empty(sum(one.entries(rank) for one in ownerships))
+        for rank in range(dist.get_world_size(ranks))
+    ]
+    return _Broadcasts(buffers, ranks)
 
 
 def _arrived(
     moves: Sequence[Move],
     ownerships: Sequence[Sequence[_Ownership]],
     bucket: Sequence[int],
-    sending: Sequence[_Broadcast],
+    sending: _Broadcasts,
 ) -> Iterator[Move]:
     """Put the directions of a bucket together; yield its moves."""
-    received = [one.wait() for one in sending]
+    received = sending.wait()
     taken = [0] * len(received)
     for i in bucket:
         directions = []
@@ -397,13 +388,12 @@ class _AllToAll:
         """This rank's shards of the answers, each with the number of its parameter."""
         orders = [list(chain(*owned)) for owned in self._owned]
         sizes = [[self._entries(i, self.me) for i in order] for order in orders]
-        buffers = [
+        buffers: Sequence[Tensor] = [
             self._arrival() if replica == self.replica else self.empty.new_empty(sum(entries))
             for replica, entries in enumerate(sizes)
         ]
         if self.copies is not None:
-            sending = [_Broadcast(buffer, i, self.copies) for i, buffer in enumerate(buffers)]
-            buffers = [one.wait() for one in sending]
+            buffers = _Broadcasts(buffers, self.copies).wait()
         for order, entries, buffer in zip(orders, sizes, buffers, strict=True):
             for i, piece in zip(order, buffer.split(entries), strict=True):
                 yield i, piece.reshape(self._shape(i, self.me))

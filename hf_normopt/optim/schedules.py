@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -217,7 +217,7 @@ def preset_schedule(optimizer: Any) -> str:
 def attach_inplace(
     scheduler: LambdaLR, optimizer: torch.optim.Optimizer, base: Schedule, num_training_steps: int
 ) -> None:
-    """Give every group of the optimizer the factor of its role.
+    """Give every group of the optimizer the factor of its role, and the rate of the current step.
 
     Factors are plain functions, which checkpoints do not store, so the scheduler of a run with
     other groups can be loaded.
@@ -228,26 +228,20 @@ def attach_inplace(
         base: the schedule of the other rules.
         num_training_steps: the length of the run.
     """
-    rate = float(optimizer.defaults["lr"])
-    texts = [group["schedule"] for group in optimizer.param_groups]
+    rate, groups = float(optimizer.defaults["lr"]), optimizer.param_groups
+    texts = [group["schedule"] for group in groups]
     made = {
         text: (parse_schedule(text).over(base) if text else base).factor(num_training_steps, rate)
         for text in dict.fromkeys(texts)
     }
-    set_factors_inplace(scheduler, optimizer, [made[text] for text in texts])
-
-
-def set_factors_inplace(
-    scheduler: LambdaLR, optimizer: torch.optim.Optimizer, factors: Sequence[Factor]
-) -> None:
-    """Replace the factors of a scheduler, and set the learning rates of its current step."""
-    groups = optimizer.param_groups
-    scheduler.lr_lambdas = list(factors)
+    scheduler.lr_lambdas = factors = [made[text] for text in texts]
     scheduler.base_lrs = [group.setdefault("initial_lr", group["lr"]) for group in groups]
-    rates = [b * f(scheduler.last_epoch) for b, f in zip(scheduler.base_lrs, factors, strict=True)]
-    for group, rate in zip(groups, rates, strict=True):
+    scheduler._last_lr = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, factors, strict=True)
+    ]
+    for group, rate_now in zip(groups, scheduler._last_lr, strict=True):
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(rate_now)
         else:
-            group["lr"] = rate
-    scheduler._last_lr = rates
+            group["lr"] = rate_now
