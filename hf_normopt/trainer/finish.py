@@ -33,8 +33,7 @@ def finish_run(trainer: Any, *, push_to_hub: bool = False, **description: Any) -
     Args:
         trainer: a trainer that has trained.
         push_to_hub: whether to push weights, card and picture to `hub_model_id`.
-        **description: what only the script knows, see
-            [`RunDescription`][hf_normopt.cards.run_record.RunDescription].
+        **description: what only the script knows, the fields of `RunDescription`.
 
     Raises:
         SystemExit: with one line, if the folder could not be pushed. It stays as it is.
