@@ -23,7 +23,7 @@ from .optim.schedules import create_normopt_scheduler
 from .optim.step_sizes import DualNorm, EscapeVelocity, Fixed, StepSize
 from .roles import ParamSpec, classify
 from .trainer.arguments import NormOptArguments
-from .trainer.publish import finish_run
+from .trainer.finish import finish_run
 from .trainer.telemetry import NormTelemetry
 from .trainer.trainer import NormOptFactory, NormOptMixin, NormOptTrainer, register
 from .version import __version__

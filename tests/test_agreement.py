@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_normopt import DualNorm, create_normopt_optimizer
 from hf_normopt.optim import optimizer as package
-from hf_normopt.optim.agreement import difference
+from hf_normopt.optim.agreement import first_difference
 from hf_normopt.optim.sharding import gathered
 from tests.test_sharding import _all, spawn
 
@@ -289,5 +289,5 @@ def _local_sgds():
 )
 def test_differences_name_the_rank_and_both_values(two, text):
     one = {"w": {"lr": "2"}}
-    assert difference({0: one, 2: one}) == ""
-    assert difference({0: one, 2: one, 3: two}).startswith(text)
+    assert first_difference({0: one, 2: one}) == ""
+    assert first_difference({0: one, 2: one, 3: two}).startswith(text)

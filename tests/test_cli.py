@@ -15,7 +15,7 @@ from transformers import (
     T5Config,
 )
 
-from hf_normopt.cli import picture
+from hf_normopt.cli import outline, picture
 from hf_normopt.cli.commands import main
 from hf_normopt.roles import ROLES
 from hf_normopt.tables import fold_names
@@ -328,8 +328,8 @@ def test_picture_as_png(capsys, tmp_path, llama, pictures):
 
 
 def test_a_picture_has_a_colour_for_each_role():
-    assert list(picture._COLOURS) == list(ROLES)
-    assert len({colour for colour, _ in picture._COLOURS.values()}) == len(ROLES)
+    assert list(outline.COLOURS) == list(ROLES)
+    assert len({colour for colour, _ in outline.COLOURS.values()}) == len(ROLES)
 
 
 @pytest.mark.parametrize("name", ["model.html", "model.png"])

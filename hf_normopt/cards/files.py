@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file in place of the one that was there.
+    """Write a file, or replace the one that is there.
 
     Raises:
-        OSError: if it cannot be written: the old one stays.
+        OSError: if it cannot be written; the old file stays.
     """
-    # a name that nobody else has; "x" follows no link, and gives the rights of any new file
+    # a name that nobody else has; "x" follows no link and gives the permissions of a new file
     draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
     try:
         with draft.open("xb") as file:

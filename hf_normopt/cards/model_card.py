@@ -1,8 +1,8 @@
-"""Model cards: the section that says how NormOpt trained the model, in whatever card there is.
+"""Model cards: the section on how NormOpt trained the model.
 
-It is written from `normopt.json`, which every trainer leaves beside the model and its checkpoints
-(see `report.py`), so that it says what ran, and not what the arguments look like. Where a script
-has left `normopt_run.json` too (see `record.py`), the card is written anew.
+The section comes from `normopt.json`, which every trainer leaves beside the model (see
+`report.py`): it says what ran, whatever the training arguments say. Where a script has also left
+`normopt_run.json` (see `run_record.py`), the whole card is rewritten.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from ..optim.step_sizes import STEP_SIZES
 from ..tables import format_table
 from .files import write_whole
 from .plot import PICTURE
-from .record import HYPERPARAMETERS, read_run, run_card
 from .report import has_report, read_report
+from .run_card import HYPERPARAMETERS, run_card
+from .run_record import read_run
 
 TAG = "hf-normopt"
 
@@ -44,21 +45,19 @@ _CITATION = """\
 
 
 def update_model_card(path: str | os.PathLike[str]) -> Path:
-    """Write what NormOpt did into the card of a model, or make the card where there is none.
+    """Write what NormOpt did into a model's card; make the card if there is none.
 
-    Where the folder has a `normopt_run.json` (see [`finish_run`]), the whole card is written anew.
+    The section `## Optimizer` is added or replaced, transformers' list of hyperparameters is
+    corrected, and the metadata get the tag `hf-normopt`, `optimizer` and `optimizer_preset`. The
+    rest of the card stays. Where the folder has a `normopt_run.json` (see [`finish_run`]), the
+    whole card is rewritten.
 
-    The lines of transformers' list of hyperparameters are made true, a section `## Optimizer` is
-    added, or replaced where there is one, and the metadata get the tag `hf-normopt`, `optimizer`
-    and `optimizer_preset`. All else stays as it is.
-
-    `create_model_card` and `push_to_hub` of every `Trainer`, and of TRL's trainers with
-    [`NormOptMixin`], do it by themselves. Those of TRL's trainers without it write a card of their
-    own each time, so call this after them, and to publish
-    `ModelCard.load(path).push_to_hub(trainer.hub_model_id)`.
+    `create_model_card` and `push_to_hub` call this in every `Trainer`, and in TRL's trainers with
+    [`NormOptMixin`]. TRL's trainers without the mixin rewrite their card each time: call this after
+    them, then `ModelCard.load(path).push_to_hub(trainer.hub_model_id)` to publish it.
 
     Args:
-        path: the folder of the model, `output_dir` or a checkpoint; or the card in it.
+        path: the folder of the model (`output_dir` or a checkpoint), or its card.
 
     Returns:
         The path of the card.
@@ -97,11 +96,11 @@ def update_model_card(path: str | os.PathLike[str]) -> Path:
 
 
 def say_optimizer(path: str | os.PathLike[str], what: str) -> None:
-    """Say in the list of hyperparameters of a card what the optimizer is.
+    """Correct the optimizer in a card's list of hyperparameters.
 
     Args:
-        path: as for [`update_model_card`].
-        what: the value of the line.
+        path: as in [`update_model_card`].
+        what: the text for the line.
     """
     file = card_file(path)
     card = _loaded(file)
@@ -110,21 +109,21 @@ def say_optimizer(path: str | os.PathLike[str], what: str) -> None:
 
 
 def card_file(path: str | os.PathLike[str]) -> Path:
-    """The card of a folder, or the card that is named itself."""
+    """The path of a folder's card; the path itself if it is a card."""
     path = Path(path)
     return path if path.suffix == ".md" and not path.is_dir() else path / "README.md"
 
 
 def _save(card: ModelCard, file: Path) -> None:
-    """Write a card: on a full disk the one that was there stays."""
-    if file.is_symlink():  # the file is where the user wants it
+    """Write a card; on a full disk the old one stays."""
+    if file.is_symlink():  # keep the user's link
         card.save(file)
     else:
         write_whole(file, str(card).encode())
 
 
 def _loaded(file: Path) -> ModelCard:
-    """A card, with the newlines of Unix."""
+    """A card, read with Unix newlines."""
     try:
         return ModelCard(file.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:
@@ -132,13 +131,13 @@ def _loaded(file: Path) -> ModelCard:
 
 
 def _around_section(text: str) -> tuple[str, str, str]:
-    """The text before our section, the section, and the text after it."""
+    """The text before our section, the section itself, and the text after it."""
     match = _SECTION.search(text)
     return (text[: match.start()], match[0], text[match.end() :]) if match else (text, "", "")
 
 
 def _corrected(text: str, name: str, value: str) -> str:
-    """The text with one value of transformers' list of hyperparameters replaced."""
+    """The text with one value replaced in transformers' list of hyperparameters."""
     head, mark, rest = text.partition(HYPERPARAMETERS)
     items, blank, tail = rest.partition("\n\n")
     # transformers puts the arguments of most optimizers on a second line
@@ -148,7 +147,7 @@ def _corrected(text: str, name: str, value: str) -> str:
 
 
 def _hyperparameters(content: Mapping[str, Any]) -> dict[str, str]:
-    """What transformers reads from the training arguments, as it was."""
+    """The true values of hyperparameters that transformers reads from the training arguments."""
     schedules = _schedules(content)
     values = {
         "optimizer": _optimizer_line(content),
@@ -177,12 +176,12 @@ def _optimizer_line(content: Mapping[str, Any]) -> str:
 
 
 def options_text(content: Mapping[str, Any], but: Collection[str] = ()) -> str:
-    """The options of a report as `optim_args` takes them."""
+    """A report's options, written as `optim_args` takes them."""
     return ",".join(f"{key}={v}" for key, v in _options(content).items() if key not in but)
 
 
 def _options(content: Mapping[str, Any]) -> dict[str, str]:
-    """The options in the grammar of `optim_args`."""
+    """A report's options, each with the text that `optim_args` takes."""
     texts = {}
     for key, value in content["options"].items():
         if key == "overrides":
@@ -196,12 +195,12 @@ def _options(content: Mapping[str, Any]) -> dict[str, str]:
 def _is_readable(schedule: str) -> bool:
     try:
         return bool(parse_schedule(schedule).name)
-    except ValueError:  # the class of a scheduler that the user made
+    except ValueError:  # the class of the user's own scheduler
         return False
 
 
 def _schedules(content: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The schedules in full, each with its roles."""
+    """The full text of each schedule, with the labels of its roles."""
     run = content["schedule"]
     found: dict[str, list[str]] = {}
     for role in content["roles"]:
@@ -218,12 +217,12 @@ def _schedule_line(content: Mapping[str, Any]) -> str:
 
 
 def _section(content: Mapping[str, Any], picture: bool, listed: bool) -> str:
-    """The section.
+    """The section on NormOpt.
 
     Args:
         content: the report.
-        picture: whether there is one to show.
-        listed: whether the card names the optimizer already.
+        picture: whether the folder has a picture.
+        listed: whether the card already names the optimizer.
     """
     preset, size, options = content["preset"], content["step_size"], _options(content)
     kind = STEP_SIZES.get(size.partition("/")[0])
@@ -295,7 +294,7 @@ def _norms(content: Mapping[str, Any]) -> str:
 
 
 def _reproduction(content: Mapping[str, Any]) -> str:
-    """Code that makes the same optimizer and schedule."""
+    """Code that creates the same optimizer and schedule."""
     if not content["preset"]["name"]:
         return (
             "The optimizer was made by a script, with a policy of its own: the table has its rules."
@@ -332,7 +331,7 @@ def _reproduction(content: Mapping[str, Any]) -> str:
 
 
 def _schedule_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Training arguments that give the schedule of the run."""
+    """The training arguments that give the run's schedule."""
     if not _is_readable(content["schedule"]):
         return {}
     schedule, preset = parse_schedule(content["schedule"]), PRESETS.get(content["preset"]["name"])

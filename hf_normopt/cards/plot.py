@@ -1,4 +1,4 @@
-"""A run at a glance: loss, learning rates and norms by role, from the log of a trainer."""
+"""The picture of a run: loss, learning rates and norms by role, from the trainer's log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Series = dict[str, tuple[list[float], list[float]]]
 
 
 def series(log_history: Sequence[Mapping[str, Any]], quantities: Sequence[str]) -> Series:
-    """Steps and values of every key that is a quantity, or a quantity of a role."""
+    """The steps and values of every key `quantity` or `quantity/role` of a log."""
     found: Series = {}
     for row in log_history:
         for key, value in row.items():
@@ -46,8 +46,8 @@ def save_run(path: str | os.PathLike[str], log_history: Sequence[Mapping[str, An
     """Draw a run into a file.
 
     Args:
-        path: the picture, a PNG.
-        log_history: of `TrainerState`.
+        path: the PNG to write.
+        log_history: from `TrainerState`.
 
     Raises:
         ImportError: without matplotlib.

@@ -1,6 +1,6 @@
-"""How a model is trained, as plain data: `normopt.json`, beside every checkpoint and model.
+"""`normopt.json`: how a model was trained, beside every checkpoint and model.
 
-The model card is written from it, see `hf_normopt/cards/model_card.py`.
+`model_card.py` writes the card from it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def report(
     log_history: Sequence[Mapping[str, Any]] = (),
     max_steps: int = 0,
 ) -> dict[str, Any]:
-    """What the optimizer is, and what became of it.
+    """The optimizer, its options and its results, as plain data.
 
     Args:
-        optimizer: as it trains or has trained.
+        optimizer: the optimizer of the run.
         schedule: the text of the run's schedule, for roles without one of their own.
-        log_history: of `TrainerState`; the last norms are taken from it.
-        max_steps: the length of the run that the schedule is for; 0: unknown.
+        log_history: from `TrainerState`; gives the last norms.
+        max_steps: the planned length of the run; 0 if unknown.
     """
     origin = {key: _plain(value) for key, value in optimizer.origin.items()}
     name = origin.pop("preset", "")
@@ -68,20 +68,22 @@ def report(
         "roles": [
             _role(optimizer, group, schedule, log_history) for group in optimizer.param_groups
         ],
-        "parameters": [
-            {
-                "name": name,
-                "shape": list(shape),
-                "role": group["role"],
-                "kind": group["kind"],
-                "layout": layout,
-            }
-            for group in optimizer.param_groups
-            for name, shape, layout in zip(
-                group["param_names"], group["param_shapes"], group["layouts"], strict=True
-            )
-        ],
+        "parameters": [row for group in optimizer.param_groups for row in _parameters(group)],
     }
+
+
+def _parameters(group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    keys = ("param_names", "param_shapes", "layouts")
+    return [
+        {
+            "name": name,
+            "shape": list(shape),
+            "role": group["role"],
+            "kind": group["kind"],
+            "layout": layout,
+        }
+        for name, shape, layout in zip(*(group[key] for key in keys), strict=True)
+    ]
 
 
 def _role(
@@ -115,18 +117,18 @@ def _role(
 
 
 def _rate(group: Mapping[str, Any]) -> float:
-    """The rate that schedules multiply: a resumed run goes on with the one of its checkpoint."""
+    """The rate that schedules multiply; in a resumed run, the one of the checkpoint."""
     return float(group.get("initial_lr", group["lr"]))
 
 
 def _common_rate(optimizer: NormOpt) -> float:
-    """The rate of the groups that have none of their own."""
+    """The learning rate of the groups without one of their own."""
     common = (_rate(group) for group in optimizer.param_groups if "lr" not in group["own"])
     return next(common, float(optimizer.defaults["lr"]))
 
 
 def _weight_decay(optimizer: NormOpt) -> float:
-    """The decay of rules whose factor is 1; of the checkpoint too, where a run was resumed."""
+    """The weight decay of rules with the factor 1; in a resumed run, the one of the checkpoint."""
     for group in optimizer.param_groups:
         rule = optimizer.rule_of(group)
         if rule.decay and "weight_decay" not in group["own"]:
@@ -135,7 +137,7 @@ def _weight_decay(optimizer: NormOpt) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON can hold: step sizes and norms as the text that options take."""
+    """A value that JSON can hold; step sizes and norms as the text of their options."""
     if isinstance(value, StepSize):
         return format_step_size(value)
     if isinstance(value, Mapping):
@@ -144,10 +146,10 @@ def _plain(value: Any) -> Any:
 
 
 def write_report(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write the report into a folder: the whole file or none of it.
+    """Write the report into a folder.
 
     Raises:
-        FileExistsError: if something else has its name.
+        FileExistsError: if another file has its name.
         OSError: if it cannot be written.
     """
     path = Path(folder) / FILE_NAME
@@ -157,7 +159,7 @@ def write_report(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> 
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file whole, or not at all.
+    """Write a JSON file, whole or not at all.
 
     Raises:
         OSError: if it cannot be written.
@@ -166,14 +168,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def has_report(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder has a report that this package wrote, of whatever version."""
+    """Whether a folder has a report by this package, of any version."""
     content = json_object(Path(folder) / FILE_NAME)
     versions = content.get("versions")
     return "format_version" in content and isinstance(versions, dict) and "hf_normopt" in versions
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing if there is no such file, or it holds something else."""
+    """The object in a JSON file; empty if there is no such file or no object in it."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -186,7 +188,7 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if it has none.
-        ValueError: if it is not whole, or of another version.
+        ValueError: if it is damaged or of another version.
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
@@ -198,10 +200,10 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_versioned(path: Path, key: str, version: int) -> dict[str, Any]:
-    """What a JSON file holds, whose version stands under a key.
+    """The object in a JSON file that has its version under a key.
 
     Raises:
-        ValueError: if it is not whole, or of another version.
+        ValueError: if it is damaged or of another version.
     """
     try:
         content = json.loads(path.read_text())

@@ -1,6 +1,7 @@
-"""The command `hf-normopt`: presets, inspect with its picture and cost, card, run.
+"""The command `hf-normopt`: inspect, presets, card and run.
 
-A new command is a function in `commands.py`. Nothing imports this room.
+A new command is a row in `COMMANDS` of `commands.py`, with its arguments and its function in a file
+of its own, as `inspect.py`. No other room imports this one.
 """
 
 from .commands import main

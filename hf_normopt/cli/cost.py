@@ -1,4 +1,4 @@
-"""What the spectral oracle costs for a model, by the work that `orthogonalize` plans."""
+"""What the spectral steps of a model cost, from the method that `orthogonalize` would choose."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..optim.rules import Rule
 from ..roles import ParamSpec
 from ..tables import format_table
 
-MATRICES = ("linear", "conv", "head")  # roles whose parameters every token is multiplied by
+MATRICES = ("linear", "conv", "head")  # roles whose parameters multiply every token
 
 
 def cost_report(
     specs: Sequence[ParamSpec], rules: Sequence[Rule], tokens: int, device: str, markdown: bool
 ) -> str:
-    """A table of operators with their method and work, and the share of a training step.
+    """A table of operators with their method and work, and their share of a training step.
 
-    Forward and backward pass take 6 operations for each token and parameter of a matrix (Kaplan et
-    al. 2020, arXiv 2001.08361, section 2.1); attention scores are left out.
+    The forward and backward passes take 6 operations per token and matrix parameter (Kaplan et al.
+    2020, arXiv 2001.08361, section 2.1), attention scores not counted.
     """
     planned: Counter[tuple[tuple[int, ...], Plan]] = Counter()
     for spec, rule in zip(specs, rules, strict=True):

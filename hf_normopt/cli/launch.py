@@ -1,4 +1,4 @@
-"""`hf-normopt run`: a script that nobody edited, with `optim="normopt"` known to it."""
+"""`hf-normopt run`: run an unedited script that can then say `optim="normopt"`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ SCRIPT ..., torchrun -m hf_normopt run SCRIPT ..."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run a script or a module in this process, as the main program.
+    """Run a script or a module as the main program of this process.
 
-    It changes `sys.argv`, `sys.path` and, for the processes that the script starts, `PYTHONPATH`.
+    Changes `sys.argv`, `sys.path` and, for the processes that the script starts, `PYTHONPATH`.
 
     Args:
         argv: what follows `hf-normopt run`.
 
     Returns:
-        The exit status: 0; 2 when there is nothing to run. What the script raises, `SystemExit`
-        included, is passed on.
+        The exit status: 0, or 2 when there is nothing to run.
+
+    Raises:
+        BaseException: whatever the script raises, `SystemExit` included.
     """
     if argv and argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -56,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _reach_children_inplace() -> None:
-    """Make NormOpt known to Python processes that inherit the environment, see `_site`."""
+    """Register NormOpt in Python processes that inherit the environment (see `_site`)."""
     known = os.environ.get("PYTHONPATH")
     others = known.split(os.pathsep) if known else []  # "" is none; an empty part is the cwd
     folders = [_SITE, *(folder for folder in others if folder != _SITE)]

@@ -1,6 +1,6 @@
-"""Norms with their dual norms and linear minimization oracles (the paper's core), and layouts.
+"""The core of the paper: norms with their dual norms and linear minimization oracles.
 
-`operators.py` holds the norms, `orthogonalize.py` the polar factor, `layouts.py` how a stored
-tensor is read as operators. Nothing here imports another room. A new norm is a class in
+`operators.py` has the norms, `orthogonalize.py` computes polar factors (`kernels.py` on new GPUs),
+`layouts.py` reads a stored tensor as operators. Imports no other room. A new norm is a class in
 `operators.py`.
 """

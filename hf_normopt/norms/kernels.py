@@ -1,10 +1,10 @@
-"""Symmetric products on Hopper and Blackwell GPUs, by the package gram-newton-schulz.
+"""Polar factors on Hopper and Blackwell GPUs by the package gram-newton-schulz.
 
-The package iterates on Gram matrices in float16, with kernels (quack) that compute half of a
-symmetric product. It is an extra, `pip install "hf_normopt[kernels]"`, and is used where it is
-asked for, as in `optim_args="norm_linear=rms->rms(gram_newton_schulz)"`, and only after a test on
-the device: matrices of known singular values must come out as polar factors. Null spaces do not
-come out as 0, since products are in float16, which is why it is not the default.
+The package iterates on Gram matrices in float16, with kernels (quack) that compute only half of
+each symmetric product. It is an extra, `pip install "hf_normopt[kernels]"`, for those who ask for
+it, as in `optim_args="norm_linear=rms->rms(gram_newton_schulz)"`. It is used only if a test on the
+device passes: matrices of known singular values must give their polar factors. It is not the
+default because float16 products do not map a null space to 0.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ _SHAPE = (256, 512)  # the least for which the package has kernels
 def gram_newton_schulz(
     polynomials: tuple[tuple[float, float, float], ...], device: torch.device
 ) -> Callable[[Tensor], Tensor] | None:
-    """The package's iteration of these polynomials; None, with a warning, where it is of no use.
+    """The package's iteration of these polynomials; None, with a warning, if it cannot be used.
 
     Args:
-        polynomials: (a, b, c) of p(x) = a x + b x³ + c x⁵, in turn.
-        device: on which it will run; kernels are used on CUDA devices.
+        polynomials: (a, b, c) of p(x) = a x + b x³ + c x⁵, in the order of application.
+        device: the device it will run on; CUDA devices use the kernels.
 
     Returns:
-        A function of matrices (k, m, n) of length 1 at most, in float32; the result is too.
+        A function from matrices (k, m, n) of Frobenius norm at most 1 to their polar factors, both
+        in float32.
     """
     try:
         from gram_newton_schulz import GramNewtonSchulz
@@ -43,7 +44,7 @@ def gram_newton_schulz(
             ns_coefficients=[list(polynomial) for polynomial in polynomials],
             ns_use_kernels=device.type == "cuda",
             gram_newton_schulz_reset_iterations=list(range(RESTART, len(polynomials), RESTART)),
-            compile_kwargs=None,  # else results would lie in memory that the next call overwrites
+            compile_kwargs=None,  # CUDA graphs would overwrite results at the next call
         )
         complaint = _complaint(iterate, device)
     except Exception as error:  # a missing package, an unknown GPU, a kernel that does not compile
@@ -60,7 +61,7 @@ def gram_newton_schulz(
 
 
 def _complaint(iterate: Callable[[Tensor], Tensor], device: torch.device) -> str:
-    """What is wrong with polar factors of known matrices; "" if nothing is."""
+    """What is wrong with the polar factors of known matrices; "" if they are right."""
     m, n = _SHAPE
     generator = torch.Generator().manual_seed(0)
     spectra = {

@@ -1,9 +1,9 @@
-"""How a stored tensor is read as operators of shape `(..., fan_out, fan_in)`.
+"""How to read a stored tensor as operators of shape `(..., fan_out, fan_in)`.
 
-A norm is defined on operators, but a checkpoint stores tensors: `nn.Embedding` and `Conv1D` keep
-the transpose, a fused projection keeps three maps in one tensor, a mixture of experts keeps all
-experts in one. A [`Layout`] says which stored axes are which, as a line of text that fits in a
-table and in a checkpoint:
+A norm is defined on operators, but a model stores tensors: `nn.Embedding` and `Conv1D` store the
+transpose, a fused projection stores three maps in one tensor, a mixture of experts stores all
+experts in one. A [`Layout`] names the stored axes in a line of text, which fits in a table and in a
+checkpoint:
 
 | pattern                   | tensor                                                            |
 | ------------------------- | ----------------------------------------------------------------- |
@@ -18,9 +18,9 @@ table and in a checkpoint:
 | `(group=4 out) in tap=3 tap=3` | a grouped 3 x 3 convolution                                  |
 | `out`                     | a vector: one column, acting on the constant 1                    |
 
-Axes whose name starts with `out` make up `fan_out`, those that start with `in` make up `fan_in`, in
-the order of the pattern; every other axis numbers independent operators. `tap` axes number the taps
-of a convolution, whose count weighs the norm (`Norm.weight`).
+Axes whose names start with `out` make up `fan_out`, and those that start with `in` make up
+`fan_in`, in the order of the pattern. All other axes count independent operators. `tap` axes count
+the taps of a convolution, whose number enters the norm (`Norm.weight`).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Layout:
     """A pair of inverse views between a stored tensor and its operators.
 
     Args:
-        pattern: one word per stored axis, see the table in this module's docstring. A parenthesis
-            divides one stored axis into several; `name=size` gives a size, which all but one name
-            in a parenthesis need, and `name=a+b` splits an axis into consecutive operators of
-            unequal size.
+        pattern: one word for each stored axis, see the table in this module's docstring.
+            Parentheses divide a stored axis into several. `name=size` gives a size; in parentheses
+            all names but one need it. `name=a+b` splits an axis into consecutive operators of
+            different sizes.
 
     Raises:
         ValueError: if the pattern cannot be read.
@@ -70,18 +70,18 @@ class Layout:
 
     @property
     def taps(self) -> int:
-        """Number of taps of a convolution kernel, 1 for all else; a norm's `weight` asks for it."""
+        """The number of taps of a convolution kernel, for `Norm.weight`; 1 for all else."""
         axes = (axis for axes in _parse(self.pattern) for axis in axes)
         return math.prod(axis.sizes[0] for axis in axes if axis.name == "tap")
 
     def axis(self, i: int) -> str:
-        """What the i-th stored axis is: "out", "in" or "batch"; "" if it is divided or absent."""
+        """The kind of the i-th stored axis: "out", "in", "batch", or "" if divided or absent."""
         stored = _parse(self.pattern)
         axes = stored[i] if i < len(stored) else ()
         return axes[0].kind if len(axes) == 1 and not axes[0].sizes else ""
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape can be read so."""
+        """Whether the layout can read a tensor of this shape."""
         try:
             _plan(self.pattern, tuple(shape))
         except ValueError:
@@ -89,14 +89,13 @@ class Layout:
         return True
 
     def to_operators(self, stored: Tensor) -> tuple[Tensor, ...]:
-        """Read a stored tensor as operators, without a copy where the strides allow it.
+        """Read a stored tensor as operators, as a view where the strides allow it.
 
         Args:
             stored: a tensor of the stored shape.
 
         Returns:
-            One tensor `(..., fan_out, fan_in)` for each consecutive piece of a split axis; a single
-            one where no axis is split.
+            One tensor `(..., fan_out, fan_in)`, or one for each piece of a split axis.
 
         Raises:
             ValueError: if the shape does not fit the pattern.
@@ -111,10 +110,10 @@ class Layout:
         )
 
     def from_operators(self, operators: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
-        """Inverse of [`to_operators`], bit for bit.
+        """The inverse of [`to_operators`], bit for bit.
 
         Args:
-            operators: tensors of the shapes that `to_operators` gives.
+            operators: tensors of the shapes that `to_operators` returns.
             shape: the stored shape.
 
         Returns:
@@ -211,15 +210,15 @@ def _plan(pattern: str, shape: tuple[int, ...]) -> _Plan:
 
 
 def usual_layout(role: str, shape: tuple[int, ...]) -> Layout:
-    """The layout that a tensor of a role has when nothing else is known about it.
+    """The usual layout of a tensor with a role.
 
     Args:
         role: see `hf_normopt.roles.ROLES`.
         shape: the stored shape.
 
     Returns:
-        For `linear` and `head` (..., out, in); for `conv` (out, in, taps ...); for `embedding`
-        (tokens ..., width); for all others one column of entries.
+        (..., out, in) for `linear` and `head`; (out, in, taps ...) for `conv`; (tokens ..., width)
+        for `embedding`; one column of entries for all others.
     """
     axes = len(shape)
     if axes >= 2 and role in ("linear", "head"):

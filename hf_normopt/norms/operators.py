@@ -23,23 +23,23 @@ For every norm the dual norm and the LMO are, as in Prop. 1 (the LMO is the maxi
 so steepest descent under the norm steps by `-dual_norm(G) / λ · lmo(G)`. A new norm is one
 dataclass here and one line in `tests/test_norms.py`.
 
-**Convolutions.** A kernel maps a patch, `taps · fan_in` entries measured as inputs are, to one
-output: W_1 x_1 + ... + W_T x_T. Its LMO is found tap by tap, so its norm is `weight(taps)` times
-the largest of its taps' norms, the least multiple that bounds the norm of the map from patches.
-By Hölder's inequality it is
+**Convolutions.** A kernel maps a patch of `taps · fan_in` entries to one output,
+W_1 x_1 + ... + W_T x_T. Its LMO is computed tap by tap, and its norm is `weight(taps)` times the
+largest norm of a tap: the smallest multiple that bounds the norm of the map. By Hölder's inequality
+the weight is
 
 | input | weight         | why                                                                   |
 | ----- | -------------- | --------------------------------------------------------------------- |
-| l1    | 1              | the worst patch is one entry, which meets one tap: no bound, the norm |
+| l1    | 1              | the worst patch has one entry, in one tap; the bound is the norm      |
 | lp    | taps^(1 - 1/p) | the worst patch spreads over all taps, and their outputs add up       |
-| rms   | taps           | as l2, √taps, and once more since a mean over taps · fan_in is taken  |
+| rms   | taps           | √taps as for l2, and √taps because the mean is over taps · fan_in     |
 
-so rms → rms has k² for k x k taps, as in Large et al. 2024, and l1 → linf is the largest entry.
+so it is k² for rms → rms and k x k taps, as in Large et al. 2024; l1 → linf is the largest entry.
 
-**Statistics.** The paper's three stories are one relation: each optimizer divides its momentum by a
-statistic of the gradients, and with the statistic of the present gradient alone that division is
-the LMO. So a norm owns its statistic: `moments(g)` are the quantities to be smoothed over time, and
-`precondition(m, moments)` divides by them; `precondition(g, moments(g)) = lmo(g)`, up to the unit.
+**Statistics.** The optimizers of the paper divide their momentum by a statistic of the gradients.
+With the statistic of the current gradient alone, that division is the LMO. So a norm has its
+statistic: `moments(g)` returns the quantities to smooth over time and `precondition(m, moments)`
+divides by them. Up to the unit, `precondition(g, moments(g)) = lmo(g)`.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ Vector = str | float
 class Norm:
     """A norm on operators `(..., fan_out, fan_in)`; leading axes are independent operators.
 
-    Subclasses define the norm in its plain unit (`_norm`, `_lmo`); this class applies the unit and
-    keeps the precision: float16 and bfloat16 are computed in float32.
+    Subclasses define the norm without its unit (`_norm`, `_lmo`). This class applies the unit, and
+    computes float16 and bfloat16 in float32.
     """
 
     input: Vector | None = None
     output: Vector | None = None
 
     independent: ClassVar[tuple[str, ...]] = ("batch",)
-    """Axes along which the LMO of a part is the part of the LMO: also "in" for columns, ..."""
+    """The kinds of axes along which a tensor can be cut, and the LMO computed for each part."""
 
     of_entries: ClassVar[bool] = False
-    """Whether it is a norm of a tensor's entries as one vector, whatever operators they make up."""
+    """Whether the norm takes a tensor's entries as one vector and ignores its operators."""
 
     def __post_init__(self) -> None:
         if self.input is not None and self.output is not None:
@@ -87,12 +87,12 @@ class Norm:
                 )
 
     def unit(self, fan_out: int, fan_in: int) -> float:
-        """The factor of the plain norm: √fan_in for rms inputs, 1/√fan_out for rms outputs."""
+        """The unit of the norm: √fan_in for rms inputs, times 1/√fan_out for rms outputs."""
         unit = math.sqrt(fan_in) if self.input == "rms" else 1.0
         return unit / math.sqrt(fan_out) if self.output == "rms" else unit
 
     def weight(self, taps: int) -> float:
-        """A convolution's norm over the largest norm of its taps, see this module's docstring."""
+        """A convolution's norm over the largest norm of a tap, see this module's docstring."""
         if self.input is None or taps == 1:
             return 1.0
         return float(taps) if self.input == "rms" else taps ** (1 - 1 / _exponent(self.input))
@@ -102,9 +102,9 @@ class Norm:
         return _homogeneous(self._norm, _wide(w)) * self.unit(*w.shape[-2:])
 
     def lmo(self, g: Tensor, size: float = 1.0) -> Tensor:
-        """The operator of norm `size` of largest inner product with g, in g's dtype; 0 for g = 0.
+        """The operator of norm `size` with the largest inner product with g; 0 for g = 0.
 
-        For [`Spectral`] to the accuracy of its method.
+        It has g's dtype. [`Spectral`] computes it to the accuracy of its method.
         """
         return self._lmo(_wide(g)).mul_(size / self.unit(*g.shape[-2:])).to(g.dtype)
 
@@ -113,26 +113,30 @@ class Norm:
         return _homogeneous(self._dual, _wide(g)) / self.unit(*g.shape[-2:])
 
     def entry_rms(self, fan_out: int, fan_in: int) -> float:
-        """RMS of the LMO's entries for a g of full rank whose entries are of one magnitude."""
+        """RMS of the LMO's entries, for a g of full rank with entries of equal magnitude."""
         return self._entry_rms(fan_out, fan_in) / self.unit(fan_out, fan_in)
 
     def moments(self, g: Tensor) -> dict[str, Tensor]:
-        """The statistics of one gradient that an [`EMA`](hf_normopt.EMA) may smooth over time.
+        """The statistics of one gradient, which an [`EMA`](hf_normopt.EMA) may smooth over time.
 
         Raises:
-            NotImplementedError: where the norm has none.
+            NotImplementedError: if the norm has none.
         """
         squares, block = _wide(g).square(), self._block()
         return {"second_moment": squares.sum(block, keepdim=True) if block else squares}
 
     def precondition(self, m: Tensor, moments: dict[str, Tensor], eps: float | Tensor) -> Tensor:
-        """Divide m by the root of its statistics, in the units of the LMO; 0 where both are 0."""
+        """M over the root of its statistics, in the unit of the LMO; 0 where both are 0."""
         root = moments["second_moment"].sqrt() + eps
         unit = self.unit(*m.shape[-2:]) if m.ndim > 1 else 1.0  # entries alone have none
         return m / torch.where(root == 0, 1, root) / unit
 
     def _block(self) -> tuple[int, ...]:
-        """The axes whose entries the LMO divides by one common length, if that is what it does."""
+        """The axes along which the LMO divides by one length.
+
+        Raises:
+            NotImplementedError: if the LMO is no such division.
+        """
         raise NotImplementedError(f"The norm {self} has no statistic: use statistic=None.")
 
     def _norm(self, w: Tensor) -> Tensor:
@@ -159,8 +163,8 @@ class Spectral(Norm):
     dual_norm(G) = Σ σ_i(G), the nuclear norm
     lmo(G)       = U Vᵀ for G = U Σ Vᵀ
 
-    each in the unit of its pair: `norm` times √fan_in for rms inputs, over √fan_out for rms
-    outputs, `dual_norm` and `lmo` the inverse.
+    In the unit of the pair, `norm` has the factor √fan_in for rms inputs and 1/√fan_out for rms
+    outputs; `dual_norm` and `lmo` have the inverse.
 
     Args:
         input: "l2" or "rms".
@@ -211,9 +215,9 @@ class MaxColumn(Norm):
 
     norm(W)      = max_j ‖W_{:,j}‖_p
     dual_norm(G) = Σ_j ‖G_{:,j}‖_q, 1/p + 1/q = 1
-    lmo(G)       = sign(g) |g|^(q-1) / ‖g‖_q^(q-1) in each column; for p = 2 it over its length
+    lmo(G)       = sign(g) |g|^(q-1) / ‖g‖_q^(q-1) for each column g; g / ‖g‖_2 for p = 2
 
-    For an embedding a column is the vector of one token. rms divides `norm` by √fan_out.
+    A column of an embedding is the vector of one token. rms divides `norm` by √fan_out.
 
     Args:
         output: the vector norm of a column.
@@ -246,9 +250,9 @@ class MaxRow(Norm):
 
     norm(W)      = max_i ‖W_{i,:}‖_q
     dual_norm(G) = Σ_i ‖G_{i,:}‖_p
-    lmo(G)       = sign(g) |g|^(p-1) / ‖g‖_p^(p-1) in each row; for p = 2 it over its length
+    lmo(G)       = sign(g) |g|^(p-1) / ‖g‖_p^(p-1) for each row g; g / ‖g‖_2 for p = 2
 
-    For a head a row makes one output. rms multiplies `norm` by √fan_in.
+    A row of a head computes one output. rms multiplies `norm` by √fan_in.
 
     Args:
         input: the vector norm of the operator's input.
@@ -315,7 +319,7 @@ class Frobenius(Norm):
     dual_norm(G) = ‖G‖_F
     lmo(G)       = G / ‖G‖_F
 
-    A tensor of several operators has one length.
+    A tensor of several operators has one length: that of all entries.
     """
 
     of_entries = True
@@ -340,11 +344,11 @@ class Frobenius(Norm):
 
 
 def operator_norm(input: Vector, output: Vector) -> Norm:
-    """The induced operator norm ‖·‖_{input→output} (Definition 1), where it has a closed form.
+    """The operator norm ‖·‖_{input→output} of Definition 1, for pairs with a closed form.
 
     Args:
-        input: how inputs are measured: "l1", "l2", "linf", "rms", or a number p in [1, ∞].
-        output: how outputs are measured, likewise.
+        input: the vector norm of inputs: "l1", "l2", "linf", "rms", or a number p in [1, ∞].
+        output: the vector norm of outputs, likewise.
 
     Returns:
         The norm, with `norm(w)`, `lmo(g)` and `dual_norm(g)` for operators `(..., fan_out,
@@ -430,19 +434,19 @@ def _conjugate(p: float) -> float:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return x in float32 at least."""
+    """X in float32, or in float64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _homogeneous(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A norm of x by way of x over its largest entry, so that no square under- or overflows."""
+    """A norm of x, computed on x over its largest entry so that no square under- or overflows."""
     largest = x.abs().amax((-2, -1), keepdim=True)
     scale = torch.where((largest == 0) | largest.isinf(), 1, largest)
     return function(x / scale) * scale[..., 0, 0]
 
 
 def _singular_values(x: Tensor) -> Tensor:
-    """Singular values; NaN for a matrix that is not finite, where LAPACK would raise."""
+    """Singular values; NaN for a matrix that is not finite (LAPACK would raise)."""
     finite = x.isfinite().all((-2, -1))
     values = torch.linalg.svdvals(torch.where(finite[..., None, None], x, 0))
     return torch.where(finite[..., None], values, torch.nan)

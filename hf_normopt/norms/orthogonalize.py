@@ -1,21 +1,21 @@
 """The polar factor of a matrix: `orthogonalize(G) = U Vᵀ` for the reduced SVD `G = U Σ Vᵀ`.
 
 It is the LMO of the spectral norm (Bernstein & Newhouse 2024, Prop. 5) and the nearest
-semi-orthogonal matrix (Prop. 4), unique where G has full rank. On the null space every choice
-attains the same inner product; here it is mapped to 0, so that nothing is moved without a gradient.
+semi-orthogonal matrix (Prop. 4), unique if G has full rank. On the null space every choice attains
+the same inner product; here it is mapped to 0, so that nothing moves without a gradient.
 
-Three families of methods, each a function f of the singular values, 1 where it is exact:
+Each method applies a function f to the singular values; f = 1 is exact. There are three families:
 
-* exact: `svd`, and `gram`, the eigendecomposition in float64 of the smaller Gram matrix,
-  `(G Gᵀ)^(-1/2) G`, the form that the paper's equations 12 to 16 give to Shampoo;
-* `rational`: that inverse root as a sum of inverses, Σ w_j (G Gᵀ + t_j)^(-1), in float32;
+* exact: `svd`, and `gram`, which computes `(G Gᵀ)^(-1/2) G` by an eigendecomposition of the smaller
+  Gram matrix in float64, the form of Shampoo in the paper's equations 12 to 16;
+* `rational`: the same inverse root as a sum of inverses, Σ w_j (G Gᵀ + t_j)^(-1), in float32;
 * iterations of odd polynomials (Appendix A, equation 37), which need matrix products only: every
-  key of [`POLYNOMIALS`]; and `gram_newton_schulz`, which runs Polar Express by another package's
-  kernels where they are at hand.
+  key of [`POLYNOMIALS`], and `gram_newton_schulz`, which is Polar Express with the kernels of
+  another package.
 
-What a method loses is stated as the efficiency of the oracle, ⟨G, O⟩ / (‖O‖ ‖G‖†), which is 1 for
-U Vᵀ. `auto` takes the cheapest method, by the costs in [`WORK`], that has 0.98 on every spectrum
-(0.97 for small matrices).
+The accuracy of a method is the efficiency of its oracle O, ⟨G, O⟩ / (‖O‖ ‖G‖†), which is 1 for
+U Vᵀ. `auto` takes the cheapest method, by the costs in [`WORK`], with an efficiency of 0.98 on
+every spectrum (0.97 for small matrices).
 """
 
 from __future__ import annotations
@@ -102,19 +102,19 @@ _NULL_FLOAT64 = 1e-13
 _NULL_FLOAT32 = 8 * torch.finfo(torch.float32).eps
 
 CACHE = 2**16
-"""Entries that stay in a core's cache: small matrices are computed so many at a time."""
+"""The entries that fit in a core's cache; small matrices are computed in batches of so many."""
 
 EFFICIENCY = 0.98
-"""The least efficiency of `auto`, on every spectrum, but for small matrices, see `accuracy`."""
+"""The least efficiency of `auto` on every spectrum; for small matrices see `accuracy`."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the polar factors of a batch are computed.
+    """How to compute the polar factors of a batch.
 
     Attributes:
         method: one of [`METHODS`], not `auto`.
-        steps: polynomials of an iteration that are applied; 0 for other methods.
+        steps: the number of polynomials to apply; 0 for methods that do not iterate.
         work: operations for the whole batch, see [`WORK`].
     """
 
@@ -131,7 +131,7 @@ def plan(
     method: str = "auto",
     accuracy: float | None = None,
 ) -> Plan:
-    """What [`orthogonalize`] does with matrices of a shape (..., m, n); the arguments are its."""
+    """What [`orthogonalize`] does for matrices of a shape (..., m, n) and the same arguments."""
     *batch, rows, columns = shape
     m, n, count = min(rows, columns), max(rows, columns), math.prod(batch)
     on_cpu = torch.device(device).type == "cpu"
@@ -159,11 +159,12 @@ def plan(
 
 
 def _steps(method: str, m: int) -> int:
-    """Polynomials of an iteration that m singular values need.
+    """The number of polynomials that m singular values need.
 
-    After six of Polar Express f is in 0.994 to 1.0012 for σ >= 1e-3, and σ (1 - f(σ)) <= 1.5e-4
-    below it, of which m values may amount to 1.5e-4 m next to one of 1. Each further one almost
-    halves that. Up to eight values get a seventh, which costs nothing, and are 1 to five digits.
+    After six polynomials of Polar Express f is in [0.994, 1.0012] for σ >= 1e-3, and
+    σ (1 - f(σ)) <= 1.5e-4 below: m such values lose up to 1.5e-4 m next to one of 1. Each further
+    polynomial almost halves that. Up to eight values get a seventh, which costs next to nothing and
+    makes f = 1 to five digits.
     """
     most = len(POLYNOMIALS.get(method, ()))
     if method != "polar_express":
@@ -190,19 +191,17 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
 
     Args:
         g: matrices of shape (..., m, n), any floating dtype; never changed.
-        method: one of [`METHODS`]. `"auto"` is what [`plan`] chooses: on CPUs `polar_express_5`,
-            or `polar_express` with as many steps as the size needs, for small matrices, and
-            `rational` for others; on other devices only the iterations, in float32: with products
-            in float16 or bfloat16 they fill a null space with singular values of 1. It is exact
-            for float64.
-        accuracy: the least LMO efficiency ⟨G, O⟩ / (‖O‖ ‖G‖†) that `"auto"` must give on every
-            spectrum. By default 0.98, but 0.97 for more than 40 and up to 64 singular values; above
-            0.98 the method is exact.
+        method: one of [`METHODS`]. `"auto"` lets [`plan`] choose: an exact method for float64; on
+            CPUs `polar_express_5` or `polar_express` for small matrices and `rational` for others;
+            on other devices an iteration, in float32, because products in float16 or bfloat16 fill
+            a null space with singular values of 1.
+        accuracy: the least LMO efficiency ⟨G, O⟩ / (‖O‖ ‖G‖†) of `"auto"` on every spectrum.
+            Default: 0.98, but 0.97 for 41 to 64 singular values. Above 0.98 the method is exact.
 
     Returns:
         A tensor of g's shape and dtype, computed in float32 at least. Zero matrices and null spaces
-        give 0 (rounding to float16 or bfloat16 has filled a null space before it comes here); a
-        matrix that holds an infinity or NaN gives NaN.
+        give 0 (a g in float16 or bfloat16 has no exact null space: rounding has filled it). A
+        matrix with an infinity or NaN gives NaN.
 
     Raises:
         ValueError: for an unknown method, an accuracy outside of (0, 1], or fewer than two axes.
@@ -236,7 +235,7 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
 
 
 def over_length(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """A tensor over its Euclidean length along some axes; 0 for 0."""
+    """A tensor divided by its Euclidean length along some axes; 0 for 0."""
     length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     sound = _is_sound(length)
     if x.device.type == "cpu" and sound.all():
@@ -249,12 +248,12 @@ def over_length(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
 
 
 def _is_sound(length: Tensor) -> Tensor:
-    """Whether no square of a float32 has overflowed in a length, or underflowed."""
+    """Whether a length was computed without squares that overflow or underflow in float32."""
     return (length > 1e-15) & (length < 1e15)
 
 
 def _inverse(singular: Tensor, tolerance: float) -> Tensor:
-    """1 / σ, and 0 where σ is 0 to within the tolerance; σ in ascending or descending order."""
+    """1 / σ, or 0 where σ is below the tolerance times the largest."""
     largest = singular.amax(-1, keepdim=True)
     kept = singular > tolerance * largest
     return torch.where(kept, 1 / torch.where(kept, singular, torch.ones_like(singular)), 0)
@@ -270,7 +269,7 @@ def _svd(x: Tensor) -> Tensor:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """(X Xᵀ)^(-1/2) X for wide X, in float64; a square has half of its digits."""
+    """(X Xᵀ)^(-1/2) X for wide X, in float64, since squaring halves the number of digits."""
     x = x.double()
     gram = x @ x.mT
     finite = gram.isfinite().all((-2, -1))[..., None, None]
@@ -305,23 +304,23 @@ def _rational_of_one(x: Tensor) -> Tensor:
 
 
 def _times(root: Tensor, x: Tensor) -> Tensor:
-    """Root X, in X's order in memory, so that what is stored as Xᵀ is moved by whole lines."""
+    """Root X in the memory order of X, so that a transposed X is read along cache lines."""
     return root @ x if x.stride(-1) == 1 else (x.mT @ root.mT).mT
 
 
 def _inverse_root(gram: Tensor, inner: float | None = None) -> tuple[Tensor, float, bool]:
-    """c₀ + c₁ A + Σ w (A + t)^(-1), with as few poles as lose little, for A of norm 1 at most.
+    """c₀ + c₁ A + Σ w (A + t)^(-1) for A of norm at most 1, with as few poles as suffice.
 
-    ⟨X, f(X)⟩ = tr(c₀ A + c₁ A² + Σ w A (A + t)^(-1)) is known from the traces of the inverses, and
-    so is a bound on what singular values below f's range lose. While that is too much the next
-    pole is added.
+    The traces of the inverses give ⟨X, f(X)⟩ = tr(c₀ A + c₁ A² + Σ w A (A + t)^(-1)), and a bound
+    on the loss from singular values below f's range. While the bound is too large, the next pole is
+    added.
 
     Args:
-        gram: A = X Xᵀ, of Frobenius norm 1; or that of an X which f has narrowed.
-        inner: in the latter case, ⟨X, f(X)⟩ of the first X.
+        gram: A = X Xᵀ of Frobenius norm 1, or of an X whose spectrum f has already narrowed.
+        inner: ⟨X, f(X)⟩ of the original X, if f has narrowed it.
 
     Returns:
-        The root, ⟨X, f(X)⟩, and whether the efficiency is certain to be [`EFFICIENCY`].
+        The root, ⟨X, f(X)⟩, and whether the efficiency is at least [`EFFICIENCY`].
     """
     share, total = (1.0, 0.0) if inner is None else (_NARROWED, inner)
     trace = gram.diagonal().sum(dtype=torch.float64).item()
@@ -355,26 +354,26 @@ _RESTART = 4  # steps after which rounding in a Gram matrix would begin to show
 
 
 def _segments(method: str, m: int, steps: int) -> int:
-    """How often an iteration on Gram matrices starts: once where [`_SHIFT`] does."""
+    """How often an iteration on Gram matrices starts anew; once if [`_SHIFT`] suffices."""
     is_shifted = method.startswith("polar_express") and steps <= 7 and m <= 100
     return 1 if is_shifted else math.ceil(steps / _RESTART)
 
 
 _SHIFT = 2.0
-"""In units of eps, what is added to a Gram matrix of trace 1, so that rounding makes no eigenvalue
-negative. It takes 1.5e-4 at most from a singular value, of which m <= 100 amount to 1.5 %."""
+"""Added to the diagonal of a Gram matrix of trace 1, in units of eps, so that rounding makes no
+eigenvalue negative. A singular value loses at most 1.5e-4; m <= 100 of them lose 1.5 %."""
 
 
 def _by_gram(m: int, n: int, on_cpu: bool) -> bool:
-    """Whether a step costs less on the Gram matrix: four products of m x m for two of m x n.
+    """Whether a step costs less on the Gram matrix: four m x m products for two of m x n.
 
-    Only on CPUs: in TF32, which other devices may use for float32, rounding would be amplified.
+    Only on CPUs: other devices may compute float32 in TF32, whose rounding would be amplified.
     """
     return on_cpu and 2 * n > 5 * m
 
 
 def _iterate_by_kernels(x: Tensor, chosen: Plan) -> Tensor:
-    """Polar Express in float16 by kernels of another package, or else in float32."""
+    """Polar Express in float16 by another package's kernels, or else our own in float32."""
     iterate = gram_newton_schulz(POLYNOMIALS["polar_express"][: chosen.steps], x.device)
     if iterate is None:
         return _iterate(x, Plan("polar_express", chosen.steps, chosen.work))
@@ -382,7 +381,7 @@ def _iterate_by_kernels(x: Tensor, chosen: Plan) -> Tensor:
 
 
 def _iterate(x: Tensor, chosen: Plan) -> Tensor:
-    """Odd polynomials of wide X, each one p(X) = a X + (b X Xᵀ + c (X Xᵀ)²) X = q(X Xᵀ) X."""
+    """Odd polynomials of wide X: p(X) = a X + (b X Xᵀ + c (X Xᵀ)²) X = q(X Xᵀ) X for each."""
     polynomials = POLYNOMIALS[chosen.method][: chosen.steps]
     flat = x.reshape(-1, *x.shape[-2:])
     on_cpu = x.device.type == "cpu"
@@ -402,15 +401,15 @@ def _iterate(x: Tensor, chosen: Plan) -> Tensor:
 
 
 _SUMMED = 512
-"""Entries of a row that float32 sums, before float64 goes on. Where a mean stands out, all terms of
-X Xᵀ are near one number, and so are their roundings: they add up instead of averaging."""
+"""Entries of a row that are summed in float32; float64 sums the rest. If the entries have a large
+mean, all terms of X Xᵀ are near one number, and their rounding errors add up."""
 
 
 def _gram_matrices(x: Tensor) -> Tensor:
-    """X Xᵀ in float64, for a batch of X in float32, to what [`_SHIFT`] covers.
+    """X Xᵀ in float64 for a batch of X in float32, with an error that [`_SHIFT`] covers.
 
-    Up to eight rows are multiplied in float64: libraries have other loops for them, whose sums
-    lose up to 500 eps of 10,000 entries, and they get more digits than others, see `_steps`.
+    Up to eight rows are multiplied in float64: they need more digits (see `_steps`), and the loops
+    that libraries use for them lose up to 500 eps over 10,000 entries.
     """
     if x.shape[-2] <= 8:
         x = x.double()
@@ -420,12 +419,12 @@ def _gram_matrices(x: Tensor) -> Tensor:
 
 
 def _iterate_by_gram(x: Tensor, polynomials: tuple[Polynomial, ...], count: int) -> Tensor:
-    """The same for a batch (k, m, n) of long X: the factors q are multiplied among themselves.
+    """The same for a batch (k, m, n) of long X, which multiplies the factors q first.
 
-    R ← q R q takes the place of X Xᵀ (as in the package gram-newton-schulz), and X is multiplied
-    `count` times. The last factor stands to the left, as it would on X. With rounding they do not
-    commute: to the right, what q mixes of the largest singular direction into the smallest is
-    multiplied by all that the earlier factors have made of the smallest, up to 564.
+    R ← q R q replaces X Xᵀ, as in the package gram-newton-schulz, and X is multiplied only `count`
+    times. Each new factor is multiplied from the left, as it would be on X: with rounding the
+    factors do not commute. From the right, what rounding mixes of the largest singular direction
+    into the smallest would be amplified by the earlier factors, up to 564 times.
     """
     gram = _gram_matrices(x)
     length = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]

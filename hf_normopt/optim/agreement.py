@@ -1,7 +1,7 @@
-"""What ranks agree on before a step: so all enter the same collectives, or all raise.
+"""Ranks agree before a step, so that all enter the same collectives or all raise.
 
-Each rank puts what must be equal into digests, and one reduction of fixed size finds whether all
-have the same. Only where they differ do ranks tell each other more.
+Each rank hashes the settings that must be equal, and one reduction of fixed size compares the
+digests. Only if they differ do ranks exchange the settings themselves.
 """
 
 from __future__ import annotations
@@ -18,33 +18,43 @@ from torch.distributed import ProcessGroup
 
 from .sharding import local
 
-Facts = dict[str, dict[str, str]]  # of a parameter, a group or the optimizer: option, value
+Settings = dict[str, dict[str, str]]
+"""Options and their values, by the name of a parameter, a group or "the optimizer"."""
 
 DIGITS = 4  # of a digest, 16 bits each: exact in float32
-COARSE = 1e-4  # of the norm of all gradients: more is looked at by parameter
-FINE = 5e-3  # of a tensor's norm: less is rounding
+COARSE = 1e-4  # relative difference of the norm of all gradients above which each is compared
+FINE = 5e-3  # relative difference of a tensor's norm or sum that rounding may cause
 
 
 @dataclass
-class Own:
-    """What a rank brings to an agreement."""
-
-    params: Sequence[Tensor]
-    complaint: str  # "" if all is well
-    text: str  # of all that must be equal
-    facts: Callable[[], Facts]  # the same for people; asked for only where the texts differ
-    is_watched: bool = False
-    compares: bool = False  # gradients and weights of replicas, by parameter
-
-
-@dataclass
-class Agreed:
-    """What all ranks found.
+class Proposal:
+    """What a rank proposes for the step.
 
     Attributes:
-        has_gradient: of each parameter, on any rank.
+        params: all parameters of the optimizer.
+        complaint: why this rank cannot step; "" if it can.
+        text: all that must be equal on the ranks.
+        settings: the same by name, for the error; called only if the texts differ.
+        is_watched: whether this rank watches the step.
+        compares: whether replicas shall compare their gradients and weights by parameter.
+    """
+
+    params: Sequence[Tensor]
+    complaint: str
+    text: str
+    settings: Callable[[], Settings]
+    is_watched: bool = False
+    compares: bool = False
+
+
+@dataclass
+class Decision:
+    """What all ranks decided.
+
+    Attributes:
+        has_gradient: for each parameter, whether any rank has a gradient.
         is_watched: whether any rank watches the step.
-        is_apart: whether replicas train by themselves: gradients or weights are not the same.
+        is_apart: whether replicas train separately: their gradients or weights differ.
         unequal: numbers of the parameters whose gradients replicas have not averaged.
     """
 
@@ -54,30 +64,32 @@ class Agreed:
     unequal: list[int] = field(default_factory=list)
 
 
-def agree(own: Own, groups: Sequence[ProcessGroup], replicas: ProcessGroup | None) -> Agreed:
-    """Find what all ranks will do, or that they cannot do the same.
+def agree(
+    proposal: Proposal, groups: Sequence[ProcessGroup], replicas: ProcessGroup | None
+) -> Decision:
+    """Decide what all ranks do in this step.
 
     Args:
-        own: what this rank brings.
-        groups: with which it must do the same, the replicas among them.
-        replicas: the ranks that are to hold the same gradients.
+        proposal: the proposal of this rank.
+        groups: the process groups in which all ranks must do the same; includes `replicas`.
+        replicas: the ranks that should hold the same gradients, if there are any.
 
     Raises:
         RuntimeError: on every rank, with the complaints of all ranks, or the first difference.
     """
-    has = [p.grad is not None for p in own.params]
+    has = [p.grad is not None for p in proposal.params]
     if not groups:
-        if own.complaint:
-            raise RuntimeError(own.complaint)
-        return Agreed(has, own.is_watched)
-    device = _device(own.params, groups[0])
-    digests = [*_digest(own.text), *_digest(str(has))]
-    flags = [bool(own.complaint), own.is_watched, own.compares]
+        if proposal.complaint:
+            raise RuntimeError(proposal.complaint)
+        return Decision(has, proposal.is_watched)
+    device = _device(proposal.params, groups[0])
+    digests = [*_digest(proposal.text), *_digest(str(has))]
+    flags = [bool(proposal.complaint), proposal.is_watched, proposal.compares]
     sent = torch.tensor([*flags, *digests, *(-digit for digit in digests)], device=device)
     ends = sent.new_zeros(2)
     for group in groups:
         if group is replicas:
-            size = _length(own.params, device)
+            size = _norm_of_gradients(proposal.params, device)
             both = torch.cat([sent, size, -size])
             dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
             sent, ends = both[:-2], both[-2:]
@@ -87,21 +99,21 @@ def agree(own: Own, groups: Sequence[ProcessGroup], replicas: ProcessGroup | Non
     is_wrong, is_watched, compares, *found = found
     differs = [a != -b for a, b in zip(found[: 2 * DIGITS], found[2 * DIGITS :], strict=True)]
     if is_wrong or any(differs[:DIGITS]):
-        raise RuntimeError(_told(own, groups))
-    agreed, everyone = Agreed(has, bool(is_watched)), has
+        raise RuntimeError(_disagreement(proposal, groups))
+    decision, everyone = Decision(has, bool(is_watched)), has
     if any(differs[DIGITS:]):
-        agreed.has_gradient, everyone = _marks(has, groups, device)
+        decision.has_gradient, everyone = _gradients_on_ranks(has, groups, device)
     if replicas is not None:
-        agreed.unequal = [
-            i for i, (a, b) in enumerate(zip(agreed.has_gradient, everyone, strict=True)) if a > b
+        decision.unequal = [
+            i for i, (a, b) in enumerate(zip(decision.has_gradient, everyone, strict=True)) if a > b
         ]
         if compares or most + least > COARSE * most:
-            _compare(own.params, everyone, replicas, device, agreed)
-    return agreed
+            _compare(proposal.params, everyone, replicas, device, decision)
+    return decision
 
 
 def average_inplace(params: Iterable[Tensor], replicas: ProcessGroup) -> None:
-    """Average gradients over replicas, as DDP has not; each rank has one, maybe of zeros."""
+    """Average gradients that DDP has not averaged; every rank has one, possibly zeros."""
     for p in params:
         assert p.grad is not None
         if p.grad.is_sparse:
@@ -110,16 +122,16 @@ def average_inplace(params: Iterable[Tensor], replicas: ProcessGroup) -> None:
         p.grad /= dist.get_world_size(replicas)
 
 
-def difference(facts: Mapping[int, Facts]) -> str:
-    """Where ranks first differ: on which, in what, and both values; "" if nowhere."""
-    first, *others = sorted(facts)
-    one = facts[first]
+def first_difference(settings: Mapping[int, Settings]) -> str:
+    """The first difference between ranks: where, in what, and both values; "" if there is none."""
+    first, *others = sorted(settings)
+    one = settings[first]
     is_same = lambda its: its == one and list(its) == list(one)
-    other = next((rank for rank in others if not is_same(facts[rank])), None)
+    other = next((rank for rank in others if not is_same(settings[rank])), None)
     if other is None:
         return ""
-    another = facts[other]
-    alike = ", ".join(str(rank) for rank in others if facts[rank] == another)
+    another = settings[other]
+    same = ", ".join(str(rank) for rank in others if settings[rank] == another)
     pairs = [
         (what, option, ours, theirs)
         for what in {**one, **another}
@@ -140,7 +152,7 @@ def difference(facts: Mapping[int, Facts]) -> str:
         here, there = next(two for two in zip(another, one, strict=True) if two[0] != two[1])
         told = f"the order of the parameters is another: {here} where rank {first} has {there}."
     return (
-        f"On rank {alike}: {told} All ranks need the same model and the same options: give every "
+        f"On rank {same}: {told} All ranks need the same model and the same options: give every "
         "process the same arguments."
     )
 
@@ -158,9 +170,11 @@ def _device(params: Sequence[Tensor], group: ProcessGroup) -> torch.device:
     return torch.device("cpu") if is_cpu or accelerator is None else accelerator
 
 
-def _told(own: Own, groups: Sequence[ProcessGroup]) -> str:
-    """The complaints of all ranks, else their first difference."""
-    found: dict[int, tuple[str, Facts]] = {dist.get_rank(): (own.complaint, own.facts())}
+def _disagreement(proposal: Proposal, groups: Sequence[ProcessGroup]) -> str:
+    """The complaints of all ranks, or else their first difference."""
+    found: dict[int, tuple[str, Settings]] = {
+        dist.get_rank(): (proposal.complaint, proposal.settings())
+    }
     for group in groups:
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, found, group=group)
@@ -169,10 +183,10 @@ def _told(own: Own, groups: Sequence[ProcessGroup]) -> str:
     if ranks:
         texts = dict.fromkeys(complaint for complaint, _ in found.values() if complaint)
         return f"On rank {', '.join(ranks)}: {' '.join(texts)}"
-    return difference({rank: facts for rank, (_, facts) in found.items()})
+    return first_difference({rank: settings for rank, (_, settings) in found.items()})
 
 
-def _marks(
+def _gradients_on_ranks(
     has: Sequence[bool], groups: Sequence[ProcessGroup], device: torch.device
 ) -> tuple[list[bool], list[bool]]:
     """Which parameters have a gradient on any rank, and which on all."""
@@ -183,8 +197,8 @@ def _marks(
     return found[: len(has)], [not lacks for lacks in found[len(has) :]]
 
 
-def _length(params: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The norm of all gradients, one entry."""
+def _norm_of_gradients(params: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The norm of all gradients of this rank, as one entry."""
     by_kind: dict[Any, list[Tensor]] = {}
     for p in params:
         if p.grad is not None:
@@ -192,14 +206,15 @@ def _length(params: Sequence[Tensor], device: torch.device) -> Tensor:
             by_kind.setdefault((grad.dtype, grad.device), []).append(grad)
     norms = [
         norm.to(device, torch.float32)
-        for alike in by_kind.values()
-        for norm in torch._foreach_norm(alike)
+        for grads in by_kind.values()
+        for norm in torch._foreach_norm(grads)
     ]
     total = torch.stack(norms).norm() if norms else torch.zeros((), device=device)
     return total.nan_to_num(nan=3e38, posinf=3e38)[None]
 
 
 def _entries(tensor: Tensor) -> Tensor:
+    """The entries that this rank stores."""
     tensor = local(tensor.detach())
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
@@ -209,9 +224,9 @@ def _compare(
     everyone: Sequence[bool],
     replicas: ProcessGroup,
     device: torch.device,
-    agreed: Agreed,
+    decision: Decision,
 ) -> None:
-    """Find whose gradients and weights differ between replicas, by their norm and sum."""
+    """Compare gradients and weights of replicas by norm and sum; note it in the decision."""
     shared = [i for i, has in enumerate(everyone) if has]
     tensors = [_entries(params[i].grad) for i in shared] + [_entries(p) for p in params]  # type: ignore[arg-type]
     sizes = [
@@ -225,5 +240,5 @@ def _compare(
     differs = (ends.double().sum(0) > FINE * ends[0, :, :1].double()).any(1).tolist()
     unequal = [i for i, is_other in zip(shared, differs, strict=False) if is_other]
     moving = (ends[0, : len(shared), 0] > 0).sum().item()
-    agreed.is_apart = any(differs[len(shared) :]) or 2 * len(unequal) > moving
-    agreed.unequal += unequal
+    decision.is_apart = any(differs[len(shared) :]) or 2 * len(unequal) > moving
+    decision.unequal += unequal

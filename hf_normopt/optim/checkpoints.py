@@ -1,6 +1,7 @@
-"""The state of a checkpoint, matched by name with the groups that are to go on with it.
+"""Loading a checkpoint by parameter names, with checks.
 
-torch matches by position and asks nothing: two layers that changed places would swap their momenta.
+torch matches states by position and does not check: two layers that changed places would swap their
+momenta.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from ..roles.graph import canonical_name
 
 logger = logging.getLogger(__name__)
 
-# What a group is, as opposed to its options (lr, weight_decay, ...), which checkpoints may change.
+# What identifies a group; a checkpoint may change all else (lr, weight_decay, ...) but for _OWN.
 IDENTITY = ("param_names", "param_shapes", "role", "kind", "rule", "layouts")
 ON_MISMATCH = ("error", "reset")
 _OWN = ("schedule", "multiplier", "own", "label", "momentum_dtype", "rounding", "scales")
 
-_CHUNK = 2**18  # entries whose bits are added up at a time
+_CHUNK = 2**18  # entries that a checksum adds at a time
 
 Group = Mapping[str, Any]
 State = Mapping[int, Mapping[str, Any]]
@@ -36,9 +37,10 @@ class _Entry(NamedTuple):
     group: Group
     shape: tuple[int, ...]
     layout: str
-    state_text: str  # "" where it is not known
+    state_text: str  # from `described`; "" if it was not saved
 
     def fits(self, other: _Entry) -> bool:
+        """Whether the state of one can go on as the state of the other."""
         return (self.shape, self.rule, self.layout) == (other.shape, other.rule, other.layout)
 
     @property
@@ -49,52 +51,78 @@ class _Entry(NamedTuple):
 def matched(
     state_dict: Mapping[str, Any], groups: Sequence[Group], on_mismatch: str, per_role: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    """A state dict in the order of other groups, with their identity, and what does not fit.
+    """A state dict in the order of an optimizer's groups and with their identity.
 
     Args:
-        state_dict: of a checkpoint.
+        state_dict: from a checkpoint.
         groups: of the optimizer that will load it.
         on_mismatch: "error", or "reset": what does not fit is left out, with a warning.
-        per_role: whether each group has a step size of its own; else the first has that of all.
+        per_role: whether each group has a step size of its own; else the first group has the one of
+            all.
+
+    Returns:
+        The state dict, and a complaint for each thing that does not fit.
 
     Raises:
-        ValueError: if it is another optimizer's, or not whole, or parameters are missing, added, of
-            another shape or under another rule, unless `on_mismatch="reset"`.
+        ValueError: if the checkpoint is another optimizer's or damaged, or if parameters are
+            missing, added, of another shape or under another rule, unless `on_mismatch="reset"`.
     """
     absent = [key for key in ("state", "param_groups") if key not in state_dict]
     if absent:
-        found = ", ".join(map(str, state_dict)) or "nothing"
+        keys = ", ".join(map(str, state_dict)) or "nothing"
         raise ValueError(
-            f"This is no state of an optimizer: it has {found}, and not {' and '.join(absent)}."
+            f"This is no state of an optimizer: it has {keys}, and not {' and '.join(absent)}."
         )
-    states = state_dict["state"]
+    states, saved_groups = state_dict["state"], state_dict["param_groups"]
     own = dict(_entries(groups, range(sum(len(group["param_names"]) for group in groups))))
-    foreign = [g for g in state_dict["param_groups"] if not all(key in g for key in IDENTITY)]
+    saved, complaints = _compared(saved_groups, own)
+    fitting = {name: saved[name] for name in own if name in saved and saved[name].fits(own[name])}
+    damaged = _damaged(fitting, states)
+    if damaged:
+        name = next(iter(damaged))
+        complaints.append(
+            f"the state of {some(damaged.keys())} is not what was saved. {name} has "
+            f"[{damaged[name]}]; it was saved with [{fitting[name].state_text}]"
+        )
+    memory: dict[str, Any] = _first(saved_groups, "memory") or {}
+    keeps_memory = bool(fitting) and all(map(_is_finite, memory.values()))
+    if memory and (complaints or not keeps_memory):
+        values = ", ".join(f"{key} {float(value):.3g}" for key, value in memory.items())
+        goes_on = "eta goes on, all else" if keeps_memory else "it"
+        complaints.append(f"its step size was at {values}: {goes_on} starts anew")
+    _report(complaints, on_mismatch)
+
+    state = {
+        own[name].number: states[entry.number]
+        for name, entry in fitting.items()
+        if entry.number in states and name not in damaged
+    }
+    made = [_continued(group, fitting, own) for group in groups]
+    for i, group in enumerate(made):
+        if not per_role:  # the group that had it may be another now, or frozen
+            group["memory"] = memory if keeps_memory and i == 0 else {}
+        group["resets"] = [] if i else _first(saved_groups, "resets") or []
+    return {**state_dict, "state": state, "param_groups": made}, complaints
+
+
+def _compared(
+    saved_groups: Sequence[Group], own: Mapping[str, _Entry]
+) -> tuple[dict[str, _Entry], list[str]]:
+    """The parameters of a checkpoint, and how they differ from those of the optimizer."""
+    foreign = [group for group in saved_groups if not all(key in group for key in IDENTITY)]
     if foreign:
-        complaints = [
+        complaint = (
             f"it was not written by NormOpt. Its groups have {', '.join(sorted(foreign[0]))}; "
             f"expected {', '.join(IDENTITY)} among them"
-        ]
-        saved = {}
-    else:
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        saved = dict(_entries(state_dict["param_groups"], numbers))
-        complaints = list(_differences(saved, own))
-    fitting = {name: saved[name] for name in own if name in saved and saved[name].fits(own[name])}
-    broken = _broken(fitting, states)
-    if broken:
-        name = next(iter(broken))
-        complaints.append(
-            f"the state of {some(broken.keys())} is not what was saved. {name} has "
-            f"[{broken[name]}]; it was saved with [{fitting[name].state_text}]"
         )
-    memory: dict[str, Any] = _first(state_dict["param_groups"], "memory") or {}
-    resets: list[Any] = _first(state_dict["param_groups"], "resets") or []
-    is_kept = bool(fitting) and all(map(_is_finite, memory.values()))
-    if memory and (complaints or not is_kept):
-        values = ", ".join(f"{key} {float(value):.3g}" for key, value in memory.items())
-        goes_on = "eta goes on, all else" if is_kept else "it"
-        complaints.append(f"its step size was at {values}: {goes_on} starts anew")
+        return {}, [complaint]
+    numbers = [number for group in saved_groups for number in group["params"]]
+    saved = dict(_entries(saved_groups, numbers))
+    return saved, list(_differences(saved, own))
+
+
+def _report(complaints: Iterable[str], on_mismatch: str) -> None:
+    """Warn of each complaint, or raise the first unless `on_mismatch="reset"`."""
     for complaint in complaints:
         if on_mismatch != "reset":
             raise ValueError(
@@ -110,37 +138,31 @@ def matched(
             complaint,
         )
 
-    state = {
-        own[name].number: states[before.number]
-        for name, before in fitting.items()
-        if before.number in states and name not in broken
-    }
-    made: list[dict[str, Any]] = []
-    for group in groups:
-        names = [canonical_name(name) for name in group["param_names"]]
-        options = next((fitting[name].group for name in names if name in fitting), group)
-        kept = {key: group[key] for key in (*IDENTITY, *_OWN)}
-        if "weight_decay" in group["own"]:  # as it was asked for, like the multiplier
-            kept["weight_decay"] = group["weight_decay"]
-        if not per_role:  # the group that has it may be another, or frozen
-            kept["memory"] = memory if is_kept and not made else {}
-        kept["resets"] = [] if made else resets
-        made.append({**group, **options, **kept, "params": [own[name].number for name in names]})
-    return {**state_dict, "state": state, "param_groups": made}, complaints
+
+def _continued(
+    group: Group, fitting: Mapping[str, _Entry], own: Mapping[str, _Entry]
+) -> dict[str, Any]:
+    """A group of the optimizer with the options of the checkpoint."""
+    names = [canonical_name(name) for name in group["param_names"]]
+    options = next((fitting[name].group for name in names if name in fitting), group)
+    kept = {key: group[key] for key in (*IDENTITY, *_OWN)}
+    if "weight_decay" in group["own"]:  # the user asked for it, as for the multiplier
+        kept["weight_decay"] = group["weight_decay"]
+    return {**group, **options, **kept, "params": [own[name].number for name in names]}
 
 
-def _broken(fitting: Mapping[str, _Entry], states: State) -> dict[str, str]:
-    """The parameters whose state is not what was saved, and what it is."""
-    texts = described({one.number: states.get(one.number, {}) for one in fitting.values()})
+def _damaged(fitting: Mapping[str, _Entry], states: State) -> dict[str, str]:
+    """Descriptions of the states that are not what was saved, by parameter name."""
+    texts = described({entry.number: states.get(entry.number, {}) for entry in fitting.values()})
     return {
-        name: texts[one.number]
-        for name, one in fitting.items()
-        if one.state_text and not _is_same(one.state_text, texts[one.number])
+        name: texts[entry.number]
+        for name, entry in fitting.items()
+        if entry.state_text and not _is_same(entry.state_text, texts[entry.number])
     }
 
 
 def _first(groups: Iterable[Group], key: str) -> Any:
-    """What the first group has that has any."""
+    """The first value under a key that is not empty."""
     return next((group[key] for group in groups if group.get(key)), None)
 
 
@@ -149,19 +171,19 @@ def _is_finite(value: Tensor | float) -> bool:
 
 
 def described(state: State) -> dict[int, str]:
-    """Keys, types, shapes and checksums of every parameter's state.
+    """For every parameter, its state's keys, types, shapes and checksums.
 
-    Shards (`DTensor`) have no checksum: other numbers of ranks may read them.
+    Shards (`DTensor`) have no checksum, since another number of ranks may read them.
     """
     sums: dict[torch.device, list[Tensor]] = {}
     places: dict[tuple[int, str], tuple[torch.device, int]] = {}
     for number, values in state.items():
         for key, value in values.items():
             if isinstance(value, Tensor) and not isinstance(value, DTensor) and not value.is_meta:
-                found = sums.setdefault(value.device, [])
-                places[number, key] = value.device, len(found)
-                found.append(_checksum(value))
-    known = {device: torch.stack(found).tolist() for device, found in sums.items()}  # waits once
+                of_device = sums.setdefault(value.device, [])
+                places[number, key] = value.device, len(of_device)
+                of_device.append(_checksum(value))
+    known = {device: torch.stack(stacked).tolist() for device, stacked in sums.items()}  # one sync
     texts = {}
     for number, values in state.items():
         words = []
@@ -177,10 +199,10 @@ def described(state: State) -> dict[int, str]:
 
 
 def _checksum(value: Tensor) -> Tensor:
-    """A sum over the bits of all entries, modulo 2^64, the i-th times 2 i + 1.
+    """The sum over the bits of all entries, the i-th times 2 i + 1, modulo 2^64.
 
-    Integers, so that it is the same on every device and in every order of addition. It finds any
-    exchange of two entries, and nearly every other change.
+    A sum of integers is the same on every device and in every order of addition. It detects any
+    swap of two entries and nearly every other change.
     """
     kept: Any = value
     if hasattr(kept, "block_size"):  # torchao's 8 bits
@@ -195,16 +217,17 @@ def _checksum(value: Tensor) -> Tensor:
     return total
 
 
-def _is_same(saved: str, found: str) -> bool:
-    """Whether two descriptions are of one state; a checksum counts where both have it."""
-    pairs = list(zip(saved.split("; "), found.split("; "), strict=False))
-    return saved.count("; ") == found.count("; ") and all(
+def _is_same(saved: str, loaded: str) -> bool:
+    """Whether two descriptions agree; checksums count only where both have one."""
+    pairs = list(zip(saved.split("; "), loaded.split("; "), strict=False))
+    return saved.count("; ") == loaded.count("; ") and all(
         a == b or (a.partition(" #")[0] == b.partition(" #")[0] and ("#" not in a or "#" not in b))
         for a, b in pairs
     )
 
 
 def _entries(groups: Sequence[Group], numbers: Sequence[int]) -> Iterator[tuple[str, _Entry]]:
+    """The parameters of groups by name."""
     remaining = iter(numbers)
     for group in groups:
         texts = group.get("state_texts", {})
@@ -215,7 +238,7 @@ def _entries(groups: Sequence[Group], numbers: Sequence[int]) -> Iterator[tuple[
 
 
 def _differences(saved: Mapping[str, _Entry], own: Mapping[str, _Entry]) -> Iterator[str]:
-    """Every way in which parameters would go on with a state that is not theirs."""
+    """Every reason why a parameter would get a state that is not its own."""
     if saved.keys() != own.keys():
         yield (
             f"its parameters are not this model's. Only in the checkpoint: "
@@ -238,8 +261,8 @@ def _differences(saved: Mapping[str, _Entry], own: Mapping[str, _Entry]) -> Iter
             f"the rules of {some(set(ruled))} are others. {name} was trained under the rule "
             f"[{before}] ({role}) and would go on under [{now}] ({new_role})"
         )
-    read = [name for name in both if saved[name].layout != own[name].layout]
-    if read := [name for name in read if name not in reshaped]:
+    same_shape = [name for name in both if name not in reshaped]
+    if read := [name for name in same_shape if saved[name].layout != own[name].layout]:
         name = read[0]
         yield (
             f"{some(set(read))} would be read as other operators. {name} was trained as "
@@ -249,6 +272,6 @@ def _differences(saved: Mapping[str, _Entry], own: Mapping[str, _Entry]) -> Iter
 
 
 def some(names: Set[str]) -> str:
-    """A few names, for an error."""
+    """Up to five names, for an error message."""
     shown = ", ".join(sorted(names)[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown or "none"

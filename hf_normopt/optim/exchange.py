@@ -1,14 +1,14 @@
-"""Several ranks: every whole operator has one owner, which computes its direction for all.
+"""The step on several ranks: every operator has one owner, which computes its direction for all.
 
-* Replicas (DDP) all have the momenta. Each computes the directions of its own operators and
-  broadcasts them: 1 / ranks of the work, and the entries of these operators once per step.
-* Shards (FSDP2, TP) go to the parameter's owner and its direction comes back, by all-to-all: each
-  entry is sent twice per step, but for those that the owner holds. Where shards have replicas
-  (HSDP), the owner is one rank among all of them, and its replicas get their shards from it.
+* Replicas (DDP) all have the momenta. Each rank computes the directions of its own operators and
+  broadcasts them: 1 / ranks of the work, and each entry of these operators sent once per step.
+* Shards (FSDP2, TP) go to the parameter's owner, and its direction comes back, by all-to-all: each
+  entry that the owner does not hold is sent twice per step. Where shards have replicas (HSDP), the
+  owner is one rank among all of them and broadcasts the answer to its replicas.
 
-Directions whose shards do not need each other, such as experts, the rows of a head and Adam's, are
-found where they lie ([`localized`]). What is left (several sharded axes, other statistics) is
-gathered by every rank. Dual norms are found by the same owners, and only their sum is shared.
+Some directions do not need other shards: those of experts, of the rows of a head, of Adam. Each
+rank computes its part of them ([`_localized`]). Every rank gathers what is left (several sharded
+axes, other statistics). The same owners compute dual norms; only the sum is communicated.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from .sharding import (
     sharded_axes,
 )
 
-BUCKET = 2**24  # entries that are sent at a time, or four operators of each rank if that is more
+BUCKET = 2**24  # entries sent at a time, or four operators of each rank if that is more
 
 
 @lru_cache
 def assign(costs: tuple[float, ...], ranks: int) -> tuple[int, ...]:
-    """The owner of each piece of work: the largest first, each to who has least (Graham 1969)."""
+    """The owner of each piece of work: the largest first, to the least busy rank (Graham 1969)."""
     loads = [(0.0, rank) for rank in range(ranks)]
     owners = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -56,10 +56,10 @@ def assign(costs: tuple[float, ...], ranks: int) -> tuple[int, ...]:
     return tuple(owners)
 
 
-def localized(move: Move) -> Move | None:
-    """The move of this rank's shard by itself, where it is that of the whole parameter."""
+def _localized(move: Move) -> Move | None:
+    """This rank's shard as a move of its own; None if its direction needs other shards."""
     p, rule = move.param, move.rule
-    axes = sharded_axes(p) if isinstance(p, DTensor) and rule.norm.independent else None
+    axes = sharded_axes(p) if isinstance(p, DTensor) else None
     if axes is None:
         return None
     if not rule.entrywise:
@@ -70,45 +70,48 @@ def localized(move: Move) -> Move | None:
     return move.of_shard()
 
 
-def is_shared(move: Move) -> bool:
-    """Whether replicas share the work: an operator's direction costs more than to send it."""
-    is_spectral = isinstance(move.rule.norm, Spectral) and move.rule.statistic is None
-    return is_spectral and move.copies is not None
+def _routed(moves: Sequence[Move], full: bool = False) -> tuple[list[Move], list[Move], list[Move]]:
+    """Moves that replicas share, moves whose shards go to owners, and moves of this rank alone.
 
-
-def is_exchanged(move: Move) -> bool:
-    """Whether a parameter's shards can be sent to an owner and back."""
-    p = move.param
-    is_one = isinstance(p, DTensor) and one_shard(p) is not None
-    return is_one and move.rule.statistic is None and bool(move.rule.norm.independent)
+    Replicas share spectral directions, which cost more to compute than to send. Unless every rank
+    needs the full direction, a move that needs no other shard becomes that of this rank's shard.
+    """
+    shared, exchanged, own = [], [], []
+    for move in moves:
+        p, rule = move.param, move.rule
+        shard = None if full else _localized(move)
+        is_spectral = isinstance(rule.norm, Spectral) and rule.statistic is None
+        has_one_shard = isinstance(p, DTensor) and one_shard(p) is not None
+        is_joint = not rule.norm.independent  # a product, whose factors stay together
+        if is_joint:
+            own.append(move)
+        elif is_spectral and (shard or move).copies is not None:
+            shared.append(shard or move)
+        elif shard is None and not full and rule.statistic is None and has_one_shard:
+            exchanged.append(move)
+        else:
+            own.append(shard or move)
+    return shared, exchanged, own
 
 
 def directed_inplace(
-    moves: Sequence[Move], weight: Tensor | float, unit: Tensor | float, keep: bool, whole: bool
+    moves: Sequence[Move], weight: Tensor | float, unit: Tensor | float, keep: bool, full: bool
 ) -> Iterator[Move]:
-    """Find the directions; each move is yielded with its own, sharded ones as moves of the shard.
+    """Compute the directions; yield each move with its own, sharded ones as moves of the shard.
 
     Args:
-        moves: of parameters, advanced by this.
-        weight: of the gradients.
-        unit: what the weights amount to in the step, for the statistic's eps.
-        keep: whether `smooth` is wanted too; moves are not taken in parts then.
-        whole: whether all of each parameter is wanted on every rank.
+        moves: moves of parameters, advanced by this.
+        weight: the weight of the gradients.
+        unit: the sum of the weights in this step, for the statistic's eps.
+        keep: whether `smooth` is needed later; large moves are then not split into parts.
+        full: whether every rank needs the full direction of each parameter.
     """
-    shared, exchanged, rest = [], [], []
-    for move in moves:
-        shard = None if whole else localized(move)
-        if is_shared(shard or move):
-            shared.append(shard or move)
-        elif shard is None and not whole and is_exchanged(move):
-            exchanged.append(move)
-        else:
-            rest.append(shard or move)
-    for alike in _alike(shared):
-        yield from _shared_inplace(alike, weight, keep)
-    for alike in _alike(exchanged):
-        yield from _exchanged_inplace(alike, weight, keep)
-    for move in rest if keep else chain(*map(parts, rest)):
+    shared, exchanged, own = _routed(moves, full)
+    for together in _stackable(shared):
+        yield from _by_replicas_inplace(together, weight, keep)
+    for together in _stackable(exchanged):
+        yield from _by_owners_inplace(together, weight, keep)
+    for move in own if keep else chain(*map(parts, own)):
         move.advance_inplace(weight, unit)
         yield move
 
@@ -119,141 +122,152 @@ def dual_norms(
     """Parts of the network's dual norm: scale · multiplier · dual norm of each tensor.
 
     Args:
-        moves: of single parameters.
-        tensors: placed as the parameters are.
+        moves: moves of single parameters.
+        tensors: one for each move, placed as its parameter.
 
     Yields:
-        Values that this rank has found, with the ranks over which they are to be added up.
+        Values that this rank has computed, with the ranks over which they add up.
     """
-    received = {id(move): tensor for move, tensor in zip(moves, tensors, strict=True)}
-    shared, exchanged = [], []
-    for move in moves:
-        shard, tensor = localized(move), received[id(move)]
-        if is_shared(shard or move):
-            shared.append(shard or move)
-            received[id(shard or move)] = local(tensor)
-        elif shard is not None:
-            yield shard.dual(local(tensor)), shard.shards
-        elif is_exchanged(move):
-            exchanged.append(move)
-        else:
-            yield move.dual(gathered(tensor)), ()
-    for alike in _alike(shared):
-        assert alike[0].copies is not None
-        ranks = (alike[0].copies, *alike[0].shards)
-        for move, of_operators in zip(alike, _shares(alike), strict=True):
-            found = received[id(move)].new_zeros(())
-            operators = move.layout.to_operators(received[id(move)])
-            for share, operator in zip(of_operators, operators, strict=True):
-                found = found + move.dual_of(share.mine_of(operator))
-            yield found, ranks
-    for alike in _alike(exchanged):
-        for trade in _trades(alike):
-            trade.send([local(received[id(move)]) for move in trade.moves])
-            yield trade.like.new_zeros(()), trade.ranks  # all enter the reduction
-            for move, whole in trade.received():
-                yield move.dual(whole), trade.ranks
+    placed = {move.param: tensor for move, tensor in zip(moves, tensors, strict=True)}
+
+    def tensor_of(move: Move) -> Tensor:
+        return placed[move.param] if move.whole is None else local(placed[move.whole])
+
+    shared, exchanged, own = _routed(moves)
+    for move in own:
+        yield move.dual(gathered(tensor_of(move))), move.shards
+    for together in _stackable(shared):
+        assert together[0].copies is not None
+        ranks = (together[0].copies, *together[0].shards)
+        for move, ownerships in zip(together, _ownerships(together), strict=True):
+            dual = tensor_of(move).new_zeros(())
+            operators = move.layout.to_operators(tensor_of(move))
+            for ownership, operator in zip(ownerships, operators, strict=True):
+                dual = dual + move.dual_of(ownership.mine_of(operator))
+            yield dual, ranks
+    for together in _stackable(exchanged):
+        for exchange in _exchanges(together):
+            exchange.send([local(tensor_of(move)) for move in exchange.moves])
+            yield exchange.empty.new_zeros(()), exchange.ranks  # all enter the reduction
+            for move, full in exchange.received():
+                yield move.dual(full), exchange.ranks
 
 
 # Replicas
 
 
-def _shared_inplace(moves: Sequence[Move], weight: Tensor | float, keep: bool) -> Iterator[Move]:
-    """A rank holds the directions of its own operators, and those of two buckets."""
-    shares = _shares(moves)
-    for move, of_operators in zip(moves, shares, strict=True):
+def _by_replicas_inplace(
+    moves: Sequence[Move], weight: Tensor | float, keep: bool
+) -> Iterator[Move]:
+    """Compute the directions of this rank's operators, and broadcast them bucket by bucket.
+
+    A rank holds its own directions and those of two buckets.
+    """
+    ownerships = _ownerships(moves)
+    for move, of_move in zip(moves, ownerships, strict=True):
         smooth = smooth_inplace(move, weight)[0]
         if keep:
             move.smooth = smooth
         operators = move.stacked_layout.to_operators(smooth)
-        for share, operator in zip(of_operators, operators, strict=True):
-            mine = share.mine_of(operator)
-            share.found = move.rule.norm.lmo(mine, move.scale(mine.shape)) if len(mine) else mine
+        for ownership, operator in zip(of_move, operators, strict=True):
+            mine = ownership.mine_of(operator)
+            ownership.directions = (
+                move.rule.norm.lmo(mine, move.scale(mine.shape)) if len(mine) else mine
+            )
     pending = None
     sizes = [math.prod(_stored_shape(move)) for move in moves]
     for bucket in [*_buckets(sizes, dist.get_world_size(moves[0].copies)), []]:
-        sending = _broadcasts([share for i in bucket for share in shares[i]], moves[0])
+        sending = _broadcasts([one for i in bucket for one in ownerships[i]], moves[0])
         if pending is not None:
-            yield from _arrived(moves, shares, *pending)
+            yield from _arrived(moves, ownerships, *pending)
         pending = bucket, sending
 
 
-class _Share:
-    """The operators (batch, m, n) of a tensor: which are whose, and the directions of one's own."""
+class _Ownership:
+    """Which rank owns which of the operators (batch, m, n) of a tensor.
+
+    Attributes:
+        directions: of the operators that this rank owns, until they are sent.
+    """
+
+    directions: Tensor
 
     def __init__(self, shape: tuple[int, ...], owners: Iterator[int], world: int, me: int) -> None:
         self.shape, self.me = shape, me
-        self.places: list[list[int]] = [[] for _ in range(world)]
+        self.owned: list[list[int]] = [[] for _ in range(world)]
         for i in range(math.prod(shape[:-2])):
-            self.places[next(owners)].append(i)
-        self.found: Tensor
+            self.owned[next(owners)].append(i)
 
     def entries(self, rank: int) -> int:
-        return len(self.places[rank]) * math.prod(self.shape[-2:])
+        """The number of entries of the operators that a rank owns."""
+        return len(self.owned[rank]) * math.prod(self.shape[-2:])
 
     def mine_of(self, operators: Tensor) -> Tensor:
-        return operators.reshape(-1, *operators.shape[-2:])[self.places[self.me]]
+        """The operators that this rank owns, (owned, m, n)."""
+        return operators.reshape(-1, *operators.shape[-2:])[self.owned[self.me]]
 
 
-def _shares(moves: Sequence[Move]) -> list[list[_Share]]:
-    """Of each move, those of its operators."""
+def _ownerships(moves: Sequence[Move]) -> list[list[_Ownership]]:
+    """The ownership of each tensor of operators, for each move."""
     ranks = moves[0].copies
     world, me = dist.get_world_size(ranks), dist.get_rank(ranks)
     shapes = [operator_shapes(move.stacked_layout, _stored_shape(move)) for move in moves]
     owners = iter(assign(tuple(_costs(moves, shapes)), world))
-    return [[_Share(shape, owners, world, me) for shape in of_move] for of_move in shapes]
+    return [[_Ownership(shape, owners, world, me) for shape in of_move] for of_move in shapes]
 
 
-class _Broadcast:
-    """What one rank sends to its replicas."""
+class _Broadcasts:
+    """A buffer from each rank to its replicas, all on their way at once."""
 
-    def __init__(self, buffer: Tensor, source: int, ranks: ProcessGroup) -> None:
-        self.buffer = buffer
-        self.work = (
+    def __init__(self, buffers: Sequence[Tensor], ranks: ProcessGroup) -> None:
+        self._buffers = buffers
+        self._works = [
             dist.broadcast(buffer, group=ranks, group_src=source, async_op=True)
+            for source, buffer in enumerate(buffers)
             if buffer.numel()
-            else None
-        )
+        ]
 
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        return self.buffer
+    def wait(self) -> Sequence[Tensor]:
+        """The buffers, once all have arrived."""
+        for work in self._works:
+            work.wait()
+        return self._buffers
 
 
-def _broadcasts(shares: Sequence[_Share], move: Move) -> list[_Broadcast]:
-    """One from each rank, of the directions that it has found."""
+def _broadcasts(ownerships: Sequence[_Ownership], move: Move) -> _Broadcasts:
+    """Broadcasts of the directions that each rank has computed."""
     ranks = move.copies
     assert ranks is not None
-    me, like = dist.get_rank(ranks), _like(move)
-    sending = []
-    for rank in range(dist.get_world_size(ranks)):
-        if rank == me:
-            buffer = torch.cat([share.found.flatten() for share in shares] or [like])
-        else:
-            buffer = like.new_empty(sum(share.entries(rank) for share in shares))
-        sending.append(_Broadcast(buffer, rank, ranks))
-    return sending
+    me, empty = dist.get_rank(ranks), _empty(move)
+    buffers = [
+        torch.cat([one.directions.flatten() for one in ownerships] or [empty])
+        if rank == me
+        else empty.new_empty(sum(one.entries(rank) for one in ownerships))
+        for rank in range(dist.get_world_size(ranks))
+    ]
+    return _Broadcasts(buffers, ranks)
 
 
 def _arrived(
     moves: Sequence[Move],
-    shares: Sequence[Sequence[_Share]],
+    ownerships: Sequence[Sequence[_Ownership]],
     bucket: Sequence[int],
-    sending: Sequence[_Broadcast],
+    sending: _Broadcasts,
 ) -> Iterator[Move]:
-    received = [one.wait() for one in sending]
+    """Put the directions of a bucket together; yield its moves."""
+    received = sending.wait()
     taken = [0] * len(received)
     for i in bucket:
         directions = []
-        for share in shares[i]:
-            direction = received[0].new_empty((math.prod(share.shape[:-2]), *share.shape[-2:]))
-            for rank, (places, buffer) in enumerate(zip(share.places, received, strict=True)):
-                end = taken[rank] + share.entries(rank)
-                direction[places] = buffer[taken[rank] : end].reshape(-1, *share.shape[-2:])
+        for ownership in ownerships[i]:
+            *batch, m, n = ownership.shape
+            direction = received[0].new_empty((math.prod(batch), m, n))
+            for rank, (owned, buffer) in enumerate(zip(ownership.owned, received, strict=True)):
+                end = taken[rank] + ownership.entries(rank)
+                direction[owned] = buffer[taken[rank] : end].reshape(-1, m, n)
                 taken[rank] = end
-            directions.append(direction.reshape(share.shape))
-            del share.found
+            directions.append(direction.reshape(ownership.shape))
+            del ownership.directions
         shape = _stored_shape(moves[i])
         moves[i].direction = moves[i].stacked_layout.from_operators(tuple(directions), shape)
         yield moves[i]
@@ -262,54 +276,59 @@ def _arrived(
 # Shards
 
 
-def _exchanged_inplace(moves: Sequence[Move], weight: Tensor | float, keep: bool) -> Iterator[Move]:
-    """While directions of one bucket are found, the next travels out and the last one back.
+def _by_owners_inplace(moves: Sequence[Move], weight: Tensor | float, keep: bool) -> Iterator[Move]:
+    """Send shards to their owners bucket by bucket; yield the moves whose directions came back.
 
-    A rank holds its shards of three buckets of parameters, and those of one that it owns whole.
+    While owners compute the directions of one bucket, the next bucket travels to them and the one
+    before travels back. A rank holds its shards of three buckets, and the full parameters that it
+    owns in one.
     """
     sent = answered = None
-    for trade in chain(_trades(moves), (None, None)):
-        if trade is not None:
-            shards = [move.of_shard() for move in trade.moves]
+    for exchange in chain(_exchanges(moves), (None, None)):
+        if exchange is not None:
+            shards = [move.of_shard() for move in exchange.moves]
             smooth = [smooth_inplace(shard, weight)[0] for shard in shards]
-            trade.send(smooth)
+            exchange.send(smooth)
             if keep:
                 for shard, momentum in zip(shards, smooth, strict=True):
                     shard.smooth = momentum
         if sent is not None:
-            sent[0].answer([_direction(move, whole) for move, whole in sent[0].received()])
+            sent[0].answer([_direction(move, full) for move, full in sent[0].received()])
         if answered is not None:
             for i, direction in answered[0].returned():
                 answered[1][i].direction = direction
                 yield answered[1][i]
-        answered, sent = sent, None if trade is None else (trade, shards)
+        answered, sent = sent, None if exchange is None else (exchange, shards)
 
 
 def _direction(move: Move, smooth: Tensor) -> Tensor:
     operators = move.layout.to_operators(smooth)
-    found = tuple(move.rule.norm.lmo(o, move.scale(o.shape)) for o in operators)
-    return move.layout.from_operators(found, tuple(smooth.shape))
+    directions = tuple(move.rule.norm.lmo(o, move.scale(o.shape)) for o in operators)
+    return move.layout.from_operators(directions, tuple(smooth.shape))
 
 
-def _trades(moves: Sequence[Move]) -> Iterator[_Trade]:
-    """Buckets of sharded parameters."""
-    owners = math.prod(map(dist.get_world_size, _Trade.ranks_of(moves[0])))
+def _exchanges(moves: Sequence[Move]) -> Iterator[_AllToAll]:
+    """One exchange for each bucket of sharded parameters."""
+    owners = math.prod(map(dist.get_world_size, _AllToAll.ranks_of(moves[0])))
     for bucket in _buckets([move.param.numel() for move in moves], owners):
-        yield _Trade([moves[i] for i in bucket])
+        yield _AllToAll([moves[i] for i in bucket])
 
 
-class _Trade:
-    """Tensors that are sharded as some parameters, sent to owners; and what these answer.
+class _AllToAll:
+    """Sends the shards of tensors to their owners, and the owners' answers back as shards.
 
-    Owners are numbered by replica, and in it by rank among the shards. A replica trades what it
-    owns, and broadcasts each shard of the answers to the same shard of the other replicas.
+    Owners are numbered by replica, and within a replica by rank among the shards. Each replica
+    exchanges what it owns, and broadcasts every shard of the answers to the other replicas.
+
+    Args:
+        moves: moves of the parameters that give the tensors their shapes and placements.
     """
 
     def __init__(self, moves: Sequence[Move]) -> None:
         self.moves = moves
         self._axes = [self._shard_of(move)[0] for move in moves]
         self.ranks = self.ranks_of(moves[0])
-        self.like = _like(moves[0])
+        self.empty = _empty(moves[0])
         self.group, *rest = self.ranks
         self.copies = rest[0] if rest else None
         self.me, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -326,7 +345,7 @@ class _Trade:
     @staticmethod
     def ranks_of(move: Move) -> tuple[ProcessGroup, ...]:
         """The ranks that hold the shards, and the replicas of a shard if there are any."""
-        group, copies = _Trade._shard_of(move)[1], copies_of(move.param)
+        group, copies = _AllToAll._shard_of(move)[1], copies_of(move.param)
         return (group,) if copies is None else (group, copies)
 
     @staticmethod
@@ -343,11 +362,11 @@ class _Trade:
         self._come = [
             sum(self._entries(i, rank) for i in mine[self.me]) for rank in range(self.world)
         ]
-        outgoing = torch.cat([self.like, *(shards[i].flatten() for i in chain(*mine))])
+        outgoing = torch.cat([self.empty, *(shards[i].flatten() for i in chain(*mine))])
         self._travel(outgoing, self._come, self._gone)
 
     def received(self) -> Iterator[tuple[Move, Tensor]]:
-        """What this rank owns, whole."""
+        """The full tensors that this rank owns, each with the move of its parameter."""
         owned = self._owned[self.replica][self.me]
         sizes = [self._entries(i, rank) for rank in range(self.world) for i in owned]
         pieces = self._arrival().split(sizes)
@@ -358,28 +377,27 @@ class _Trade:
             ]
             yield self.moves[i], torch.cat(parts, self._axes[i])
 
-    def answer(self, found: Sequence[Tensor]) -> None:
-        """Start sending back what was made of that which was received, in its order."""
+    def answer(self, answers: Sequence[Tensor]) -> None:
+        """Start sending back one full tensor for each that was received, in the same order."""
         owned = self._owned[self.replica][self.me]
         parts: list[list[Tensor]] = [[] for _ in range(self.world)]
-        for i, whole in zip(owned, found, strict=True):
+        for i, full in zip(owned, answers, strict=True):
             axis = self._axes[i]
-            lengths = shard_sizes(whole.shape[axis], self.world)
-            for rank, part in enumerate(whole.split(lengths, axis)):
+            lengths = shard_sizes(full.shape[axis], self.world)
+            for rank, part in enumerate(full.split(lengths, axis)):
                 parts[rank].append(part.flatten())
-        self._travel(torch.cat([self.like, *chain(*parts)]), self._gone, self._come)
+        self._travel(torch.cat([self.empty, *chain(*parts)]), self._gone, self._come)
 
     def returned(self) -> Iterator[tuple[int, Tensor]]:
-        """The answers for this rank's shards, each with its parameter's number."""
+        """This rank's shards of the answers, each with the number of its parameter."""
         orders = [list(chain(*owned)) for owned in self._owned]
         sizes = [[self._entries(i, self.me) for i in order] for order in orders]
-        buffers = [
-            self._arrival() if replica == self.replica else self.like.new_empty(sum(entries))
+        buffers: Sequence[Tensor] = [
+            self._arrival() if replica == self.replica else self.empty.new_empty(sum(entries))
             for replica, entries in enumerate(sizes)
         ]
         if self.copies is not None:
-            sending = [_Broadcast(buffer, i, self.copies) for i, buffer in enumerate(buffers)]
-            buffers = [one.wait() for one in sending]
+            buffers = _Broadcasts(buffers, self.copies).wait()
         for order, entries, buffer in zip(orders, sizes, buffers, strict=True):
             for i, piece in zip(order, buffer.split(entries), strict=True):
                 yield i, piece.reshape(self._shape(i, self.me))
@@ -407,23 +425,23 @@ class _Trade:
 # Both
 
 
-def _alike(moves: Sequence[Move]) -> Iterator[list[Move]]:
-    """Moves that can be sent together."""
+def _stackable(moves: Sequence[Move]) -> Iterator[list[Move]]:
+    """Groups of moves that can be sent together: of one dtype, device and set of ranks."""
     kinds: dict[Any, list[Move]] = {}
     for move in moves:
         p = move.param
-        ranks = _Trade.ranks_of(move) if isinstance(p, DTensor) else (move.copies, move.shards)
+        ranks = _AllToAll.ranks_of(move) if isinstance(p, DTensor) else (move.copies, move.shards)
         kinds.setdefault((state_dtype(p), p.device, ranks), []).append(move)
     yield from kinds.values()
 
 
-def _like(move: Move) -> Tensor:
-    """An empty tensor in the dtype in which momenta are sent."""
+def _empty(move: Move) -> Tensor:
+    """A tensor without entries, of the dtype and device in which momenta are sent."""
     return torch.empty(0, dtype=state_dtype(move.param), device=move.param.device)
 
 
 def _stored_shape(move: Move) -> tuple[int, ...]:
-    """Of `smooth`."""
+    """The shape of `smooth`."""
     shape = tuple(move.param.shape)
     return shape if move.alone else (len(move.params), *shape)
 
@@ -447,7 +465,7 @@ def _costs(moves: Sequence[Move], shapes: Sequence[tuple[tuple[int, ...], ...]])
 
 
 def _buckets(sizes: Sequence[int], owners: int) -> Iterator[list[int]]:
-    """Consecutive moves that make up [`BUCKET`] entries, or four operators for each owner."""
+    """The numbers of consecutive moves that make up [`BUCKET`] entries, or four for each owner."""
     most = max(BUCKET, 4 * owners * max(sizes, default=0))
     bucket: list[int] = []
     entries = 0

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from ..norms.layouts import Layout, usual_layout
 from ..roles.graph import canonical_name
 from ..tables import fold_names, format_table
-from .agreement import Facts, Own, agree, average_inplace
+from .agreement import Proposal, Settings, agree, average_inplace
 from .batches import is_flat, moves_of
 from .checkpoints import ON_MISMATCH, described, matched, some
 from .exchange import directed_inplace, dual_norms
@@ -103,7 +103,7 @@ class NormOpt(torch.optim.Optimizer):
     observer: Callable[[Move, Tensor | float], None] | None = None
     replicas: ProcessGroup | None = None
     _sums: dict[torch.device, Tensor] | None = None  # of gradients, see `note_inplace`
-    _fixed: tuple[list[int], Facts] | None = None  # what ranks must have the same, and its key
+    _fixed: tuple[list[int], Settings] | None = None  # what ranks must have the same, and its key
     _wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
     _is_apart: bool = False  # whether replicas were found to train by themselves
     _has_compared: bool = False
@@ -246,13 +246,13 @@ class NormOpt(torch.optim.Optimizer):
         ]
         eta = weight = size.weight(memory)
         if size.needs_directions:
-            moves = list(directed_inplace(moves, weight, weight, keep=True, whole=watched))
+            moves = list(directed_inplace(moves, weight, weight, keep=True, full=watched))
         if moves and not isinstance(size, Fixed):
             eta = self._eta(moves, weight, memory)
         directed: Iterable[Move] = moves
         if not size.needs_directions:
             unit = size.weight(memory)
-            directed = directed_inplace(moves, weight, unit, keep=watched, whole=watched)
+            directed = directed_inplace(moves, weight, unit, keep=watched, full=watched)
         for move in directed:
             if watched:
                 for whole in (one.of_whole() for one in move.operators()):
@@ -291,7 +291,7 @@ class NormOpt(torch.optim.Optimizer):
         self._ranks = self._replicas(params)
         groups = groups_of(params, self._ranks)
         text = self._common_text() if groups else ""
-        own = Own(params, self._complaint(), text, self._facts, self.observer is not None)
+        own = Proposal(params, self._complaint(), text, self._facts, self.observer is not None)
         if self._ranks is not None:
             partial = any(
                 getattr(module(), "find_unused_parameters", False)
@@ -331,7 +331,7 @@ class NormOpt(torch.optim.Optimizer):
         """
         params = [p for group in self.param_groups for p in group["params"]]
         if groups := groups_of(params, None):
-            own = Own(params, self._complaint(), self._common_text(), self._facts)
+            own = Proposal(params, self._complaint(), self._common_text(), self._facts)
             agree(own, groups, None)
 
     def _replicas(self, params: list[Tensor]) -> ProcessGroup | None:
@@ -359,16 +359,16 @@ class NormOpt(torch.optim.Optimizer):
         """All that must be equal on the ranks."""
         return str(self._facts())
 
-    def _facts(self) -> Facts:
+    def _facts(self) -> Settings:
         key = [len(group["params"]) for group in self.param_groups]
         if self._fixed is None or self._fixed[0] != key:
             self._fixed = key, self._fixed_facts()
         return {**self._fixed[1], **self._rates()}
 
-    def _fixed_facts(self) -> Facts:
+    def _fixed_facts(self) -> Settings:
         """What does not change from step to step."""
         begun = max((group["steps"] for group in self.param_groups), default=0)
-        facts: Facts = {
+        facts: Settings = {
             "the optimizer": {"step size": str(self.step_size), "steps before this run": str(begun)}
         }
         for group in self.param_groups:
@@ -392,9 +392,9 @@ class NormOpt(torch.optim.Optimizer):
                 }
         return facts
 
-    def _rates(self) -> Facts:
+    def _rates(self) -> Settings:
         """What schedules may change; rates that lie on another device are not asked for."""
-        facts: Facts = {}
+        facts: Settings = {}
         for group in self.param_groups:
             lr = group["lr"]
             asked = not isinstance(lr, Tensor) or lr.is_cpu

@@ -1,6 +1,6 @@
-"""Momenta in few bits, and weights in 16 bits that lose no small step.
+"""Storage in few bits: momenta in 16 or 8, and weights in 16 that do not lose small steps.
 
-All arithmetic is in float32 at least; here is what is kept of its results.
+All arithmetic is in float32 at least; this file stores its results.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ logger = logging.getLogger(__name__)
 warn_once = cache(logger.warning)
 
 MOMENTUM_DTYPES = ("float32", "bfloat16", "8bit")
-"""8bit: blocks of up to [`BLOCK`] entries with a scale each (Dettmers et al. 2022, arXiv
-2110.02861), by torchao. `block_of` says which momenta stay in float32."""
+"""8bit: blocks of up to [`BLOCK`] entries, each with a scale (Dettmers et al. 2022, arXiv
+2110.02861), by torchao. [`block_of`] says which momenta stay in float32."""
 
 BLOCK = 256
 LEAST_BLOCK = 16  # 1.25 bytes an entry
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
-"""How weights in 16 bits take a step. A step below half of a weight's last bit is lost to "nearest"
-(in bfloat16 1/512 of the weight). "stochastic" rounds up as often as is right on average; "kahan"
-keeps what was rounded off, two more bytes for each weight, and adds it to the next step. For
-bfloat16 this is the lower half of a float32's bits, so that nothing is lost at all."""
+"""How weights in 16 bits take a step. "nearest" loses a step below half of a weight's last bit
+(1/512 of the weight in bfloat16). "stochastic" rounds at random, right on average. "kahan" keeps
+the rounding error, two bytes per weight, and adds it to the next step; for bfloat16 it is the lower
+half of a float32, so that nothing is lost."""
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
-    """Momenta and statistics are computed in float32 at least."""
+    """The dtype in which momenta and statistics are computed: float32 at least."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
 def is_low(p: Tensor) -> bool:
-    """Whether the weights have fewer bits than their arithmetic."""
+    """Whether the weights are stored in fewer bits than they are computed in."""
     return p.dtype != state_dtype(p)
 
 
 def check_precision(params: Iterable[Tensor], momentum_dtype: str, rounding: str) -> None:
-    """Complain about what cannot be done, and say once what will be lost.
+    """Check the options of precision; warn once where steps will be lost.
 
     Raises:
-        ValueError: for an unknown name, or a dtype that cannot be rounded so.
+        ValueError: for an unknown option, or a rounding that does not suit a dtype.
         ImportError: if torchao is needed and missing.
     """
     for name, value, known in (
@@ -78,7 +78,7 @@ def check_precision(params: Iterable[Tensor], momentum_dtype: str, rounding: str
 
 
 def _state_8bit() -> Any:
-    """Torchao's tensor of 8-bit blocks; an import also lets `torch.load` read it."""
+    """Torchao's class for 8-bit state; importing it also lets `torch.load` read it."""
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
@@ -89,11 +89,11 @@ def _state_8bit() -> Any:
 
 
 def block_of(p: Tensor) -> int:
-    """How many entries of a momentum in 8 bits share a scale; 0 if it stays in float32.
+    """The number of entries of an 8-bit momentum that share a scale; 0 if it stays in float32.
 
-    A block lies within a row, which FSDP2 does not cut, so that the blocks are those of one process
-    on any number of ranks. In float32 stays what is smaller than 4096 entries, has rows that give
-    no block of [`LEAST_BLOCK`] entries, or is cut along another axis through a block.
+    A block lies within a row, and FSDP2 does not cut rows: the blocks are the same on any number of
+    ranks. A momentum stays in float32 if it has fewer than 4096 entries, if its rows do not divide
+    into blocks of at least [`LEAST_BLOCK`] entries, or if a shard ends within a block.
     """
     row = math.prod(p.shape[1:] or p.shape)  # of the shape alone: p[0] would gather a DTensor
     block = math.gcd(BLOCK, row)
@@ -110,7 +110,7 @@ def block_of(p: Tensor) -> int:
 
 
 def new_momentum(p: Tensor, momentum_dtype: str) -> Tensor:
-    """Zeros of the shape of p."""
+    """A momentum of zeros for a parameter."""
     shard = local(p)
     block = block_of(p) if momentum_dtype == "8bit" and shard.numel() else 0
     if block:
@@ -123,12 +123,12 @@ def new_momentum(p: Tensor, momentum_dtype: str) -> Tensor:
 
 
 def new_compensation(p: Tensor) -> Tensor:
-    """Zeros for what `write_inplace` keeps under "kahan"."""
+    """Zeros for the rounding errors that `write_inplace` keeps under "kahan"."""
     return torch.zeros_like(p, dtype=torch.int16 if p.dtype == torch.bfloat16 else p.dtype)
 
 
 def loaded_momentum(saved: Tensor, p: Tensor, momentum_dtype: str) -> Tensor:
-    """A checkpoint's momentum as it is kept now; the same bits if it was kept so."""
+    """A checkpoint's momentum in the format of this run; bit for bit if the format is the same."""
     momentum = new_momentum(p, momentum_dtype)
     own, other = local(momentum), local(saved)
     is_same = type(own) is type(other)
@@ -138,9 +138,9 @@ def loaded_momentum(saved: Tensor, p: Tensor, momentum_dtype: str) -> Tensor:
 
 
 def loaded_compensation(saved: Tensor, p: Tensor) -> Tensor:
-    """A checkpoint's compensation; 0 where it was kept for weights of another dtype.
+    """A checkpoint's rounding errors; 0 if they belong to weights of another dtype.
 
-    What bfloat16 rounds off is kept as bits, what float16 rounds off as a number.
+    Those of bfloat16 are stored as bits, those of float16 as numbers.
     """
     compensation = new_compensation(p)
     if saved.dtype == compensation.dtype:
@@ -155,11 +155,11 @@ def loaded_compensation(saved: Tensor, p: Tensor) -> Tensor:
 
 
 def packed(state: Mapping[str, Any], p: Tensor, momentum_dtype: str) -> dict[str, Any]:
-    """A parameter's state as checkpoints hold it: in types that ranks can send to each other.
+    """A parameter's state for a checkpoint, in dtypes that ranks can send to each other.
 
-    * 8 bits: codes and scales, as two tensors that are placed as the parameter is;
-    * a compensation in int16: the same bits as bfloat16, since neither gloo nor NCCL sends int16;
-    * nothing: a mark, since `torch.distributed.checkpoint` loads no empty state.
+    * 8 bits: codes and scales as two tensors, placed as the parameter;
+    * int16 compensations: the same bits as bfloat16, since neither gloo nor NCCL sends int16;
+    * no state: a mark, since `torch.distributed.checkpoint` does not load an empty state.
     """
     made = dict(state)
     momentum = made.get("momentum_buffer")
@@ -168,7 +168,7 @@ def packed(state: Mapping[str, Any], p: Tensor, momentum_dtype: str) -> dict[str
         kept: Any = local(momentum)
         last = p.shape[-1]
         is_empty = not kept.numel()
-        own, whole = (
+        own, full = (
             (*s[:-1], last // block) if last % block == 0 else (s[0], math.prod(s[1:]) // block)
             for s in (kept.shape, p.shape)
         )
@@ -177,7 +177,7 @@ def packed(state: Mapping[str, Any], p: Tensor, momentum_dtype: str) -> dict[str
             scale = kept.new_zeros(own) if is_empty else kept.scale.to(kept.dtype).reshape(own)
             del made["momentum_buffer"]
             made["momentum_codes"] = placed_like(codes, p)
-            made["momentum_scale"] = placed_like(scale, p, whole)
+            made["momentum_scale"] = placed_like(scale, p, full)
     compensation = made.get("compensation")
     if compensation is not None and compensation.dtype == torch.int16:
         made["compensation"] = placed_like(local(compensation).view(torch.bfloat16), p)
@@ -185,7 +185,7 @@ def packed(state: Mapping[str, Any], p: Tensor, momentum_dtype: str) -> dict[str
 
 
 def unpacked(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What `packed` has packed; all else as it is."""
+    """The inverse of [`packed`]; leaves a state that was not packed as it is."""
     made = {key: value for key, value in state.items() if key != "stateless"}
     if "momentum_codes" in made and "momentum_scale" in made:
         codes, scale = made.pop("momentum_codes"), made.pop("momentum_scale")
@@ -221,7 +221,14 @@ def write_inplace(
 ) -> None:
     """P ← kept · p - rate · update in float32, rounded to the 16 bits of p.
 
-    `noise` is what "stochastic" needs, from `entry_noise`.
+    Args:
+        p: the weights.
+        update: the direction, in float32.
+        rate: of the update.
+        kept: the factor of the weight decay.
+        rounding: one of [`ROUNDINGS`].
+        state: has the `compensation` for "kahan".
+        noise: from [`entry_noise`], for "stochastic".
     """
     p, update = local(p), local(update)
     compensation = local(state["compensation"]) if rounding == "kahan" else None
@@ -252,16 +259,15 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def entry_noise(text: str, axes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """16 random bits for each entry: a hash of a text and of the entry's place in the parameter.
+    """16 random bits for each entry: a hash of a text and of the entry's index in the parameter.
 
-    So they are the same for every replica, in every shard and order, and when a run is resumed.
-    The hash is lowbias32 (Wellons 2018, github.com/skeeto/hash-prospector), with the text in both
-    of its rounds.
+    They are the same on every replica, in every sharding, and after a resume. The hash is lowbias32
+    (Wellons 2018, github.com/skeeto/hash-prospector), with the text mixed into both rounds.
 
     Args:
         text: names the draw.
-        axes: along each axis, the numbers of the entries that are wanted.
-        shape: of the whole parameter.
+        axes: for each axis, the indices of the entries.
+        shape: of the full parameter.
     """
     bits = torch.zeros((), dtype=torch.int32, device=axes[0].device if axes else None)
     for numbers, length in zip(axes, shape, strict=True):
@@ -274,11 +280,11 @@ def entry_noise(text: str, axes: Sequence[Tensor], shape: Sequence[int]) -> Tens
 
 
 def _shifted(bits: Tensor, places: int) -> Tensor:
-    """To the right, with zeros from the left."""
+    """A logical shift to the right."""
     return (bits >> places) & ((1 << (32 - places)) - 1)
 
 
 def _stochastic(exact: Tensor, noise: Tensor) -> Tensor:
-    """To bfloat16, the upper half of a float32's bits, by adding noise to the lower half."""
+    """Round to bfloat16, the upper half of a float32, after adding noise to the lower half."""
     rounded = ((_bits(exact) + noise.to(exact.device)) & -(1 << 16)).view(torch.float32)
     return torch.where(exact.isnan(), exact, rounded).to(torch.bfloat16)

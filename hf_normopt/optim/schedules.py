@@ -1,19 +1,19 @@
-"""The learning rate over a run: transformers' shapes, with a factor of its own for each role.
+"""Learning rate schedules: transformers' shapes, with a factor of its own for each role.
 
-A schedule's text is a name and what is to differ from its defaults:
+A schedule's text is a name and the options that differ from its defaults:
 
     linear    cosine/floor:0.1    wsd/decay:0.2/shape:1-sqrt    constant/warmup:100    warmup:0.1
 
-Names are those of `lr_scheduler_type`, and `wsd` for warmup-stable-decay with the decay as a
-fraction of the run. A text without a name changes the schedule of the run. The shapes are computed
-by transformers; [`attach_inplace`] puts them, one for each group, into one `LambdaLR`.
+Names are those of `lr_scheduler_type`; `wsd` is warmup-stable-decay with the decay as a fraction of
+the run. A text without a name changes the schedule of the run. transformers computes the shapes;
+[`attach_inplace`] puts one for each group into one `LambdaLR`.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,12 +29,12 @@ from .presets import PRESETS
 # warmup-stable-decay matches the cosine.
 _WSD = "warmup_stable_decay"
 _WSD_DEFAULTS = {"decay": 0.2, "decay_type": "1-sqrt"}
-# Driven by a metric: no function of the step.
+# Schedules that follow a metric are no function of the step.
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 _NOT_OPTIONS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 
 Factor = Callable[[int], float]
-"""What multiplies the learning rate at a step."""
+"""The factor of the learning rate at a step."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Schedule:
     """A shape, its warm-up and its floor.
 
     Args:
-        name: an `lr_scheduler_type` of transformers; "": the one of the run.
-        warmup: in steps if at least 1, else as a fraction of the run; None: the one of the run.
-        floor: the fraction of the learning rate at which the shape ends instead of 0.
-        options: `lr_scheduler_kwargs` of that shape; for `warmup_stable_decay` also `decay`, the
+        name: an `lr_scheduler_type` of transformers; "" for the run's.
+        warmup: in steps if at least 1, else as a fraction of the run; None for the run's.
+        floor: the fraction of the learning rate at which the shape ends, instead of 0.
+        options: `lr_scheduler_kwargs` of the shape. `warmup_stable_decay` also takes `decay`, a
             fraction of the run, in place of `num_decay_steps`.
 
     Raises:
-        ValueError: for an unknown name or option, or a value outside of its range.
+        ValueError: for an unknown name or option, or a value out of range.
     """
 
     name: str = ""
@@ -79,7 +79,7 @@ class Schedule:
         return "/".join([*([self.name] if self.name else []), *words])
 
     def over(self, base: Schedule) -> Schedule:
-        """This schedule with what it leaves out taken from another."""
+        """This schedule, with its gaps filled from another."""
         if self.name:
             return replace(self, warmup=base.warmup if self.warmup is None else self.warmup)
         return Schedule(
@@ -90,25 +90,25 @@ class Schedule:
         )
 
     def factor(self, num_training_steps: int, learning_rate: float) -> Factor:
-        """The factor at every step of a run, a function of this module.
+        """The factor as a function of the step.
 
         Args:
             num_training_steps: the length of the run.
-            learning_rate: in whose unit transformers states some floors.
+            learning_rate: the unit in which transformers states some floors.
         """
         shape, floor = self._shape(num_training_steps, learning_rate), self.floor
         warmup = warmup_steps(self.warmup or 0, num_training_steps)
         return lambda step: shape(step) if step < warmup else floor + (1 - floor) * shape(step)
 
     def is_shape_of(self, factor: Factor, num_training_steps: int, learning_rate: float) -> bool:
-        """Whether transformers made a factor for this schedule, and not a user for another."""
+        """Whether a factor is the one that transformers makes for this schedule."""
         shape = self._shape(num_training_steps, learning_rate)
         if isinstance(shape, partial) and isinstance(factor, partial):
             return shape.func is factor.func and shape.keywords == factor.keywords
         return getattr(shape, "__code__", 0) is getattr(factor, "__code__", 1)
 
     def _shape(self, num_training_steps: int, learning_rate: float) -> Factor:
-        """The factor of transformers."""
+        """The factor that transformers makes."""
         warmup = warmup_steps(self.warmup or 0, num_training_steps)
         options = dict(self.options)
         if "decay" in options:
@@ -131,7 +131,7 @@ class Schedule:
 
 
 def _options(name: str) -> set[str]:
-    """What a shape may be told beside its warm-up and length."""
+    """The options of a shape, besides its warm-up and length."""
     functions = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
     if name in BY_METRIC:
         raise ValueError(
@@ -146,7 +146,7 @@ def _options(name: str) -> set[str]:
 
 
 def warmup_steps(warmup: float, num_training_steps: int) -> int:
-    """A warm-up in steps, as `TrainingArguments.get_warmup_steps` reads it."""
+    """A warm-up in steps, read as `TrainingArguments.get_warmup_steps` does."""
     return int(warmup) if warmup >= 1 else math.ceil(warmup * num_training_steps)
 
 
@@ -192,13 +192,13 @@ def create_normopt_scheduler(
     schedule: str = "",
     num_warmup_steps: float = 0,
 ) -> LambdaLR:
-    """The scheduler for a loop of one's own; `Trainer` makes the same one by itself.
+    """The scheduler for a custom training loop; `Trainer` makes the same one by itself.
 
     Args:
-        optimizer: a NormOpt, whose rules may have schedules of their own; accelerate's wrapper too.
+        optimizer: a NormOpt, or accelerate's wrapper of one. Its rules may have schedules.
         num_training_steps: the length of the run.
-        schedule: of the roles that have none of their own, as a text; default: the preset's, or
-            "linear".
+        schedule: the text of the schedule for roles without one of their own; default: the
+            preset's, or "linear".
         num_warmup_steps: in steps if at least 1, else as a fraction of the run.
     """
     scheduler = LambdaLR(optimizer, lambda step: 1.0)
@@ -209,7 +209,7 @@ def create_normopt_scheduler(
 
 
 def preset_schedule(optimizer: Any) -> str:
-    """The text of the schedule of the preset that a NormOpt was made from; "" for none."""
+    """The text of the schedule of a NormOpt's preset; "" if it has none."""
     preset = PRESETS.get(optimizer.origin.get("preset", ""))
     return preset.schedule if preset else ""
 
@@ -217,37 +217,31 @@ def preset_schedule(optimizer: Any) -> str:
 def attach_inplace(
     scheduler: LambdaLR, optimizer: torch.optim.Optimizer, base: Schedule, num_training_steps: int
 ) -> None:
-    """Give every group of the optimizer the factor of its role.
+    """Give every group of the optimizer the factor of its role, and the rate of the current step.
 
-    Factors are plain functions, of which checkpoints keep nothing, so that the scheduler of a run
-    with other groups loads.
+    Factors are plain functions, which checkpoints do not store, so the scheduler of a run with
+    other groups can be loaded.
 
     Args:
-        scheduler: made for this optimizer or for its wrapper; goes on where it is.
-        optimizer: whose rules may have schedules of their own.
-        base: for the others.
+        scheduler: made for this optimizer or for its wrapper; keeps its step.
+        optimizer: its rules may have schedules of their own.
+        base: the schedule of the other rules.
         num_training_steps: the length of the run.
     """
-    rate = float(optimizer.defaults["lr"])
-    texts = [group["schedule"] for group in optimizer.param_groups]
+    rate, groups = float(optimizer.defaults["lr"]), optimizer.param_groups
+    texts = [group["schedule"] for group in groups]
     made = {
         text: (parse_schedule(text).over(base) if text else base).factor(num_training_steps, rate)
         for text in dict.fromkeys(texts)
     }
-    set_factors_inplace(scheduler, optimizer, [made[text] for text in texts])
-
-
-def set_factors_inplace(
-    scheduler: LambdaLR, optimizer: torch.optim.Optimizer, factors: Sequence[Factor]
-) -> None:
-    """Replace the factors of a scheduler, and the learning rates that they give at this step."""
-    groups = optimizer.param_groups
-    scheduler.lr_lambdas = list(factors)
+    scheduler.lr_lambdas = factors = [made[text] for text in texts]
     scheduler.base_lrs = [group.setdefault("initial_lr", group["lr"]) for group in groups]
-    rates = [b * f(scheduler.last_epoch) for b, f in zip(scheduler.base_lrs, factors, strict=True)]
-    for group, rate in zip(groups, rates, strict=True):
+    scheduler._last_lr = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, factors, strict=True)
+    ]
+    for group, rate_now in zip(groups, scheduler._last_lr, strict=True):
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(rate_now)
         else:
-            group["lr"] = rate
-    scheduler._last_lr = rates
+            group["lr"] = rate_now

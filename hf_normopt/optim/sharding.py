@@ -25,19 +25,19 @@ NEEDS_WHOLE_MATRICES = (
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank."""
+    """The full tensor, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has whole, placed as `like` is."""
+    """This rank's part of a full tensor that every rank has, with the placements of `like`."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def placed_as_its_parameter(gradient: Tensor, p: Tensor) -> Tensor:
-    """A gradient in its parameter's placements; what is `Partial` is added up over its ranks."""
+    """A gradient with its parameter's placements; `Partial` ones are summed over their ranks."""
     if not isinstance(p, DTensor):
         return gradient
     if not isinstance(gradient, DTensor) or gradient.device_mesh != p.device_mesh:
@@ -48,7 +48,7 @@ def placed_as_its_parameter(gradient: Tensor, p: Tensor) -> Tensor:
 
 
 def places(p: Tensor) -> list[Tensor]:
-    """Along each axis of a parameter, the numbers of what this rank holds."""
+    """For each axis of a parameter, the indices that this rank holds."""
     axes = [torch.arange(length, device=p.device) for length in p.shape]
     for axis in set((sharded_axes(p) if isinstance(p, DTensor) else None) or ()):
         assert isinstance(p, DTensor)
@@ -59,7 +59,7 @@ def places(p: Tensor) -> list[Tensor]:
 
 
 def _of_a_vector(placement: Any, axis: int) -> Placement:
-    """A placement of one axis alone."""
+    """The placement of a vector that lies along one axis of the tensor."""
     if getattr(placement, "dim", None) != axis:
         return Replicate()
     if isinstance(placement, Shard):
@@ -68,32 +68,32 @@ def _of_a_vector(placement: Any, axis: int) -> Placement:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds; shares its memory."""
+    """The part that this rank holds; shares memory with the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(shard: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """What this rank holds as its part of a tensor that is placed as `like` is.
+    """A tensor with the placements of `like`, from this rank's part of it.
 
     Args:
         shard: this rank's part.
-        like: a tensor with the placements, and the shape and strides if there is no `shape`.
-        shape: of the whole tensor.
+        like: gives the placements; also the shape and strides if `shape` is None.
+        shape: of the full tensor.
     """
     if not isinstance(like, DTensor):
         return shard
-    whole = like.shape if shape is None else torch.Size(shape)
-    stride = like.stride() if shape is None else torch.empty(whole, device="meta").stride()
-    return DTensor.from_local(shard, like.device_mesh, like.placements, shape=whole, stride=stride)
+    full = like.shape if shape is None else torch.Size(shape)
+    stride = like.stride() if shape is None else torch.empty(full, device="meta").stride()
+    return DTensor.from_local(shard, like.device_mesh, like.placements, shape=full, stride=stride)
 
 
 def sharded_axes(p: DTensor) -> list[int] | None:
-    """The stored axes along which a parameter is divided; None if it is not placed by axes."""
+    """The stored axes along which a parameter is sharded; None if a placement has no axis."""
     axes = []
     for placement in p.placements:
         if isinstance(placement, Replicate):
             continue
-        dim = getattr(placement, "dim", None)  # of Shard and of _StridedShard, no subclass of it
+        dim = getattr(placement, "dim", None)  # _StridedShard has it too, but is no Shard
         if dim is None:
             return None
         axes.append(int(dim))
@@ -101,33 +101,33 @@ def sharded_axes(p: DTensor) -> list[int] | None:
 
 
 def one_shard(p: DTensor) -> tuple[int, ProcessGroup] | None:
-    """The axis and the ranks that divide it, if that is all."""
-    found = [
+    """The axis and the ranks of a parameter's only `Shard`; None if it has others or `Partial`."""
+    shards = [
         (placement.dim, p.device_mesh.get_group(i))
         for i, placement in enumerate(p.placements)
         if isinstance(placement, Shard)
     ]
     rest = sum(isinstance(placement, Replicate) for placement in p.placements)
-    return found[0] if len(found) == 1 and rest == len(p.placements) - 1 else None
+    return shards[0] if len(shards) == 1 and rest == len(p.placements) - 1 else None
 
 
 def divided_among(p: Tensor) -> tuple[ProcessGroup, ...]:
-    """The ranks that hold the parts of a parameter, along each mesh axis that divides it."""
+    """The ranks that hold the shards of a parameter, one group per mesh axis that shards it."""
     return _along_axes(p, is_replicated=False)
 
 
 def number_of_parts(p: Tensor) -> int:
-    """Among how many ranks a parameter is divided."""
+    """The number of shards of a parameter."""
     return math.prod(map(dist.get_world_size, divided_among(p)))
 
 
 def copies_of(p: Tensor) -> ProcessGroup | None:
-    """The ranks that hold the same part of a parameter as this one, along one mesh axis (HSDP)."""
+    """The ranks that hold the same shard of a parameter as this one (HSDP)."""
     return next(iter(_along_axes(p, is_replicated=True)), None)
 
 
 def parts_are_multiples(p: DTensor, axis: int, size: int) -> bool:
-    """Whether an axis is divided, if at all, between whole groups of so many entries."""
+    """Whether every shard has a multiple of `size` entries along an axis."""
     length = p.shape[axis]
     for i, placement in enumerate(p.placements):
         if getattr(placement, "dim", None) == axis:
@@ -148,10 +148,10 @@ def _along_axes(p: Tensor, is_replicated: bool) -> tuple[ProcessGroup, ...]:
 
 
 def total(parts: Iterable[tuple[Tensor, tuple[ProcessGroup, ...]]]) -> Tensor:
-    """The sum of parts over parameters and ranks, in one reduction for each set of ranks.
+    """The sum over parameters and ranks, with one reduction for each set of ranks.
 
     Args:
-        parts: each with the ranks whose parts add up to the whole; () where every rank has it.
+        parts: summands, each with the ranks whose summands add up; () if every rank has the sum.
     """
     sums: dict[tuple[ProcessGroup, ...], Tensor] = {}
     for part, ranks in parts:
@@ -165,13 +165,13 @@ def total(parts: Iterable[tuple[Tensor, tuple[ProcessGroup, ...]]]) -> Tensor:
 
 
 def shard_sizes(length: int, ranks: int) -> list[int]:
-    """The lengths of a `Shard`'s parts: as torch.chunk, and then empty ones."""
+    """The lengths of the parts of a `Shard`: as torch.chunk's, then zeros."""
     size = math.ceil(length / ranks)
     return [max(0, min(size, length - rank * size)) for rank in range(ranks)]
 
 
 def replicas() -> ProcessGroup | None:
-    """The ranks that hold the same parameters and gradients, as accelerate runs them under DDP."""
+    """The ranks of accelerate's DDP, which hold the same parameters and gradients."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     state: Any = AcceleratorState() if AcceleratorState._shared_state else None
@@ -185,7 +185,7 @@ def replicas() -> ProcessGroup | None:
 def wrappers_of(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
     """The DDP modules that average the gradients of these parameters.
 
-    No parameter and no optimizer knows its DDP module: this looks through all objects, once.
+    Parameters do not know their DDP module, so this searches all live objects.
     """
     own = set(map(id, params))
     modules = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
@@ -197,13 +197,13 @@ def wrappers_of(params: Iterable[Tensor]) -> list[DistributedDataParallel]:
 
 
 def is_alone(module: DistributedDataParallel) -> bool:
-    """Whether ranks step without each other: under `no_sync` (local SGD), or torch's `Join`."""
+    """Whether ranks step separately: under `no_sync` (local SGD) or torch's `Join`."""
     joins = getattr(getattr(module, "_join_config", None), "enable", False)
     return bool(joins or not module.require_backward_grad_sync)
 
 
 def groups_of(params: Sequence[Tensor], ranks: ProcessGroup | None) -> list[ProcessGroup]:
-    """The ranks with which this one must do the same: replicas, and those of every mesh."""
+    """The groups of ranks that must do the same: the replicas, and every axis of every mesh."""
     groups = [] if ranks is None else [ranks]
     for mesh in dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)):
         groups += [mesh.get_group(i) for i in range(mesh.ndim)]
@@ -211,20 +211,20 @@ def groups_of(params: Sequence[Tensor], ranks: ProcessGroup | None) -> list[Proc
 
 
 def deepspeed_config() -> dict[str, Any]:
-    """The config with which accelerate runs DeepSpeed, whoever gave it; empty without DeepSpeed."""
+    """The DeepSpeed config that accelerate uses; empty without DeepSpeed."""
     state = AcceleratorState() if AcceleratorState._shared_state else None
     plugin = getattr(state, "deepspeed_plugin", None)
     return getattr(plugin, "deepspeed_config", None) or {}
 
 
 def check_deepspeed(may_be_flat: bool) -> None:
-    """Complain if DeepSpeed would take the matrices apart, or put its own optimizer in our place.
+    """Refuse DeepSpeed configs that flatten the matrices or replace the optimizer.
 
     Args:
-        may_be_flat: whether the steps are right for flat partitions of parameters too.
+        may_be_flat: whether the optimizer can step on flat partitions of parameters.
 
     Raises:
-        ValueError: naming the way out.
+        ValueError: says what to change.
     """
     config = deepspeed_config()
     zero = config.get("zero_optimization") or {}

@@ -1,4 +1,4 @@
-"""One batch of a trainer's own, for the pass that finds the roles."""
+"""An example batch from the trainer's data, for the pass that finds the roles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TRAINER: ContextVar[Any] = ContextVar("trainer", default=None)
 
 @contextlib.contextmanager
 def making_optimizer_of(trainer: Any) -> Iterator[None]:
-    """While this lasts, [`example_batch`] is of this trainer."""
+    """In this context, [`example_batch`] uses this trainer's data."""
     token = _TRAINER.set(trainer)
     try:
         yield
@@ -28,12 +28,12 @@ def making_optimizer_of(trainer: Any) -> Iterator[None]:
 
 
 def example_batch() -> Any:
-    """What the collator makes of the first two rows of the training set.
+    """The collator's batch of the first two rows of the training set.
 
-    Random states are as before. An iterable data set is never touched.
+    Random states stay as they were. An iterable data set is never read.
 
     Returns:
-        The batch; None where no trainer makes its optimizer, or its data give none.
+        The batch; None outside of [`making_optimizer_of`] or if no batch could be made.
     """
     trainer = _TRAINER.get()
     data = getattr(trainer, "train_dataset", None)

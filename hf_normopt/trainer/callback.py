@@ -1,6 +1,7 @@
-"""What a plain `Trainer` leaves undone for NormOpt: schedules per role, checks, records.
+"""The callback that serves NormOpt in a plain `Trainer`: schedules by role, checks and reports.
 
-`register()` makes it a callback of every trainer; it does nothing where the optimizer is another.
+`register()` adds it to every trainer. It does nothing under other optimizers, except to warn if one
+trains in place of NormOpt.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..cards.plot import PICTURE, is_picture
-from ..cards.record import RUN_FILE
 from ..cards.report import FILE_NAME, json_object, report, write_report
+from ..cards.run_record import RUN_FILE
 from ..optim.checkpoints import some
 from ..optim.optimizer import NormOpt
 from ..optim.presets import optimizer_names
@@ -33,17 +34,17 @@ logger = logging.getLogger(__name__)
 
 
 def unwrapped(optimizer: Any) -> NormOpt | None:
-    """The NormOpt inside of accelerate's wrapper, if it is one."""
+    """The NormOpt inside accelerate's wrapper; None if it is another optimizer."""
     return next((layer for layer in _layers(optimizer) if isinstance(layer, NormOpt)), None)
 
 
 def innermost(optimizer: Any) -> str:
-    """The class of what trains, inside of all wrappers."""
+    """The class name of the optimizer inside all wrappers."""
     return type(_layers(optimizer)[-1]).__name__
 
 
 def _layers(optimizer: Any) -> list[Any]:
-    """An optimizer and what it wraps, from the outside. Others' may wrap themselves, or raise."""
+    """An optimizer and those it wraps, outermost first; copes with wrappers that raise or loop."""
     layers = [optimizer]
     while len(layers) < 10:
         try:
@@ -57,28 +58,28 @@ def _layers(optimizer: Any) -> list[Any]:
 
 
 class NormOptCallback(TrainerCallback):
-    """Attaches schedules, checks what was resumed, warns of surprises, writes `normopt.json`."""
+    """Attaches schedules, checks resumed runs, warns of surprises and writes `normopt.json`."""
 
     def __init__(self) -> None:
         self._optimizer: NormOpt | None = None
         self._bystanders: Bystanders | None = None
         self._schedule = ""
         self._has_warned = False  # about a report that could not be written
-        # The rate of the run at a step, where the first group has a schedule of its own.
+        # The run's learning rate at a step, if the first group has a schedule of its own.
         self._curve: Callable[[int], float] | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn where DeepSpeed will make an optimizer of its own."""
+        """Warn if DeepSpeed will make its own optimizer."""
         if optimizer_name(args) in optimizer_names():
             warn_of_deepspeed(args)
-        self._meet(**kwargs)  # the user may have made one
+        self._watch_bystanders(**kwargs)  # the user may have passed an optimizer
 
-    def _meet(self, optimizer: Any = None, model: Any = None, **kwargs: Any) -> None:
-        """Note what an optimizer that was not seen before leaves out."""
+    def _watch_bystanders(self, optimizer: Any = None, model: Any = None, **kwargs: Any) -> None:
+        """Note which parameters a new optimizer leaves out."""
         inner = unwrapped(optimizer)
-        # DeepSpeed puts copies in the place of parameters.
+        # DeepSpeed replaces parameters by copies.
         if inner is None or model is None or deepspeed_config():
             self._bystanders = None
         elif self._bystanders is None or self._bystanders.optimizer is not inner:
@@ -93,7 +94,7 @@ class NormOptCallback(TrainerCallback):
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Check what was resumed, and attach the schedules."""
+        """Check a resumed run, and attach the schedules."""
         self._optimizer = inner = unwrapped(optimizer)
         self._has_warned = False
         self._curve = None
@@ -119,11 +120,11 @@ class NormOptCallback(TrainerCallback):
                 factor = schedule.factor(state.max_steps, rate)
                 self._curve = lambda step: first["initial_lr"] * factor(step)
         else:
-            # DeepSpeed's wrapper and accelerate's have it inside
+            # inside the wrapper of DeepSpeed or accelerate
             self._schedule = type(getattr(lr_scheduler, "scheduler", lr_scheduler)).__name__
             _warn_of_schedules_without_effect(inner, self._schedule, args)
         _warn_of_surprises(inner, state, args)
-        self._meet(optimizer, **kwargs)
+        self._watch_bystanders(optimizer, **kwargs)
         if self._bystanders is not None:
             self._bystanders.begin(optimizer, kwargs["model"])
 
@@ -134,14 +135,14 @@ class NormOptCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell of parameters whose gradients nobody uses."""
+        """Warn of parameters whose gradients no optimizer uses."""
         if self._bystanders is not None:
             _warn_of_bystanders(self._bystanders.with_gradient(), args)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell of parameters that were added."""
+        """Warn of parameters that were added."""
         self._look_around(args, **kwargs)
 
     def on_log(
@@ -153,7 +154,7 @@ class NormOptCallback(TrainerCallback):
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Log the run's curve as `learning_rate`: the Trainer takes that of the first group."""
+        """Log the run's learning rate; the Trainer logs that of the first group."""
         if self._optimizer is not None:
             self._optimizer.warn_of_gradients()
         self._look_around(args, **kwargs)
@@ -165,7 +166,7 @@ class NormOptCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count as the trainer does, also steps that the gradient scaler skipped."""
+        """Count steps as the trainer does, including those that the gradient scaler skipped."""
         if self._optimizer is not None:
             self._optimizer.steps = state.global_step
 
@@ -179,7 +180,7 @@ class NormOptCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the report beside the model; name the package among the model's tags."""
+        """Write the report beside the model, and tag the model with `hf-normopt`."""
         model: Any = kwargs.get("model")
         if self._optimizer is not None and hasattr(model, "add_model_tags"):
             model.add_model_tags("hf-normopt")
@@ -190,17 +191,17 @@ class NormOptCallback(TrainerCallback):
         self.write(Path(str(args.output_dir)), state)
 
     def _forget_earlier_runs(self, folder: Path, state: TrainerState) -> None:
-        """Delete what this package wrote about an earlier run in the folder, and nothing else."""
+        """Delete this package's record and picture of an earlier run in the folder."""
         if self._optimizer is None or not state.is_world_process_zero:
             return
-        with contextlib.suppress(OSError):  # it stays, then
+        with contextlib.suppress(OSError):
             if "run_version" in json_object(folder / RUN_FILE):
                 (folder / RUN_FILE).unlink()
             if is_picture(folder / PICTURE):
                 (folder / PICTURE).unlink()
 
     def write(self, folder: Path, state: TrainerState) -> None:
-        """Write the report as it is now, if NormOpt trains; a failure is a warning."""
+        """Write the report if NormOpt trains; a failure is a warning."""
         if self._optimizer is None or not state.is_world_process_zero:
             return
         try:
@@ -217,22 +218,22 @@ class NormOptCallback(TrainerCallback):
 def check_progress(
     optimizer: NormOpt, scheduler: LambdaLR | None, global_step: int, args: TrainingArguments
 ) -> None:
-    """Complain if the state is not of the step at which training is resumed.
+    """Check that optimizer and scheduler are at the step at which training resumes.
 
-    The Trainer resumes in silence from a checkpoint without `optimizer.pt` or `scheduler.pt`.
+    The Trainer resumes silently from a checkpoint without `optimizer.pt` or `scheduler.pt`.
 
     Args:
-        optimizer: as it was loaded.
-        scheduler: the trainer's own, if it is.
-        global_step: at which training goes on.
+        optimizer: the optimizer, loaded.
+        scheduler: the trainer's scheduler; None if it is the user's.
+        global_step: the step at which training resumes.
         args: the training arguments.
 
     Raises:
-        ValueError: unless `on_mismatch="reset"`.
+        ValueError: if they are not, unless `on_mismatch="reset"`.
     """
     if global_step == 0:
-        # A second train(), or the next try of auto_find_batch_size, goes on with the state; the
-        # trainer counts anew, and so must the checkpoints that it will resume from.
+        # A second train(), or the next try of auto_find_batch_size, keeps the state while the
+        # trainer counts from 0; later checkpoints must agree with that count.
         optimizer.steps = 0
         return
     steps = optimizer.steps
@@ -270,7 +271,7 @@ def check_progress(
 def _is_trainers_own(
     scheduler: Any, optimizer: Any, args: TrainingArguments, num_training_steps: int, rate: float
 ) -> bool:
-    """Whether the training arguments made a scheduler, and not the user."""
+    """Whether a scheduler comes from the training arguments and not from the user."""
     if not isinstance(scheduler, LambdaLR) or scheduler.optimizer is not optimizer:
         return False
     factor = scheduler.lr_lambdas[0]
@@ -278,13 +279,13 @@ def _is_trainers_own(
         return True
     try:
         asked = trainer_schedule(args)
-    except ValueError:  # options for a scheduler of the user's own
+    except ValueError:  # the options are for the user's own scheduler
         return False
     return asked.is_shape_of(factor, num_training_steps, rate)
 
 
 def warn_of_deepspeed(args: TrainingArguments) -> None:
-    """Warn if a DeepSpeed config has an optimizer: the Trainer takes it and asks for no other."""
+    """Warn if a DeepSpeed config has an optimizer, which the Trainer uses instead of NormOpt."""
     config: Any = deepspeed_config() or args.deepspeed
     if isinstance(config, str) and config.endswith(".json") and Path(config).is_file():
         config = json.loads(Path(config).read_text())
@@ -334,7 +335,7 @@ def _warn_of_surprises(optimizer: NormOpt, state: TrainerState, args: TrainingAr
 def _warn_of_schedules_without_effect(
     optimizer: NormOpt, scheduler: str, args: TrainingArguments
 ) -> None:
-    """Warn if roles have schedules, but the user has made the scheduler."""
+    """Warn if roles have schedules but the scheduler is the user's."""
     wishes = {group["schedule"] for group in optimizer.param_groups} - {""}
     if wishes:
         _warn(
@@ -346,7 +347,7 @@ def _warn_of_schedules_without_effect(
 
 
 def _warn_of_saved_options(optimizer: NormOpt, args: TrainingArguments) -> None:
-    """Warn of options that a checkpoint brought along, which are not those of this run."""
+    """Warn of rates and decays from the checkpoint that differ from the training arguments."""
     rate, decay = (float(optimizer.defaults[name]) for name in ("lr", "weight_decay"))
     rates, decays = {}, {}
     for group in optimizer.param_groups:

@@ -1,8 +1,8 @@
-"""What transformers hands out for `optim="normopt"`: a class, called as torch's optimizers are.
+"""The class that transformers gets for `optim="normopt"`, called as torch's optimizers are.
 
-Trainers of the ecosystem ask `Trainer.get_optimizer_cls_and_kwargs` for a class and its keyword
-arguments, and call it with groups of their own: LoRA+, sentence-transformers, `create_optimizer` of
-a subclass.
+LoRA+, sentence-transformers and subclasses of `Trainer` ask
+`Trainer.get_optimizer_cls_and_kwargs` for a class and its keyword arguments, and call it with
+parameter groups of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .arguments import optimizer_from_arguments
 
 logger = logging.getLogger(__name__)
 
-_usual_names: Any = Trainer.get_decay_parameter_names  # before anybody changes it
+_usual_names: Any = Trainer.get_decay_parameter_names  # before anybody patches it
 
 _NEEDS_MODEL = (
     "NormOpt finds the roles of parameters in their model. Call this class with a model, or ask "
@@ -33,15 +33,15 @@ _NEEDS_MODEL = (
 
 
 def optimizer_class(args: TrainingArguments, model: nn.Module | None) -> type[NormOpt]:
-    """A class whose call makes the NormOpt that training arguments ask for.
+    """A class that makes the NormOpt of the training arguments when it is called.
 
-    It takes a model, or parameters or groups of `model`, whose roles are found in it. A group may
-    have an `lr` and a `weight_decay` of its own; a weight decay that is what a plain Trainer would
-    give asks for nothing, and the rule of the role decides.
+    Call it with a model, or with parameters or groups of `model`. A group may have an `lr` and a
+    `weight_decay` of its own. A weight decay that a plain Trainer would give counts as none: the
+    rule of the role decides.
 
     Args:
         args: the training arguments.
-        model: whose parameters will be given; None: only a model is taken.
+        model: the model of the parameters; if it is None, the class takes only a model.
     """
     make = functools.partial(_made, args, model)
 
@@ -69,7 +69,7 @@ def _made(
     optimizer_dict: Any = None,
     **options: Any,
 ) -> NormOpt:
-    """The optimizer for a model, or for parameters of one; the names are those of transformers."""
+    """The optimizer for a model, or for parameters of `bound`; transformers names the arguments."""
     is_model = isinstance(params, nn.Module)
     chosen = params if is_model else bound if model is None else model
     given = optimizer_dict if params is None or is_model else params
@@ -83,10 +83,10 @@ def _made(
 
 
 def _unusual(params: Any, model: nn.Module, weight_decay: float) -> Iterator[dict[str, Any]]:
-    """Groups that ask for a weight decay only where a plain Trainer would give another one.
+    """Groups of one parameter, with a weight decay only if a plain Trainer would give another.
 
-    So a trainer's own `get_decay_parameter_names` has its say, and the usual one, which goes by
-    names, does not stand above the rules of roles.
+    So a trainer's own `get_decay_parameter_names` takes effect, while the usual one, which goes by
+    names, does not override the rules of the roles.
     """
     names = {id(param): name for name, param in model.named_parameters()}
     decaying = set(_usual_names(None, model))
@@ -100,11 +100,11 @@ def _unusual(params: Any, model: nn.Module, weight_decay: float) -> Iterator[dic
 
 
 def warn_of_decay_names(trainer: Any, model: nn.Module) -> None:
-    """Say that a trainer's own `get_decay_parameter_names` does not reach a factory.
+    """Warn that a factory ignores a trainer's own `get_decay_parameter_names`.
 
     Args:
-        trainer: which trains with [`NormOptFactory`](hf_normopt.NormOptFactory).
-        model: what it will pass to the factory.
+        trainer: a trainer with [`NormOptFactory`](hf_normopt.NormOptFactory).
+        model: the model that it will pass to the factory.
     """
     changed = {*trainer.get_decay_parameter_names(model)} ^ {*_usual_names(None, model)}
     if changed:

@@ -7,14 +7,13 @@
 | `dual_norm`       | ‖G‖† of the gradient                          | sum over its parameters      |
 | `certificate`     | ⟨M, D⟩ / (‖D‖ ‖M‖†) of momentum and direction | of one parameter, in turn    |
 
-By Hölder's inequality the certificate is at most 1, and 1 just if the direction is an LMO of the
-momentum; a spectral direction's norm is taken as 1, which it is to 0.7 %, so that the certificate
-may come out as 1.007. With a statistic (Adam's, Shampoo's) it is less.
+By Hölder's inequality the certificate is at most 1, and equals 1 only if the direction is an LMO of
+the momentum. The norm of a spectral direction is taken as 1, which is true to 0.7 %, so a
+certificate may read 1.007. With a statistic (Adam's, Shampoo's) it is less.
 
-Closed forms take a pass over the tensor. Singular values cost more: of a large model they are
-found for one matrix in [`PERIOD`], in turn; of the others the Frobenius norm is measured, and the
-ratio of the two, which changes slowly, is the one last found. Nothing waits for the device before
-`read`.
+Norms in closed form take one pass over the tensor. Singular values cost more: in a large model, one
+matrix in [`PERIOD`] is measured per step, in turn. For the others the Frobenius norm is measured,
+times the last known ratio of the two norms, which changes slowly. Only `read` waits for the device.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from ..optim.products import ProductMove
 from ..optim.sharding import gathered
 
 PERIOD = 24
-LARGE = 1e8  # multiplications in the Gram matrices of a model: more is measured in turn
+LARGE = 1e8  # multiplications for all Gram matrices above which matrices are measured in turn
 
 
 class Gauge:
-    """Measures the moves of one step at a time; `observe` is for `NormOpt.observer`."""
+    """Measures the moves of one step at a time; set `NormOpt.observer` to `observe`."""
 
     def __init__(self) -> None:
         self._ratios: dict[tuple[int, str], Tensor] = {}
@@ -91,10 +90,10 @@ class Gauge:
             values.setdefault(quantity, []).append(value)
 
     def read(self, optimizer: NormOpt) -> dict[str, float]:
-        """What was measured, by `quantity/role`; the next step starts anew.
+        """The measurements, by `quantity/role`; clears them.
 
-        `lr/role` has the role's multiplier and schedule. `step_size`, the learning rate times η,
-        and `cos_theta` of escape velocity are of the network, or of each role where η is.
+        `lr/role` includes the role's multiplier and schedule. `step_size` (the learning rate times
+        η) and `cos_theta` (of escape velocity) belong to the network, or to each role if η does.
         """
         if not self._values:
             return {}
@@ -123,7 +122,7 @@ class Gauge:
     def _measure(
         self, move: Move, measure: Callable[[Move, Tensor], Tensor], tensor: Tensor, what: str
     ) -> Tensor:
-        """A quantity of a tensor, or where it is not its turn, its Frobenius norm times a ratio."""
+        """A quantity of a tensor; out of its turn, estimated from the Frobenius norm."""
         if not isinstance(move.rule.norm, Spectral) or self._work < LARGE:
             return measure(move, tensor)
         key, length = (id(move.state), what), torch.linalg.vector_norm(tensor)
@@ -151,7 +150,7 @@ def _of_product(move: ProductMove, rate: Tensor | float) -> dict[str, Tensor]:
 
 
 def _size_of_lmo(move: Move) -> Tensor | None:
-    """‖direction‖ by theory, to 0.7 %, where it is an LMO of our own methods, or 0; else None."""
+    """‖direction‖ by theory, to 0.7 %, if it is an LMO by one of our methods; else None."""
     if move.rule.statistic is not None or getattr(move.rule.norm, "method", "") in POLYNOMIALS:
         return None
     scales = [move.scale(operator.shape) for operator in move.layout.to_operators(move.direction)]
@@ -178,7 +177,7 @@ def _dual(move: Move, tensor: Tensor) -> Tensor:
 
 
 def singular(x: Tensor) -> Tensor:
-    """Singular values by the smaller Gram matrix in float64, to half of its digits."""
+    """Singular values from the smaller Gram matrix in float64, to half of its digits."""
     x = x.double()
     gram = x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT
     finite = gram.isfinite().all((-2, -1))[..., None, None]

@@ -1,7 +1,7 @@
 """Norms by role through `Trainer.log`: to the console, TensorBoard, W&B, trackio, `log_history`.
 
-`register()` makes it a callback of every trainer; it does nothing where the optimizer is another,
-and `optim_args="telemetry=false"` or `trainer.remove_callback(NormTelemetry)` turns it off.
+`register()` adds it to every trainer. It does nothing under other optimizers;
+`optim_args="telemetry=false"` or `trainer.remove_callback(NormTelemetry)` turns it off.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 class NormTelemetry(TrainerCallback):
-    """Logs, with the loss, what the step did to each role in the role's own norm.
+    """Logs what the step did to each role, in the role's own norm, whenever the loss is logged.
 
-    The keys are `quantity/role`, see `gauge.py`. At the end of training it draws the run into
-    `normopt_norms.png` of `output_dir`, if matplotlib is installed.
+    The keys are `quantity/role`, see `gauge.py`. At the end of training it draws the run as
+    `normopt_norms.png` in `output_dir`, if matplotlib is installed.
     """
 
     def __init__(self) -> None:
         self._optimizer: NormOpt | None = None
         self._gauge = Gauge()
-        self._watched = 0  # the step that was measured last
-        self._epoch = 0  # steps of an epoch
+        self._watched = 0  # the last step that was measured
+        self._epoch = 0  # steps per epoch
 
     def on_train_begin(
         self,
@@ -49,7 +49,7 @@ class NormTelemetry(TrainerCallback):
         """Find the optimizer."""
         inner = unwrapped(optimizer)
         self._optimizer = inner if inner is not None and wants_telemetry(args) else None
-        if self._optimizer is None:  # another's data are not asked for their length
+        if self._optimizer is None:  # leave the data alone: asking for a length may load them
             return
         self._gauge = Gauge()
         try:
@@ -60,7 +60,7 @@ class NormTelemetry(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watch the step if it will be logged."""
+        """Measure the step if it will be logged."""
         step = state.global_step + 1
         if self._optimizer is None:
             return
@@ -78,7 +78,7 @@ class NormTelemetry(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the norms to the logs, for the reporters after it and for `log_history`."""
+        """Add the norms to the logs, for later callbacks and for `log_history`."""
         if self._optimizer is None or logs is None or self._watched != state.global_step:
             return
         if any(key.startswith("eval_") for key in logs):
@@ -100,7 +100,7 @@ class NormTelemetry(TrainerCallback):
             self._draw(Path(str(args.output_dir)) / PICTURE, state)
 
     def _draw(self, path: Path, state: TrainerState) -> None:
-        """Draw the run, or say why there is no picture: it must not cost a trained model."""
+        """Draw the run; a failure is a warning and never costs the trained model."""
         try:
             if os.path.lexists(path) and not is_picture(path):
                 raise FileExistsError("another file has its name, and is left as it is")
@@ -111,7 +111,7 @@ class NormTelemetry(TrainerCallback):
             logger.warning("There is no picture of the run, %s: %r.", path, error)
 
     def _is_logged(self, step: int, args: TrainingArguments, state: TrainerState) -> bool:
-        """Whether a step is the last, or `DefaultFlowCallback` will log after it."""
+        """Whether a step is the last one, or one after which `DefaultFlowCallback` logs."""
         if step == state.max_steps or (step == 1 and args.logging_first_step):
             return True
         if args.logging_strategy == IntervalStrategy.STEPS:

@@ -1,0 +1,165 @@
+"""`hf-normopt inspect`: the role and the norm of every parameter, from a config alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from ..optim.presets import PRESETS
+from ..optim.rules import Rule, policy_key
+from ..roles import ROLES, ParamSpec, classify
+from ..roles.skeletons import skeleton
+from ..tables import fold_names, format_table
+from ..trainer.arguments import parse_roles
+from .cost import cost_report
+from .outline import Total, count_roles, tied_names
+from .picture import check_file, save_picture
+
+FORMATS = ("table", "json", "markdown")
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `inspect`."""
+    parser.add_argument(
+        "model", help="a local folder, a config.json, or a model id on the Hub; PEFT adapters too"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="table")
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), default="normopt", help="whose norms to show"
+    )
+    parser.add_argument(
+        "--roles", default="", metavar="ROLE:REGEX;...", help="override roles by name"
+    )
+    parser.add_argument(
+        "--heads", action="store_true", help="make each attention head an operator of its own"
+    )
+    parser.add_argument(
+        "--cost", action="store_true", help="show how the spectral steps are computed, and the work"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="of a training step, for --cost (8192)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for --cost")
+    parser.add_argument("--why", action="store_true", help="show the reason for each role")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="also draw the model with its norms, as .html or .png"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with status 1 if a parameter is `other`"
+    )
+    parser.add_argument(
+        "--trust_remote_code",
+        "--trust-remote-code",
+        action="store_true",
+        help="run modelling code that comes with the config",
+    )
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Print the role and the norm of every parameter, and draw them.
+
+    Returns:
+        0, or 1 when `--strict` finds a parameter whose role is `other`.
+    """
+    if args.plot:
+        check_file(args.plot)
+    policy = PRESETS[args.preset].policy
+    model = skeleton(args.model, trust_remote_code=args.trust_remote_code)
+    specs = classify(model, parse_roles(args.roles), heads=args.heads)
+    rules = [policy[policy_key(policy, spec.role, spec.kind)] for spec in specs]
+    norms = [str(rule.norm) for rule in rules]
+    totals = count_roles(specs, norms)
+    if args.plot:
+        save_picture(args.plot, f"{type(model).__name__}, preset {args.preset}", specs, norms)
+    markdown, others = args.format == "markdown", _others(specs)
+    if args.format == "json":
+        print(json.dumps(_report(args, type(model).__name__, specs, rules, totals), indent=1))
+    else:
+        header = ("role", "norm", "tensors", "parameters")
+        print(_table(specs, norms, args.why, markdown), end="\n\n")
+        print(format_table(header, [total.cells for total in totals], markdown))
+        if args.cost:
+            print("", cost_report(specs, rules, args.tokens, args.device, markdown), sep="\n")
+        if others:
+            print(f"\nother: {'; '.join(f'{name}: {reason}' for name, reason in others)}")
+    if others and args.strict:
+        print(_advice([name for name, _ in others]), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _advice(others: Sequence[str]) -> str:
+    """What to do about parameters of the role `other`, by their folded names."""
+    wish = ";".join(f"ROLE:{name.partition(' (')[0]}" for name in others)
+    return (
+        f"hf-normopt inspect: the role of {', '.join(others)} is other. "
+        f'Give another with --roles "{wish}"; ROLE is one of {", ".join(list(ROLES)[:-1])}.'
+    )
+
+
+def _others(specs: Sequence[ParamSpec]) -> list[tuple[str, str]]:
+    """Names and reasons of the parameters of the role `other`, folded over layers."""
+    others = [spec for spec in specs if spec.role == "other"]
+    reasons = [spec.reason for spec in others]
+    names = [_short(spec.name) for spec in others]
+    return [(label, reasons[at[0]]) for label, at in fold_names(names, reasons)]
+
+
+def _table(specs: Sequence[ParamSpec], norms: Sequence[str], why: bool, markdown: bool) -> str:
+    cells = [
+        (
+            f"{spec.role}/{spec.kind}" if spec.kind else spec.role,
+            norm,
+            " x ".join(map(str, spec.shape)) or "1",
+            str(spec.layout),
+            *([spec.reason] if why else []),
+        )
+        for spec, norm in zip(specs, norms, strict=True)
+    ]
+    keys = [(row, spec.tied_to is None) for row, spec in zip(cells, specs, strict=True)]
+    rows = []
+    for label, at in fold_names([_short(spec.name) for spec in specs], keys):
+        names = [label, *tied_names([specs[i] for i in at])]
+        rows.append((" = ".join(names), *cells[at[0]]))
+    header = ("parameter", "role", "norm", "shape", "layout", *(["reason"] if why else []))
+    return format_table(header, rows, markdown)
+
+
+def _report(
+    args: argparse.Namespace,
+    class_name: str,
+    specs: Sequence[ParamSpec],
+    rules: Sequence[Rule],
+    totals: Sequence[Total],
+) -> dict[str, object]:
+    """What `--format json` prints; docs/inspect.md describes it."""
+    return {
+        "format_version": 1,
+        "model": args.model,
+        "class": class_name,
+        "preset": args.preset,
+        "parameters": [
+            {
+                "name": spec.name,
+                "shape": spec.shape,
+                "role": spec.role,
+                "kind": spec.kind,
+                "layout": str(spec.layout),
+                "reason": spec.reason,
+                "tied_to": spec.tied_to.split(", ") if spec.tied_to else [],
+                "norm": str(rule.norm),
+                "rule": str(rule),
+            }
+            for spec, rule in zip(specs, rules, strict=True)
+        ],
+        "totals": {
+            role: {"norms": norms, "tensors": tensors, "parameters": parameters}
+            for role, norms, tensors, parameters in totals
+        },
+    }
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".weight")
