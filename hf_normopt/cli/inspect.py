@@ -7,9 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 
+from ..optim.groups import kind_of_product, products
 from ..optim.presets import PRESETS
 from ..optim.rules import Rule, policy_key
-from ..roles import ROLES, ParamSpec, classify
+from ..roles import KINDS, ROLES, ParamSpec, classify
 from ..roles.skeletons import skeleton
 from ..tables import fold_names, format_table
 from ..trainer.arguments import parse_roles
@@ -68,7 +69,10 @@ def inspect(args: argparse.Namespace) -> int:
     policy = PRESETS[args.preset].policy
     model = skeleton(args.model, trust_remote_code=args.trust_remote_code)
     specs = classify(model, parse_roles(args.roles), heads=args.heads)
-    rules = [policy[policy_key(policy, spec.role, spec.kind)] for spec in specs]
+    pairs = products(specs, policy)
+    joined = {spec.name: kind_of_product(spec) for pair in pairs for spec in pair}
+    keys = [joined.get(spec.name) or policy_key(policy, spec.role, spec.kind) for spec in specs]
+    rules = [policy[key] for key in keys]
     norms = [str(rule.norm) for rule in rules]
     totals = count_roles(specs, norms)
     if args.plot:
@@ -78,7 +82,7 @@ def inspect(args: argparse.Namespace) -> int:
         print(json.dumps(_report(args, type(model).__name__, specs, rules, totals), indent=1))
     else:
         header = ("role", "norm", "tensors", "parameters")
-        print(_table(specs, norms, args.why, markdown), end="\n\n")
+        print(_table(specs, norms, pairs, args.why, markdown), end="\n\n")
         print(format_table(header, [total.cells for total in totals], markdown))
         if args.cost:
             print("", cost_report(specs, rules, args.tokens, args.device, markdown), sep="\n")
@@ -107,24 +111,56 @@ def _others(specs: Sequence[ParamSpec]) -> list[tuple[str, str]]:
     return [(label, reasons[at[0]]) for label, at in fold_names(names, reasons)]
 
 
-def _table(specs: Sequence[ParamSpec], norms: Sequence[str], why: bool, markdown: bool) -> str:
+def _table(
+    specs: Sequence[ParamSpec],
+    norms: Sequence[str],
+    pairs: Sequence[tuple[ParamSpec, ParamSpec]],
+    why: bool,
+    markdown: bool,
+) -> str:
+    """A row for each parameter, and one for the two factors of a product."""
+    of_factor = {spec.name: pair for pair in pairs for spec in pair}
+    shown = [
+        (spec, norm)
+        for spec, norm in zip(specs, norms, strict=True)
+        if spec.name not in of_factor or spec is of_factor[spec.name][0]
+    ]
+    specs = [spec for spec, _ in shown]
     cells = [
         (
-            f"{spec.role}/{spec.kind}" if spec.kind else spec.role,
-            norm,
-            " x ".join(map(str, spec.shape)) or "1",
-            str(spec.layout),
+            *(
+                _of_product(*of_factor[spec.name], norm)
+                if spec.name in of_factor
+                else _of(spec, norm)
+            ),
             *([spec.reason] if why else []),
         )
-        for spec, norm in zip(specs, norms, strict=True)
+        for spec, norm in shown
+    ]
+    labels = [
+        spec.factor.product if spec.factor and spec.name in of_factor else _short(spec.name)
+        for spec in specs
     ]
     keys = [(row, spec.tied_to is None) for row, spec in zip(cells, specs, strict=True)]
     rows = []
-    for label, at in fold_names([_short(spec.name) for spec in specs], keys):
+    for label, at in fold_names(labels, keys):
         names = [label, *tied_names([specs[i] for i in at])]
         rows.append((" = ".join(names), *cells[at[0]]))
     header = ("parameter", "role", "norm", "shape", "layout", *(["reason"] if why else []))
     return format_table(header, rows, markdown)
+
+
+def _of(spec: ParamSpec, norm: str) -> tuple[str, ...]:
+    role = f"{spec.role}/{spec.kind}" if spec.kind else spec.role
+    return role, norm, " x ".join(map(str, spec.shape)) or "1", str(spec.layout)
+
+
+def _of_product(a: ParamSpec, b: ParamSpec, norm: str) -> tuple[str, ...]:
+    """What is shown of a product s B A in place of its two factors."""
+    shapes = (" x ".join(map(str, spec.shape)) for spec in (b, a))
+    assert a.factor is not None
+    kind = kind_of_product(a)
+    return f"{KINDS[kind]}/{kind}", norm, " · ".join(shapes), f"scale {a.factor.scale:g}"
 
 
 def _report(
@@ -149,6 +185,7 @@ def _report(
                 "layout": str(spec.layout),
                 "reason": spec.reason,
                 "tied_to": spec.tied_to.split(", ") if spec.tied_to else [],
+                "product": spec.factor.product if spec.factor else None,
                 "norm": str(rule.norm),
                 "rule": str(rule),
             }
