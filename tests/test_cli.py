@@ -178,7 +178,9 @@ def test_inspect_of_an_adapter(capsys, tmp_path, given):
     )
     status, out, _ = run(capsys, "inspect", tmp_path / "a" / given)
     assert status == 0
-    assert re.search(r"q_proj\.lora\.default \(x2\) +linear/product +product rms->rms .*scale 1", out)
+    assert re.search(
+        r"q_proj\.lora\.default \(x2\) +linear/product +product rms->rms .*scale 1", out
+    )
     assert "embed_tokens" not in out
 
 

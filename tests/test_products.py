@@ -7,13 +7,17 @@ import math
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_normopt import classify, create_normopt_optimizer
 from hf_normopt.norms.operators import parse_norm as parse_plain
 from hf_normopt.norms.product import GUARD, parse_norm
 from hf_normopt.optim import products
+from tests.test_sharding import spawn
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
@@ -451,3 +455,44 @@ def test_norms_of_products_have_names():
     assert parse_norm("rms->linf") == parse_plain("rms->linf")
     with pytest.raises(ValueError, match="factors of a product"):
         parse_norm("product l1->linf")
+
+
+# Ranks
+
+
+def _ranks_do_what_one_process_does():
+    products.PERIOD = 2
+    for axes in ("replicas", (0, 0), (1, 0), (0, 1)):
+        alone = turn(with_b(adapted()), conditioned(100))
+        many = copy.deepcopy(alone)
+        single = create_normopt_optimizer(alone, lr=1e-2, weight_decay=0.1)
+        optimizer = create_normopt_optimizer(many, lr=1e-2, weight_decay=0.1)
+        if axes == "replicas":
+            optimizer.replicas = dist.group.WORLD
+        else:
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in layers(many).values():
+                for factors, axis in zip((layer.lora_A, layer.lora_B), axes, strict=True):
+                    module = factors["default"]
+                    sharded = distribute_tensor(module.weight.data, mesh, [Shard(axis)])
+                    module.weight = nn.Parameter(sharded)
+            for group in optimizer.param_groups:
+                group["params"] = [many.get_parameter(name) for name in group["param_names"]]
+        for i in range(5):
+            generator = torch.Generator().manual_seed(i)
+            optimizer.observer = (lambda move, eta: [*move.each()]) if i % 2 else None
+            for p, q in zip(alone.parameters(), many.parameters(), strict=True):
+                if p.requires_grad:
+                    p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+                    q.grad = p.grad.clone()
+                    if isinstance(q, DTensor):
+                        q.grad = distribute_tensor(q.grad, q.device_mesh, q.placements)
+            single.step()
+            optimizer.step()
+        for (name, p), q in zip(alone.named_parameters(), many.parameters(), strict=True):
+            whole = q.full_tensor() if isinstance(q, DTensor) else q
+            assert torch.allclose(whole, p), (axes, name)
+
+
+def test_ranks_do_what_one_process_does(tmp_path):
+    spawn(tmp_path, _ranks_do_what_one_process_does, 2)
