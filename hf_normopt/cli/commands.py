@@ -1,4 +1,4 @@
-"""The command line: `hf-normopt inspect`, `presets`, `run` and `card`."""
+"""The command line: `hf-normopt inspect`, `presets`, `run`, `find-rate` and `card`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..roles.skeletons import skeleton
 from ..tables import fold_names, format_table
 from ..trainer.arguments import parse_roles
 from .cost import cost_report
+from .find_rate import find_rate
 from .launch import run
 from .picture import Total, check_file, count_roles, save_picture, tied_names
 
@@ -78,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     commands.add_parser("run", help="run a script that nobody edited, with --optim normopt")
 
+    commands.add_parser(
+        "find-rate", help="run a script for a few per cent of its steps at several rates"
+    )
+
     card = commands.add_parser(
         "card", help="write into the card of a trained model how it was trained"
     )
@@ -94,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["run"]:
         return run(argv[1:])  # all that follows is the script's
+    if argv[:1] == ["find-rate"]:
+        return find_rate(argv[1:])
     args = parser.parse_args(argv)
     try:
         return args.run(args)

@@ -27,6 +27,7 @@ from .batch import example_batch, making_optimizer_of
 from .callback import NormOptCallback, innermost, unwrapped, warn_of_deepspeed
 from .door import optimizer_class, warn_of_decay_names
 from .telemetry import NormTelemetry
+from .trial import begin_trial
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ def register() -> None:
     _watch_factories()
     callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     callbacks += [c for c in (NormOptCallback, NormTelemetry) if c not in callbacks]
+    begin_trial()
 
 
 def _make_cards_true() -> None:
