@@ -9,14 +9,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..cards.files import write_whole
-from ..optim.presets import optimizer_names
 from ..tables import format_table
 from ..trainer.trial import Outcome, Trial
 
@@ -216,9 +215,7 @@ def _search(args: argparse.Namespace, command: Sequence[str], search: Search) ->
     return 0 if search.chosen is not None else 1
 
 
-def _outcome(
-    trial: Trial, command: Sequence[str], factor: float, search: Search
-) -> Outcome:
+def _outcome(trial: Trial, command: Sequence[str], factor: float, search: Search) -> Outcome:
     """Run the script once.
 
     Raises:

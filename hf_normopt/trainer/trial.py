@@ -218,7 +218,9 @@ def _shorten_inplace(trainer: Any, trial: Trial, outcome: Outcome) -> None:
             args.warmup_steps = max(1, round(args.warmup_steps * share))
         options: Any = args.lr_scheduler_kwargs
         args.lr_scheduler_kwargs = {
-            key: max(1, round(value * share)) if key.startswith("num_") and "steps" in key else value
+            key: max(1, round(value * share))
+            if key.startswith("num_") and "steps" in key
+            else value
             for key, value in dict(options or {}).items()
         }
         args.max_steps = outcome.steps
