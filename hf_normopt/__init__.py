@@ -20,7 +20,7 @@ from .optim.optimizer import NormOpt
 from .optim.presets import PRESETS, Preset, create_normopt_optimizer
 from .optim.rules import EMA, Accumulate, Policy, Rule
 from .optim.schedules import create_normopt_scheduler
-from .optim.step_sizes import DualNorm, EscapeVelocity, Fixed, StepSize
+from .optim.step_sizes import DualNorm, EscapeVelocity, Fixed, Momo, StepSize
 from .roles import ParamSpec, classify
 from .trainer.arguments import NormOptArguments
 from .trainer.publish import finish_run
@@ -40,6 +40,7 @@ __all__ = [
     "MaxColumn",
     "MaxEntry",
     "MaxRow",
+    "Momo",
     "Norm",
     "NormOpt",
     "NormOptArguments",

@@ -90,6 +90,7 @@ def matched(
         )
     memory: dict[str, Any] = _first(state_dict["param_groups"], "memory") or {}
     resets: list[Any] = _first(state_dict["param_groups"], "resets") or []
+    guard: dict[str, Any] = _first(state_dict["param_groups"], "guard") or {}
     is_kept = bool(fitting) and all(map(_is_finite, memory.values()))
     if memory and (complaints or not is_kept):
         values = ", ".join(f"{key} {float(value):.3g}" for key, value in memory.items())
@@ -125,6 +126,7 @@ def matched(
         if not per_role:  # the group that has it may be another, or frozen
             kept["memory"] = memory if is_kept and not made else {}
         kept["resets"] = [] if made else resets
+        kept["guard"] = {} if made else guard
         made.append({**group, **options, **kept, "params": [own[name].number for name in names]})
     return {**state_dict, "state": state, "param_groups": made}, complaints
 

@@ -20,6 +20,7 @@ from torch import nn
 from ..norms.operators import Frobenius, Norm, Spectral, operator_norm, parse_norm
 from ..roles import KINDS, ROLES, classify
 from .groups import asked_groups, read_groups
+from .guard import parse_guard
 from .optimizer import NormOpt, parameter_groups
 from .rules import EMA, Policy, Rule
 from .sharding import check_deepspeed
@@ -206,6 +207,7 @@ def create_normopt_optimizer(
     on_mismatch: str = "error",
     momentum_dtype: str = "float32",
     rounding: str = "nearest",
+    on_spike: str | None = None,
     **changes: Any,
 ) -> NormOpt:
     """Make the optimizer for a model: find the roles, give each its rule.
@@ -226,6 +228,8 @@ def create_normopt_optimizer(
         on_mismatch: what to do with a checkpoint that does not fit, see [`NormOpt`].
         momentum_dtype: how momenta are kept, see [`NormOpt`].
         rounding: how weights in 16 bits take a step, see [`NormOpt`].
+        on_spike: what is done about a loss that jumps: `"warn"`, `"skip"` or `"halve"`, also as
+            `"skip/multiple:5"`, see `hf_normopt/optim/guard.py`; None: nothing.
         changes: of the preset's rules. `FIELD=value` changes all roles, `FIELD_ROLE=value` one role
             or kind, where FIELD is `lr` (a multiplier), `momentum`, `nesterov`, `norm`, `scale`,
             `decay` or `schedule` (`"wsd/decay:0.2"`); `beta1`, `beta2` and `eps` change the rules
@@ -280,6 +284,7 @@ def create_normopt_optimizer(
         momentum_dtype=momentum_dtype,
         rounding=rounding,
     )
+    optimizer.guard = None if on_spike is None else parse_guard(on_spike)
     check_deepspeed(optimizer.may_be_flat)
     optimizer.origin = {"preset": preset, "lr": lr, "weight_decay": weight_decay, **changes} | {
         name: value
@@ -289,6 +294,7 @@ def create_normopt_optimizer(
             ("heads", heads, False),
             ("momentum_dtype", momentum_dtype, "float32"),
             ("rounding", rounding, "nearest"),
+            ("on_spike", on_spike, None),
         )
         if value != usual
     }

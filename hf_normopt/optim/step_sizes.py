@@ -5,6 +5,7 @@ one number for the whole network, or one for each role:
 
 * [`Fixed`]: η = 1, the learning rate is the step size;
 * [`DualNorm`]: η = ‖G‖† / λ, the exact minimiser of the majorised loss (Prop. 1);
+* [`Momo`]: η = 1, or less where the loss can fall no further;
 * [`EscapeVelocity`]: η grows until the weights have left their start (Prodigy).
 
 Before a step, `weight` says what its gradients weigh in the moving averages. `observe` measures the
@@ -14,6 +15,7 @@ and ranks, and `advance_inplace` makes of these the next η. Nothing waits for t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -21,6 +23,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .precision import widened
+from .rules import Rule
 from .sharding import gathered, local, number_of_parts
 
 
@@ -28,6 +32,7 @@ class Move(Protocol):
     """What a step size may see of a parameter's update before it is made."""
 
     group: dict[str, Any]
+    rule: Rule
 
     @property
     def param(self) -> Tensor:
@@ -52,10 +57,20 @@ class StepSize:
         needs_directions: η depends on the directions of its own step, so that all of them are held
             at once: the memory of the model once more.
         per_role: one number for each role, else one for the network.
+        needs_loss: before `advance_inplace`, `memory["loss"]` is the loss at the present weights,
+            the mean over the ranks.
     """
 
     needs_directions: bool = False
     per_role: bool = False
+    needs_loss: bool = False
+
+    def check(self, rules: Iterable[Rule]) -> None:
+        """Complain about rules that it does not go with.
+
+        Raises:
+            ValueError: naming them.
+        """
 
     def weight(self, memory: dict[str, Any]) -> Tensor | float:
         """What gradients weigh in the moving averages: 1, or the η that is known so far."""
@@ -70,6 +85,10 @@ class StepSize:
             where `needs_directions`.
         """
         return torch.zeros(0, device=move.param.device), None
+
+    def share(self, move: Move) -> float | Tensor:
+        """What multiplies a parameter's part of the dual norm, where `needs_directions`."""
+        return 1.0
 
     def advance_inplace(self, memory: dict[str, Any], dual: Tensor, sums: Tensor) -> Tensor | float:
         """The η of this step.
@@ -112,6 +131,73 @@ class DualNorm(StepSize):
     def advance_inplace(self, memory: dict[str, Any], dual: Tensor, sums: Tensor) -> Tensor:
         """The dual norm over the sharpness."""
         return dual / self.sharpness
+
+
+@dataclass(frozen=True)
+class Momo(StepSize):
+    """η = min(1, (f̄ + ⟨m, w⟩ - F*)₊ / Σ_k lr_k ⟨m_k, d_k⟩): no further than the loss can fall.
+
+    The loss is modelled by the mean of its past linearizations f_i + ⟨g_i, w - w_i⟩, with the
+    weights of the momentum m: f̄ is the mean of f_i - ⟨g_i, w_i⟩. Along a step of η the model falls
+    by η Σ lr ⟨m, d⟩; for LMOs that is η times the network's dual norm of m (Prop. 7) at their
+    rates. The step ends where the model meets F*, below which the loss cannot be. Schaipp et al.
+    2024 (arXiv 2305.07583, Momo), under any norm; where the momentum's weights add up to
+    1 - β^t, so do those of F*. Weight decay is no part of the model.
+
+    Args:
+        least: F*; 0 for cross-entropies.
+    """
+
+    least: float = 0.0
+
+    needs_directions = True
+    needs_loss = True
+
+    def check(self, rules: Iterable[Rule]) -> None:
+        """All rules need one momentum, whose weights the model has."""
+        found = {(rule.momentum, rule.nesterov) for rule in rules}
+        if len(found) > 1:
+            texts = (f"{beta:g}{' (nesterov)' * ahead}" for beta, ahead in sorted(found))
+            raise ValueError(
+                f"step_size=momo needs one momentum for all roles, found {', '.join(texts)}. The "
+                "options momentum=0.95,nesterov=true set that of all."
+            )
+
+    def observe(self, move: Move, weight: Tensor | float) -> tuple[Tensor, None]:
+        """⟨g, w⟩; the same of what the LMO received; β, whether it looks ahead, and a count."""
+        rule, grad = move.rule, local(move.grad)
+        weights = local(move.param).to(grad.dtype)
+        inner = received = (grad * weights).sum()
+        if rule.momentum:
+            momentum = widened(local(move.state["momentum_buffer"]), grad.dtype)
+            received = (momentum * weights).sum()
+        if rule.nesterov:
+            received = inner.lerp(received, rule.momentum)
+        facts = inner.new_tensor([rule.momentum, rule.nesterov, 1.0])
+        return torch.cat([torch.stack([inner, received]), facts]), None
+
+    def share(self, move: Move) -> float | Tensor:
+        """The learning rate, which schedules may give to each role."""
+        rate: float | Tensor = move.group["lr"]
+        return rate
+
+    def advance_inplace(self, memory: dict[str, Any], dual: Tensor, sums: Tensor) -> Tensor:
+        """The η that the model allows; a loss that is not finite counts as the last one."""
+        inner, received, betas, nesterovs, count = sums
+        beta, ahead = betas / count, nesterovs / count
+        loss = torch.as_tensor(memory.pop("loss", math.nan)).to(sums)
+        loss = memory["last"] = torch.where(loss.isfinite(), loss, memory.get("last", self.least))
+        gap = loss - inner
+        mean = memory["mean"] = gap.lerp(torch.as_tensor(memory.get("mean", 0.0)).to(sums), beta)
+        weight = memory["weight"] = 1 - beta + beta * memory.get("weight", 0.0)
+        mean = mean + ahead * (1 - beta) * (gap - mean)
+        weight = weight + ahead * (1 - beta) * (1 - weight)
+        room = (mean + received - weight * self.least).clamp_min(0)
+        return torch.where(dual > 0, (room / dual).clamp_max(1), 1)
+
+    def restart_inplace(self, memory: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
+        """Forget the model, which is not of the same parameters any more."""
+        memory.clear()
 
 
 @dataclass(frozen=True)
@@ -225,6 +311,7 @@ def _every(tensor: Tensor, stride: int) -> Tensor:
 STEP_SIZES: dict[str, type[StepSize]] = {
     "fixed": Fixed,
     "dual_norm": DualNorm,
+    "momo": Momo,
     "escape_velocity": EscapeVelocity,
 }
 
