@@ -21,7 +21,10 @@ def policy(momentum, nesterov=False):
 
 
 def optimizer_of(weights, lr, momentum, nesterov=False, **options):
-    groups = [{"params": [(role, p)], "role": role} for role, p in zip(NORMS, weights, strict=True)]
+    groups = [
+        {"params": [(role, p)], "role": role, "layouts": ["out in"]}
+        for role, p in zip(NORMS, weights, strict=True)
+    ]
     groups[1]["lr"] = lr / 3  # as a schedule of its own would have it
     rules = policy(momentum, nesterov)
     return NormOpt(groups, rules, lr=lr, step_size=Momo(**options))
@@ -39,7 +42,7 @@ def test_it_equals_the_slow_form_that_keeps_all_linearizations(momentum, nestero
     lines, etas = [], []
     for _ in range(12):
         before = [w.detach().clone() for w in weights]
-        grads = [draw(*w.shape) / 20 for w in weights]
+        grads = [draw(*w.shape) / 4 for w in weights]
         loss = float(draw(1).abs())
         lines.append((loss, grads, before))
         share = [(1 - momentum) * momentum ** (len(lines) - 1 - i) for i in range(len(lines))]
