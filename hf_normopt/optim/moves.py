@@ -42,6 +42,7 @@ from .sharding import (
     divided_among,
     gathered,
     local,
+    number_of_parts,
     placed_as_its_parameter,
     placed_like,
     places,
@@ -138,6 +139,28 @@ class Move:
         """The gradient, dense, finite, and in the dtype of the arithmetic."""
         gradient = _dense(self.gradients[0]).to(state_dtype(self.param))
         return gradient.nan_to_num(0.0, 0.0, 0.0)
+
+    def way_inplace(self, stride: int, follows: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """⟨g, w_0 - w⟩ and the squares of g and w_0 - w, over the entries that this rank holds.
+
+        What moves as a product measures these of the product.
+
+        Args:
+            stride: keep every stride-th entry of w_0 only, and estimate all three from these.
+            follows: let w be the w_0 of the next call; else it is that of the first.
+        """
+        grad = self.grad
+        now = _every(self.param, stride).to(grad.dtype)
+        if "anchor" not in self.state:
+            self.state["anchor"] = now.clone()
+        way = self.state["anchor"] - now
+        if follows:
+            self.state["anchor"].copy_(now)
+        grad = _every(grad, stride)
+        ranks = 1 if stride == 1 else number_of_parts(self.param)  # that have the same sum
+        pairs = ((grad, way), (grad, grad), (way, way))
+        inner, grads, ways = (stride / ranks * (local(a) * local(b)).sum() for a, b in pairs)
+        return inner, grads, ways
 
     def dual(self, tensor: Tensor | None = None) -> Tensor:
         """Scale · multiplier · dual norm: a part of the network's dual norm (Prop. 7)."""
@@ -359,6 +382,10 @@ def _noise(move: Move, i: int, steps: int) -> Tensor:
     if axes:
         axes[0] = axes[0][move.at]
     return entry_noise(f"{steps} {move.names[i]}", axes, whole.shape)
+
+
+def _every(tensor: Tensor, stride: int) -> Tensor:
+    return tensor if stride == 1 else gathered(tensor).flatten()[::stride]
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .precision import widened
 from .rules import Rule
-from .sharding import gathered, local, number_of_parts
+from .sharding import local
 
 
 class Move(Protocol):
@@ -47,6 +47,10 @@ class Move(Protocol):
     @property
     def grad(self) -> Tensor:
         """The gradient, not weighted."""
+        ...
+
+    def way_inplace(self, stride: int, follows: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """⟨g, w_0 - w⟩ and the squares of g and w_0 - w, see `hf_normopt/optim/moves.py`."""
         ...
 
 
@@ -261,17 +265,8 @@ class EscapeVelocity(StepSize):
 
     def observe(self, move: Move, weight: Tensor | float) -> tuple[Tensor, Tensor]:
         """The part of r, for the cosine ⟨g, w_0 - w⟩ and the squares of g and w_0 - w; and s."""
-        whole = move.grad  # made anew by each access
-        now = _every(move.param, self.stride).to(whole.dtype)
-        if "anchor" not in move.state:
-            move.state["anchor"] = now.clone()
-        way = move.state["anchor"] - now
-        if self.anchor == "last":
-            move.state["anchor"].copy_(now)
-        grad = _every(whole, self.stride)
-        sums = [(local(a) * local(b)).sum() for a, b in ((grad, way), (grad, grad), (way, way))]
-        ranks = 1 if self.stride == 1 else number_of_parts(move.param)  # that have the same sum
-        inner, grad_square, way_square = (self.stride / ranks * total for total in sums)
+        inner, grad_square, way_square = move.way_inplace(self.stride, self.anchor == "last")
+        whole = move.grad
         share: Tensor | float = 1.0
         tensor = whole
         if self.beta:
@@ -302,10 +297,6 @@ class EscapeVelocity(StepSize):
             del memory[key]
         for state in states:
             state.pop("gradient_sum", None)
-
-
-def _every(tensor: Tensor, stride: int) -> Tensor:
-    return tensor if stride == 1 else gathered(tensor).flatten()[::stride]
 
 
 STEP_SIZES: dict[str, type[StepSize]] = {
