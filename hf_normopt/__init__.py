@@ -20,7 +20,7 @@ from .optim.optimizer import NormOpt
 from .optim.presets import PRESETS, Preset, create_normopt_optimizer
 from .optim.rules import EMA, Accumulate, Policy, Rule
 from .optim.schedules import create_normopt_scheduler
-from .optim.step_sizes import DualNorm, EscapeVelocity, Fixed, Momo, StepSize
+from .optim.step_sizes import DualNorm, EscapeVelocity, Fixed, LineSearch, Momo, StepSize
 from .roles import ParamSpec, classify
 from .trainer.arguments import NormOptArguments
 from .trainer.publish import finish_run
@@ -37,6 +37,7 @@ __all__ = [
     "Fixed",
     "Frobenius",
     "Layout",
+    "LineSearch",
     "MaxColumn",
     "MaxEntry",
     "MaxRow",

@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ..norms.layouts import Layout, usual_layout
+from ..norms.operators import Spectral
 from ..roles.graph import canonical_name
 from .precision import (
     BLOCK,
@@ -173,9 +174,17 @@ class Move:
         return torch.stack([self.dual_of(o) for o in self.layout.to_operators(tensor)]).sum()
 
     def dual_of(self, operators: Tensor) -> Tensor:
-        """The same of operators (..., fan_out, fan_in) in place of a whole tensor."""
-        duals = self.rule.norm.dual_norm(operators) * self.scale(operators.shape)
-        return duals.sum() * self.group["multiplier"]
+        """The same of operators (..., fan_out, fan_in) in place of a whole tensor.
+
+        A nuclear norm is what the LMO reaches of it, 0.97 at least: singular values cost ten times
+        as much.
+        """
+        norm = self.rule.norm
+        if isinstance(norm, Spectral):
+            duals = (operators * norm.lmo(operators)).sum((-2, -1))
+        else:
+            duals = norm.dual_norm(operators)
+        return duals.sum() * self.scale(operators.shape) * self.group["multiplier"]
 
     def scale(self, shape: Sequence[int]) -> float:
         """What multiplies the LMO of an operator (..., fan_out, fan_in)."""

@@ -260,7 +260,10 @@ class NormOpt(torch.optim.Optimizer):
         eta = weight = size.weight(memory)
         if size.needs_directions:
             moves = list(directed_inplace(moves, weight, weight, keep=True, whole=watched))
-        if moves and not isinstance(size, Fixed):
+        known = size.known(memory)
+        if known is not None:
+            eta = known
+        elif moves:
             eta = self._eta(moves, weight, memory)
         if self.guard is not None:
             eta = eta * self.param_groups[0]["guard"].get("factor", 1.0)
@@ -290,10 +293,17 @@ class NormOpt(torch.optim.Optimizer):
         if size.needs_directions:
             duals: Iterable[Any] = ((one.dual() * size.share(one), one.shards) for one in single)
         else:
-            duals = dual_norms(single, [tensor for _, tensor in seen if tensor is not None])
+            wanted = [
+                (one, of) for one, (_, of) in zip(single, seen, strict=True) if of is not None
+            ]
+            duals = dual_norms(*zip(*wanted, strict=True)) if wanted else ()
         parts += [(nn.functional.pad(dual[None], (0, length - 1)), ranks) for dual, ranks in duals]
         measured = total(parts)
-        return size.advance_inplace(memory, measured[0], measured[1:])
+        eta = size.advance_inplace(memory, measured[0], measured[1:])
+        if size.known(memory) is not None:  # the last of its measurements
+            for one in single:
+                one.state.pop("anchor", None)
+        return eta
 
     @property
     def needs_loss(self) -> bool:

@@ -24,7 +24,7 @@ from .guard import parse_guard
 from .optimizer import NormOpt, parameter_groups
 from .rules import EMA, Policy, Rule
 from .sharding import check_deepspeed
-from .step_sizes import EscapeVelocity, Fixed, StepSize, parse_step_size
+from .step_sizes import EscapeVelocity, Fixed, LineSearch, StepSize, parse_step_size
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,13 @@ PRESETS: dict[str, Preset] = {
         source=f"{_PAPER}, Epilogue; Large et al. 2024, arXiv 2405.14813",
         learning_rate=(1e-3, 1e-1),
         policy=_by_role(partial(Rule, momentum=0.95, nesterov=True)),
+    ),
+    "free": Preset(
+        description="The norms and scale of normopt, at a rate that the first steps find.",
+        source=f"{_PAPER}, Epilogue; a line search on the cosine of steps and gradients",
+        learning_rate=(0.2, 5.0),
+        policy=_by_role(partial(Rule, scale="adamw", momentum=0.95, nesterov=True)),
+        step_size=LineSearch(),
     ),
     "scion": Preset(
         description="The same norms with radius 50, 3000 for the head (by rows); plain momentum.",

@@ -6,7 +6,8 @@ one number for the whole network, or one for each role:
 * [`Fixed`]: η = 1, the learning rate is the step size;
 * [`DualNorm`]: η = ‖G‖† / λ, the exact minimiser of the majorised loss (Prop. 1);
 * [`Momo`]: η = 1, or less where the loss can fall no further;
-* [`EscapeVelocity`]: η grows until the weights have left their start (Prodigy).
+* [`EscapeVelocity`]: η grows until the weights have left their start (Prodigy);
+* [`LineSearch`]: η is found in the first steps, by what a step does to the gradient along it.
 
 Before a step, `weight` says what its gradients weigh in the moving averages. `observe` measures the
 move of each parameter, the optimizer adds the measurements and the dual norms up, over parameters
@@ -104,6 +105,10 @@ class StepSize:
         """
         raise NotImplementedError
 
+    def known(self, memory: dict[str, Any]) -> Tensor | float | None:
+        """The η of this step where nothing needs to be measured for it; None where it does."""
+        return None
+
     def restart_inplace(self, memory: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
         """Forget what was added up over parameters that are others now; η goes on."""
 
@@ -111,6 +116,10 @@ class StepSize:
 @dataclass(frozen=True)
 class Fixed(StepSize):
     """η = 1: the learning rate is the step size."""
+
+    def known(self, memory: dict[str, Any]) -> float:
+        """Always."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -228,6 +237,9 @@ class EscapeVelocity(StepSize):
         decrease: let η shrink again, not below `start`, instead of taking the maximum.
         per_role: one η for each role, instead of one for the network.
         stride: keep every stride-th entry of w_0 only, and estimate the inner product from these.
+        coefficient: of r, Prodigy's d_coef.
+        growth: in step t, η grows by a factor of 1 + growth / t at most, so that a spike late in a
+            run cannot double it; 0: without limit.
 
     Raises:
         ValueError: for a value outside of its range.
@@ -241,6 +253,8 @@ class EscapeVelocity(StepSize):
     decrease: bool = False
     per_role: bool = False
     stride: int = 1
+    coefficient: float = 1.0
+    growth: float = 0.0
 
     def __post_init__(self) -> None:
         choices = {"variant": ("delayed", "undelayed"), "rule": ("ratio", "cosine")}
@@ -253,6 +267,8 @@ class EscapeVelocity(StepSize):
                 )
         if not self.start > 0 or not 0 <= self.beta < 1 or self.stride < 1:
             raise ValueError(f"start must be > 0, beta in [0, 1), stride >= 1; found {self}.")
+        if not self.coefficient > 0 or not self.growth >= 0:
+            raise ValueError(f"coefficient must be > 0, growth >= 0; found {self}.")
         if self.anchor == "last" and self.rule == "ratio":
             raise ValueError(
                 "EscapeVelocity: anchor='last' goes with rule='cosine'. By Hölder's inequality the "
@@ -287,16 +303,101 @@ class EscapeVelocity(StepSize):
         if self.rule == "cosine":
             new = eta * (1 + cosine)
         else:
-            new = torch.where(dual > 0, numerator / dual, eta)  # no gradient says nothing
+            ratio = self.coefficient * numerator / dual
+            new = torch.where(dual > 0, ratio, eta)  # no gradient says nothing
+        if self.growth:
+            step = memory["steps"] = memory.get("steps", 0) + 1
+            new = torch.minimum(new, eta * (1 + self.growth / step))
         memory["eta"] = new.clamp_min(self.start) if self.decrease else torch.maximum(eta, new)
         return eta if self.variant == "delayed" else memory["eta"]
 
     def restart_inplace(self, memory: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
         """Forget r and s, which are not of the same parameters any more."""
-        for key in memory.keys() - {"eta"}:
+        for key in memory.keys() - {"eta", "steps"}:
             del memory[key]
         for state in states:
             state.pop("gradient_sum", None)
+
+
+@dataclass(frozen=True)
+class LineSearch(StepSize):
+    """η is found in the first steps, and stays: a search along the network's own steps.
+
+    A step that is far too small leaves the gradient along it as it was, and one to the line's
+    minimum takes it away. So the search looks for the step after which the next gradient's cosine
+    with it is half of what it is without a step. Each batch is noisy: log η takes steps whose gain
+    falls as 1 / t (Robbins & Monro 1951), first by factors of up to 4, so that it does not matter
+    where it starts; η is the mean of log η over the second half, times `reach`.
+
+    The cosine is the network's: no role is left behind, and neither clipping nor the size of a
+    batch's gradient matters. During the search a schedule does not act on η, so that a warm-up is
+    no second search. Afterwards nothing is measured: no spike can move η.
+
+    Args:
+        start: η at first.
+        steps: of the search.
+        reach: η over what the search finds. Steps to half of the line's slope are short-sighted
+            (Wu et al. 2018, arXiv 1803.02021); the measurement is in docs/rate.md.
+
+    Raises:
+        ValueError: for a value outside of its range.
+    """
+
+    start: float = 1e-6
+    steps: int = 32
+    reach: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.start > 0 or not self.reach > 0 or self.steps < 2 * FAST:
+            raise ValueError(
+                f"LineSearch: start and reach must be > 0, steps >= {2 * FAST}; found {self}."
+            )
+
+    def known(self, memory: dict[str, Any]) -> Tensor | float | None:
+        """After the search."""
+        eta: Tensor | None = memory.get("eta")
+        return eta
+
+    def observe(self, move: Move, weight: Tensor | float) -> tuple[Tensor, None]:
+        """⟨g, w_0 - w⟩ and the squares over the last step; the rate, and the schedule's first."""
+        way = torch.stack(move.way_inplace(1, True))
+        rates = (move.group["lr"], move.group.get("initial_lr", move.group["lr"]))
+        return torch.cat([way, *(way.new_tensor([float(rate)]) for rate in rates)]), None
+
+    def advance_inplace(self, memory: dict[str, Any], dual: Tensor, sums: Tensor) -> Tensor:
+        """Take a step of the search; its η is such that the schedule cancels."""
+        inner, grad_square, way_square, rate, peak = sums
+        step, found = memory.get("steps", 0), torch.as_tensor(memory.get("found", self.start))
+        found = found.to(sums)
+        if step:
+            length = (grad_square * way_square).sqrt()
+            cosine = memory["cosine"] = torch.where(length > 0, inner / length, 0)
+            slope = self._slope_inplace(memory, cosine, step)
+            gain = math.log(4) * min(1.0, FAST / step)
+            change = torch.where(length > 0, (2 * slope - 1).clamp(-1, 1), 0)
+            found = found * torch.exp(gain * change)
+        if step > self.steps // 2:
+            memory["logs"] = memory.get("logs", 0.0) + found.log()
+        if step == self.steps:
+            mean = torch.exp(memory["logs"] / (step - step // 2))
+            memory.clear()
+            memory |= {"steps": step, "eta": self.reach * mean}
+            return self.reach * mean
+        memory |= {"steps": step + 1, "found": found}
+        return torch.where(rate > 0, found * peak / rate, 0)
+
+    @staticmethod
+    def _slope_inplace(memory: dict[str, Any], cosine: Tensor, step: int) -> Tensor:
+        """The smoothed cosine over its mean so far, mostly of steps that are too small."""
+        smooth = memory["smooth"] = (cosine + memory.get("smooth", cosine)) / 2
+        memory["sum"] = memory.get("sum", 0.0) + cosine
+        return smooth / (memory["sum"] / step).clamp_min(1e-3)
+
+    def restart_inplace(self, memory: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
+        """Nothing to do: what was found is of the network."""
+
+
+FAST = 8  # steps of the search whose gain does not fall yet
 
 
 STEP_SIZES: dict[str, type[StepSize]] = {
@@ -304,6 +405,7 @@ STEP_SIZES: dict[str, type[StepSize]] = {
     "dual_norm": DualNorm,
     "momo": Momo,
     "escape_velocity": EscapeVelocity,
+    "line_search": LineSearch,
 }
 
 
