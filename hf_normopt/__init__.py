@@ -20,7 +20,7 @@ from .optim.optimizer import NormOpt
 from .optim.presets import PRESETS, Preset, create_normopt_optimizer
 from .optim.rules import EMA, Accumulate, Policy, Rule
 from .optim.schedules import create_normopt_scheduler
-from .optim.step_sizes import DualNorm, EscapeVelocity, Fixed, StepSize
+from .optim.step_sizes import DualNorm, EscapeVelocity, Fixed, LineSearch, Momo, StepSize
 from .roles import ParamSpec, classify
 from .trainer.arguments import NormOptArguments
 from .trainer.finish import finish_run
@@ -37,9 +37,11 @@ __all__ = [
     "Fixed",
     "Frobenius",
     "Layout",
+    "LineSearch",
     "MaxColumn",
     "MaxEntry",
     "MaxRow",
+    "Momo",
     "Norm",
     "NormOpt",
     "NormOptArguments",

@@ -16,7 +16,7 @@ from hf_normopt import DualNorm, create_normopt_optimizer
 from hf_normopt.optim import optimizer as package
 from hf_normopt.optim.agreement import first_difference
 from hf_normopt.optim.sharding import gathered
-from tests.test_sharding import _all, spawn
+from tests.test_sharding import _all, assert_same, spawn
 
 SIZES = (None, DualNorm(), "escape_velocity")
 
@@ -256,6 +256,37 @@ def _the_hook_goes_and_is_not_copied():
     assert reference() is None
 
 
+def _ranks_meet_a_jump_alike():
+    for how in ("ddp", "fsdp"):
+        model, optimizer = ready(how, on_spike="skip")
+        before = {}
+        for i in range(11):
+            is_jump = i == 9
+            before = {name: gathered(p.detach()).clone() for name, p in model.named_parameters()}
+            backward(model, i)
+            rank_sees_it = is_jump and dist.get_rank() == 1
+            optimizer.note_loss(100.0 if rank_sees_it else 1.0 + i % 2)
+            optimizer.step()
+            for name, p in model.named_parameters():
+                assert torch.equal(gathered(p.detach()), before[name]) == is_jump, (how, i, name)
+        assert_replicas(model)
+        assert optimizer.spikes == ["step 10: loss 51, above 4: not made"]
+
+
+def _the_cap_of_momo_is_that_of_all():
+    for how in ("ddp", "fsdp"):
+        alone, one = made(step_size="momo")
+        model, optimizer = ready(how, step_size="momo")
+        for i in range(6):
+            backward(alone, i)
+            backward(model, i)
+            one.note_loss(0.01)
+            one.step()
+            optimizer.note_loss(0.02 * dist.get_rank())  # 0.01 in the mean
+            optimizer.step()
+        assert_same(alone, model, how)
+
+
 @pytest.mark.slow
 def test_two_ranks(tmp_path):
     spawn(
@@ -271,6 +302,8 @@ def test_two_ranks(tmp_path):
         _without_ddp_accelerate_shares_nothing,
         _the_hook_goes_and_is_not_copied,
         _local_sgds,
+        _ranks_meet_a_jump_alike,
+        _the_cap_of_momo_is_that_of_all,
     )
 
 

@@ -412,7 +412,10 @@ def test_step_sizes_by_their_text():
     optimizer = create_normopt_optimizer(nn.Linear(2, 2), lr=1.0, step_size=text)
     assert optimizer.step_size == size
     for wrong, message in (
-        ("escape", "Unknown step size 'escape'; expected one of fixed, dual_norm, escape_velocity"),
+        (
+            "escape",
+            "Unknown step size 'escape'; expected one of fixed, dual_norm, momo, escape_velocity",
+        ),
         ("fixed/start:1", "fixed has no field 'start'"),
         ("dual_norm/sharpness:high", "sharpness takes a float, found 'high'"),
         ("escape_velocity/per_role:perhaps", "per_role takes a bool"),

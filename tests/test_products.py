@@ -496,3 +496,24 @@ def _ranks_do_what_one_process_does():
 
 def test_ranks_do_what_one_process_does(tmp_path):
     spawn(tmp_path, _ranks_do_what_one_process_does, 2)
+
+
+@pytest.mark.parametrize("matrix", [conditioned(10), 100 * torch.eye(RANK).double()])
+def test_escape_velocity_is_that_of_the_product(matrix):
+    options = {"lr": 1.0, "step_size": "escape_velocity/start:0.001"}
+    plain, turned = with_b(adapted()), turn(with_b(adapted()), matrix)
+    assert_same(train(plain, 25, **options), train(turned, 25, **options), 1e-7)
+
+
+def test_escape_velocity_finds_its_rate_from_b_zero():
+    model = adapted()
+    optimizer = create_normopt_optimizer(model, lr=1.0, step_size="escape_velocity/start:1e-6")
+    losses = []
+    for x, y in batches(60):
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(optimizer.param_groups[0]["memory"]["eta"]) > 1e-4
+    assert losses[-1] < 0.8 * losses[0]

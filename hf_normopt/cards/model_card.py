@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .run_card import HYPERPARAMETERS, run_card
 from .run_record import read_run
 
 TAG = "hf-normopt"
+MOST_SPIKES = 5  # that a card tells of
 
 _START, _END = "<!-- hf-normopt: start -->", "<!-- hf-normopt: end -->"
 _SECTION = re.compile(f"{_START}(?:(?!{_START}).)*?{_END}", re.DOTALL)
@@ -241,6 +242,7 @@ def _section(content: Mapping[str, Any], picture: bool, listed: bool) -> str:
         "schedule": f"`{_schedule_line(content)}`" if content["schedule"] else "",
         "steps": f"{steps:,}" + (f" of {max_steps:,}" if max_steps > steps else ""),
         "begun anew": "; ".join(content["resets"]),
+        "jumps of the loss": _spikes(content.get("spikes", [])),
         "versions": ", ".join(f"{name} {text}" for name, text in content["versions"].items()),
     }
     parts = [
@@ -258,6 +260,11 @@ def _section(content: Mapping[str, Any], picture: bool, listed: bool) -> str:
         f"{_CITATION}\n{_END}",
     ]
     return "\n\n".join(parts)
+
+
+def _spikes(events: Sequence[str]) -> str:
+    more = f"; and {len(events) - MOST_SPIKES} more" if len(events) > MOST_SPIKES else ""
+    return "; ".join(events[:MOST_SPIKES]) + more
 
 
 def _roles_table(content: Mapping[str, Any]) -> str:

@@ -64,6 +64,7 @@ def report(
         "schedule": schedule,
         "steps": optimizer.steps,
         "resets": list(optimizer.resets),
+        "spikes": optimizer.spikes,
         "max_steps": max_steps,
         "roles": [
             _role(optimizer, group, schedule, log_history) for group in optimizer.param_groups

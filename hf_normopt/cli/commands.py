@@ -12,6 +12,7 @@ from ..cards.model_card import card_file, update_model_card
 from ..cards.run_record import compare_runs
 from ..optim.presets import PRESETS
 from ..tables import format_table
+from .find_rate import find_rate
 from .inspect import FORMATS, add_inspect_arguments, inspect
 from .launch import run
 
@@ -29,9 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         command.add_arguments(commands.add_parser(name, help=command.help))
     commands.add_parser("run", help="run a script that nobody edited, with --optim normopt")
+    commands.add_parser(
+        "find-rate", help="run a script for a few per cent of its steps at several rates"
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["run"]:
         return run(argv[1:])  # all that follows is the script's
+    if argv[:1] == ["find-rate"]:
+        return find_rate(argv[1:])
     args = parser.parse_args(argv)
     try:
         return COMMANDS[args.command].run(args)

@@ -122,6 +122,18 @@ def average_inplace(params: Iterable[Tensor], replicas: ProcessGroup) -> None:
         p.grad /= dist.get_world_size(replicas)
 
 
+def mean_over(
+    value: Tensor | float, groups: Sequence[ProcessGroup], params: Sequence[Tensor]
+) -> Tensor:
+    """The mean of a number of each rank, on the parameters' device if there are several ranks."""
+    mean = torch.as_tensor(value, dtype=torch.float32).clone()
+    for group in groups:
+        mean = mean.to(_device(params, group))
+        dist.all_reduce(mean, group=group)
+        mean /= dist.get_world_size(group)
+    return mean
+
+
 def first_difference(settings: Mapping[int, Settings]) -> str:
     """The first difference between ranks: where, in what, and both values; "" if there is none."""
     first, *others = sorted(settings)

@@ -102,6 +102,7 @@ def matched(
         if not per_role:  # the group that had it may be another now, or frozen
             group["memory"] = memory if keeps_memory and i == 0 else {}
         group["resets"] = [] if i else _first(saved_groups, "resets") or []
+        group["guard"] = {} if i else _first(saved_groups, "guard") or {}
     return {**state_dict, "state": state, "param_groups": made}, complaints
 
 

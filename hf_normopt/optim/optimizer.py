@@ -28,10 +28,11 @@ from torch.utils.hooks import RemovableHandle
 from ..norms.layouts import Layout, usual_layout
 from ..roles.graph import canonical_name
 from ..tables import fold_names, format_table
-from .agreement import Proposal, Settings, agree, average_inplace
+from .agreement import Proposal, Settings, agree, average_inplace, mean_over
 from .batches import is_flat, moves_of
 from .checkpoints import ON_MISMATCH, described, matched, some
 from .exchange import directed_inplace, dual_norms
+from .guard import Guard
 from .moves import Move
 from .precision import (
     check_precision,
@@ -87,6 +88,7 @@ class NormOpt(torch.optim.Optimizer):
         replicas: the ranks that hold the same parameters and gradients and share the work; those of
             accelerate's DDP if it is not set.
         observer: called with each [`Move`] and η before the move is made; for telemetry.
+        guard: what is done about a loss that jumps, if anything; it needs to know the loss.
 
     Each parameter's state is one momentum buffer; none where the rule's momentum is 0; and the
     norm's statistic where the rule has one. Groups hold plain data only. Under a sparse gradient
@@ -102,6 +104,8 @@ class NormOpt(torch.optim.Optimizer):
     made_for: weakref.ref[nn.Module] | None = None
     observer: Callable[[Move, Tensor | float], None] | None = None
     replicas: ProcessGroup | None = None
+    guard: Guard | None = None
+    _loss: Tensor | float | None = None  # of the coming step, as far as it is known
     _sums: dict[torch.device, Tensor] | None = None  # of gradients, see `note_inplace`
     _fixed: tuple[list[int], Settings] | None = None  # what ranks must have the same, and its key
     _wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
@@ -141,6 +145,7 @@ class NormOpt(torch.optim.Optimizer):
         self.complaints: list[str] = []  # about the last checkpoint, under "reset"
         bits = {"momentum_dtype": momentum_dtype, "rounding": rounding}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **bits})
+        step_size.check(map(self.rule_of, self.param_groups))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see the class; fills in what it leaves out."""
@@ -191,6 +196,7 @@ class NormOpt(torch.optim.Optimizer):
             "schedule": rule.schedule,
             "label": self._label(group),
             "memory": {},
+            "guard": {},
             "steps": 0,
             "resets": [],
             "state_texts": {},
@@ -227,13 +233,22 @@ class NormOpt(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self.note_loss(None)
+            self.note_loss(loss)
 
         self._agree()
+        noted = self._taken_loss()
         self._count_inplace()
         self._sums = self._sums or {}
-        groups = self.param_groups
+        groups, guard = self.param_groups, self.guard
+        if noted is not None and self.step_size.needs_loss:
+            groups[0]["memory"]["loss"] = noted
+        if guard is not None and noted is not None:
+            admits = guard.admits_inplace(groups[0]["guard"], float(noted), self.steps)
+            groups = groups if admits else []
         for scope in [[group] for group in groups] if self.step_size.per_role else [groups]:
-            self._step_inplace(scope)
+            if scope:
+                self._step_inplace(scope)
         return loss
 
     def _step_inplace(self, groups: list[dict[str, Any]]) -> None:
@@ -247,8 +262,13 @@ class NormOpt(torch.optim.Optimizer):
         eta = weight = size.weight(memory)
         if size.needs_directions:
             moves = list(directed_inplace(moves, weight, weight, keep=True, full=watched))
-        if moves and not isinstance(size, Fixed):
+        known = size.known(memory)
+        if known is not None:
+            eta = known
+        elif moves:
             eta = self._eta(moves, weight, memory)
+        if self.guard is not None:
+            eta = eta * self.param_groups[0]["guard"].get("factor", 1.0)
         directed: Iterable[Move] = moves
         if not size.needs_directions:
             unit = size.weight(memory)
@@ -268,17 +288,61 @@ class NormOpt(torch.optim.Optimizer):
         single = [one for move in moves for one in move.each()]
         seen = [size.observe(one, weight) for one in single]
         parts = [  # of (dual norm, sums)
-            (torch.cat([sums.new_zeros(1), sums]), divided_among(one.param))
+            (torch.cat([sums.new_zeros(1), sums]), one.shards or divided_among(one.param))
             for one, (sums, _) in zip(single, seen, strict=True)
         ]
         length = len(parts[0][0])
         if size.needs_directions:
-            duals: Iterable[Any] = ((one.dual(), one.shards) for one in single)
+            duals: Iterable[Any] = ((one.dual() * size.share(one), one.shards) for one in single)
         else:
-            duals = dual_norms(single, [tensor for _, tensor in seen if tensor is not None])
+            wanted = [
+                (one, of) for one, (_, of) in zip(single, seen, strict=True) if of is not None
+            ]
+            duals = dual_norms(*zip(*wanted, strict=True)) if wanted else ()
         parts += [(nn.functional.pad(dual[None], (0, length - 1)), ranks) for dual, ranks in duals]
         measured = total(parts)
-        return size.advance_inplace(memory, measured[0], measured[1:])
+        eta = size.advance_inplace(memory, measured[0], measured[1:])
+        if size.known(memory) is not None:  # the last of its measurements
+            for one in single:
+                one.state.pop("anchor", None)
+        return eta
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether a step depends on the loss."""
+        return self.guard is not None or self.step_size.needs_loss
+
+    def note_loss(self, loss: Tensor | float | None) -> None:
+        """Add to the loss of the coming step: each micro-batch its share of the mean.
+
+        `step(closure)` and the Trainer do it by themselves.
+
+        Args:
+            loss: of this rank; None: begin anew.
+        """
+        if loss is None:
+            self._loss = None
+        elif self.needs_loss:
+            loss = loss.detach() if isinstance(loss, Tensor) else loss
+            self._loss = loss if self._loss is None else self._loss + loss
+
+    def _taken_loss(self) -> Tensor | None:
+        """The mean over the ranks of the loss that was noted; None where nobody needs it.
+
+        Raises:
+            RuntimeError: if it is needed, and none was noted.
+        """
+        noted, self._loss = self._loss, None
+        if not self.needs_loss or (noted is None and _is_rehearsal()):
+            return None
+        if noted is None:
+            option = "on_spike" if self.guard is not None else f"step_size={self.step_size}"
+            raise RuntimeError(
+                f"{option} needs the loss: train with a Trainer, call step(closure), or call "
+                "note_loss(loss) before step()."
+            )
+        params = [p for group in self.param_groups for p in group["params"]]
+        return mean_over(noted, groups_of(params, self._ranks), params)
 
     def _agree(self) -> None:
         """Find the ranks that share the work, and make sure that all will do the same.
@@ -369,7 +433,11 @@ class NormOpt(torch.optim.Optimizer):
         """What does not change from step to step."""
         begun = max((group["steps"] for group in self.param_groups), default=0)
         facts: Settings = {
-            "the optimizer": {"step size": str(self.step_size), "steps before this run": str(begun)}
+            "the optimizer": {
+                "step size": str(self.step_size),
+                "on_spike": str(self.guard),
+                "steps before this run": str(begun),
+            }
         }
         for group in self.param_groups:
             rows = zip(
@@ -449,6 +517,11 @@ class NormOpt(torch.optim.Optimizer):
         return isinstance(self.step_size, Fixed) and all(
             self.rule_of(group).entrywise for group in self.param_groups
         )
+
+    @property
+    def spikes(self) -> list[str]:
+        """Where the loss jumped, and what was done about it."""
+        return list(self.param_groups[0]["guard"].get("events", []))
 
     def _complaint(self) -> str:
         """What is wrong with the parameters' shapes; "" if nothing is."""
@@ -535,7 +608,7 @@ class NormOpt(torch.optim.Optimizer):
                 self.step_size.restart_inplace(group["memory"], self.state.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("policy", "step_size", "on_mismatch", "origin", "complaints")
+        own = ("policy", "step_size", "on_mismatch", "origin", "complaints", "guard")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __repr__(self) -> str:

@@ -21,10 +21,11 @@ from ..norms.operators import Frobenius, Norm, Spectral, operator_norm
 from ..norms.product import parse_norm, product_norm
 from ..roles import KINDS, ROLES, classify
 from .groups import asked_groups, parameter_groups, read_groups
+from .guard import parse_guard
 from .optimizer import NormOpt
 from .rules import EMA, Policy, Rule
 from .sharding import check_deepspeed
-from .step_sizes import EscapeVelocity, Fixed, StepSize, parse_step_size
+from .step_sizes import EscapeVelocity, Fixed, LineSearch, StepSize, parse_step_size
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,13 @@ PRESETS: dict[str, Preset] = {
         source=f"{_PAPER}, Epilogue; Large et al. 2024, arXiv 2405.14813",
         learning_rate=(1e-3, 1e-1),
         policy=_with_products(_by_role(partial(Rule, momentum=0.95, nesterov=True))),
+    ),
+    "free": Preset(
+        description="The norms and scale of normopt, at a rate that the first steps find.",
+        source=f"{_PAPER}, Epilogue; a line search on the cosine of steps and gradients",
+        learning_rate=(0.2, 5.0),
+        policy=_with_products(_by_role(partial(Rule, scale="adamw", momentum=0.95, nesterov=True))),
+        step_size=LineSearch(),
     ),
     "scion": Preset(
         description="The same norms with radius 50, 3000 for the head (by rows); plain momentum.",
@@ -218,6 +226,7 @@ def create_normopt_optimizer(
     on_mismatch: str = "error",
     momentum_dtype: str = "float32",
     rounding: str = "nearest",
+    on_spike: str | None = None,
     **changes: Any,
 ) -> NormOpt:
     """Make the optimizer for a model: find the roles, give each its rule.
@@ -238,6 +247,8 @@ def create_normopt_optimizer(
         on_mismatch: what to do with a checkpoint that does not fit, see [`NormOpt`].
         momentum_dtype: how momenta are kept, see [`NormOpt`].
         rounding: how weights in 16 bits take a step, see [`NormOpt`].
+        on_spike: what is done about a loss that jumps: `"warn"`, `"skip"` or `"halve"`, also as
+            `"skip/multiple:5"`, see `hf_normopt/optim/guard.py`; None: nothing.
         changes: of the preset's rules. `FIELD=value` changes all roles, `FIELD_ROLE=value` one role
             or kind, where FIELD is `lr` (a multiplier), `momentum`, `nesterov`, `norm`, `scale`,
             `decay` or `schedule` (`"wsd/decay:0.2"`); `beta1`, `beta2` and `eps` change the rules
@@ -292,6 +303,7 @@ def create_normopt_optimizer(
         momentum_dtype=momentum_dtype,
         rounding=rounding,
     )
+    optimizer.guard = None if on_spike is None else parse_guard(on_spike)
     check_deepspeed(optimizer.may_be_flat)
     optimizer.origin = {"preset": preset, "lr": lr, "weight_decay": weight_decay, **changes} | {
         name: value
@@ -301,6 +313,7 @@ def create_normopt_optimizer(
             ("heads", heads, False),
             ("momentum_dtype", momentum_dtype, "float32"),
             ("rounding", rounding, "nearest"),
+            ("on_spike", on_spike, None),
         )
         if value != usual
     }

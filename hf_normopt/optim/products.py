@@ -11,7 +11,7 @@ from ..norms.product import Pair, Product
 from .moves import Move, apply_inplace, kept, smooth_inplace
 from .precision import is_low, state_dtype, widened, write_inplace
 from .rules import SCALES
-from .sharding import gathered, sharded_like
+from .sharding import gathered, local, sharded_like
 
 PERIOD = 20
 """Steps from one balancing of the factors to the next."""
@@ -48,8 +48,10 @@ class ProductMove(Move):
 
     def each(self) -> Iterator[Move]:
         """The moves of the factors, one by one."""
-        for factor in self.moving:
-            yield from factor.each()
+        sides = ((self.a, self.b), (self.b, self.a))
+        for factor, other in sides:
+            for i, scale in enumerate(self.scales if factor.gradients else ()):
+                yield FactorMove(factor.single(i), other.single(i), scale, is_a=factor is self.a)
 
     def operators(self) -> Iterator[Move]:
         """The moves of single products."""
@@ -75,7 +77,8 @@ class ProductMove(Move):
             for factor in (self.a, self.b)
         ]
         pair = self.pair(*smooth)
-        if len(self.moving) == 2 and self.group["steps"] % PERIOD == 0:
+        is_due = self.group["steps"] % PERIOD == 0 and not any(map(_has_samples, self.moving))
+        if len(self.moving) == 2 and is_due:
             pair = self._balanced_inplace(pair)
         reach = self.group["lr"] * self.group["multiplier"] * unit
         directions = self.norm.factor_lmos(pair, self.size(pair), reach)
@@ -121,11 +124,62 @@ class ProductMove(Move):
                 dual = [None if x is None else torch.linalg.inv(x).mT for x in one]
                 gradient = _turned(factor, factor.gradients[i], *dual).to(state_dtype(p))
                 factor.gradients[i] = sharded_like(gradient, p)
-                momentum = kept(factor, i).get("momentum_buffer")
-                if momentum is not None:
-                    wide = _turned(factor, widened(momentum, state_dtype(p)), *dual)
-                    momentum.copy_(sharded_like(wide.to(state_dtype(p)), momentum))
+                kept(factor, i)
+                for key, sides in (
+                    ("momentum_buffer", dual),
+                    ("gradient_sum", dual),
+                    ("anchor", one),
+                ):
+                    if (value := factor.states[i].get(key)) is not None:
+                        wide = _turned(factor, widened(value, state_dtype(p)), *sides)
+                        value.copy_(sharded_like(wide.to(state_dtype(p)), value))
         return balanced
+
+
+class FactorMove(Move):
+    """The move of one factor of a product, as step sizes see it: its part in the product's.
+
+    Args:
+        move: of the factor.
+        other: of the other one.
+        scale: s of the product.
+        is_a: whether the factor is A.
+    """
+
+    def __init__(self, move: Move, other: Move, scale: float, is_a: bool) -> None:
+        vars(self).update(vars(move))
+        self.other, self.is_a, self.of_product = other, is_a, scale
+
+    def way_inplace(self, stride: int, follows: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the product, see [`Move`]: s ⟨G, B₀ A₀ - B A⟩ as a sum over the factors.
+
+        From B₀ = 0 it is B's part: A's would count s ⟨G, B (A₀ - A)⟩ twice.
+        """
+        inner, grads, ways = super().way_inplace(stride, follows)
+        start = self.other.state.get("anchor")
+        if not follows and start is not None:
+            inner = inner * local(start).any()
+        return inner, grads, ways
+
+    def dual(self, tensor: Tensor | None = None) -> Tensor:
+        """The factor's part in the product's dual norm, see [`Move`]."""
+        if tensor is None:
+            return super().dual()
+        nothing = torch.zeros_like(gathered(self.other.param), dtype=tensor.dtype)
+        if self.is_a:
+            whole = ProductMove(self, self.other, [self.of_product])
+            pair = whole.pair(tensor, nothing)
+        else:
+            whole = ProductMove(self.other, self, [self.of_product])
+            pair = whole.pair(nothing, tensor)
+        duals = whole.norm.factor_duals(pair)
+        return duals.sum() * whole.size(pair) * self.group["multiplier"]
+
+
+def _has_samples(factor: Move) -> bool:
+    """Whether only some entries are kept of where a factor started, which cannot be balanced."""
+    states = zip(factor.params, factor.states, strict=True)
+    return any("anchor" in state and state["anchor"].shape != p.shape for p, state in states)
 
 
 def _stacked(factor: Move) -> Tensor:

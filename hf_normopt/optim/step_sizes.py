@@ -5,7 +5,9 @@ one number for the whole network, or one for each role:
 
 * [`Fixed`]: η = 1, the learning rate is the step size;
 * [`DualNorm`]: η = ‖G‖† / λ, the exact minimiser of the majorised loss (Prop. 1);
-* [`EscapeVelocity`]: η grows until the weights have left their start (Prodigy).
+* [`Momo`]: η = 1, or less where the loss can fall no further;
+* [`EscapeVelocity`]: η grows until the weights have left their start (Prodigy);
+* [`LineSearch`]: η is found in the first steps, by what a step does to the gradient along it.
 
 Before a step, `weight` says what its gradients weigh in the moving averages. `observe` measures the
 move of each parameter, the optimizer adds the measurements and the dual norms up, over parameters
@@ -14,6 +16,7 @@ and ranks, and `advance_inplace` makes of these the next η. Nothing waits for t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -21,13 +24,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .sharding import gathered, local, number_of_parts
+from .precision import widened
+from .rules import Rule
+from .sharding import local
 
 
 class Move(Protocol):
     """What a step size may see of a parameter's update before it is made."""
 
     group: dict[str, Any]
+    rule: Rule
 
     @property
     def param(self) -> Tensor:
@@ -44,6 +50,10 @@ class Move(Protocol):
         """The gradient, not weighted."""
         ...
 
+    def way_inplace(self, stride: int, follows: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """⟨g, w_0 - w⟩ and the squares of g and w_0 - w, see `hf_normopt/optim/moves.py`."""
+        ...
+
 
 class StepSize:
     """A step size. `memory` is plain data that is kept in the checkpoint.
@@ -52,10 +62,20 @@ class StepSize:
         needs_directions: η depends on the directions of its own step, so that all of them are held
             at once: the memory of the model once more.
         per_role: one number for each role, else one for the network.
+        needs_loss: before `advance_inplace`, `memory["loss"]` is the loss at the present weights,
+            the mean over the ranks.
     """
 
     needs_directions: bool = False
     per_role: bool = False
+    needs_loss: bool = False
+
+    def check(self, rules: Iterable[Rule]) -> None:
+        """Complain about rules that it does not go with.
+
+        Raises:
+            ValueError: naming them.
+        """
 
     def weight(self, memory: dict[str, Any]) -> Tensor | float:
         """What gradients weigh in the moving averages: 1, or the η that is known so far."""
@@ -71,6 +91,10 @@ class StepSize:
         """
         return torch.zeros(0, device=move.param.device), None
 
+    def share(self, move: Move) -> float | Tensor:
+        """What multiplies a parameter's part of the dual norm, where `needs_directions`."""
+        return 1.0
+
     def advance_inplace(self, memory: dict[str, Any], dual: Tensor, sums: Tensor) -> Tensor | float:
         """The η of this step.
 
@@ -81,6 +105,10 @@ class StepSize:
         """
         raise NotImplementedError
 
+    def known(self, memory: dict[str, Any]) -> Tensor | float | None:
+        """The η of this step where nothing needs to be measured for it; None where it does."""
+        return None
+
     def restart_inplace(self, memory: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
         """Forget what was added up over parameters that are others now; η goes on."""
 
@@ -88,6 +116,10 @@ class StepSize:
 @dataclass(frozen=True)
 class Fixed(StepSize):
     """η = 1: the learning rate is the step size."""
+
+    def known(self, memory: dict[str, Any]) -> float:
+        """Always."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +147,73 @@ class DualNorm(StepSize):
 
 
 @dataclass(frozen=True)
+class Momo(StepSize):
+    """η = min(1, (f̄ + ⟨m, w⟩ - F*)₊ / Σ_k lr_k ⟨m_k, d_k⟩): no further than the loss can fall.
+
+    The loss is modelled by the mean of its past linearizations f_i + ⟨g_i, w - w_i⟩, with the
+    weights of the momentum m: f̄ is the mean of f_i - ⟨g_i, w_i⟩. Along a step of η the model falls
+    by η Σ lr ⟨m, d⟩; for LMOs that is η times the network's dual norm of m (Prop. 7) at their
+    rates. The step ends where the model meets F*, below which the loss cannot be. Schaipp et al.
+    2024 (arXiv 2305.07583, Momo), under any norm; where the momentum's weights add up to
+    1 - β^t, so do those of F*. Weight decay is no part of the model.
+
+    Args:
+        least: F*; 0 for cross-entropies.
+    """
+
+    least: float = 0.0
+
+    needs_directions = True
+    needs_loss = True
+
+    def check(self, rules: Iterable[Rule]) -> None:
+        """All rules need one momentum, whose weights the model has."""
+        found = {(rule.momentum, rule.nesterov) for rule in rules}
+        if len(found) > 1:
+            texts = (f"{beta:g}{' (nesterov)' * ahead}" for beta, ahead in sorted(found))
+            raise ValueError(
+                f"step_size=momo needs one momentum for all roles, found {', '.join(texts)}. The "
+                "options momentum=0.95,nesterov=true set that of all."
+            )
+
+    def observe(self, move: Move, weight: Tensor | float) -> tuple[Tensor, None]:
+        """⟨g, w⟩; the same of what the LMO received; β, whether it looks ahead, and a count."""
+        rule, grad = move.rule, local(move.grad)
+        weights = local(move.param).to(grad.dtype)
+        inner = received = (grad * weights).sum()
+        if rule.momentum:
+            momentum = widened(local(move.state["momentum_buffer"]), grad.dtype)
+            received = (momentum * weights).sum()
+        if rule.nesterov:
+            received = inner.lerp(received, rule.momentum)
+        facts = inner.new_tensor([rule.momentum, rule.nesterov, 1.0])
+        return torch.cat([torch.stack([inner, received]), facts]), None
+
+    def share(self, move: Move) -> float | Tensor:
+        """The learning rate, which schedules may give to each role."""
+        rate: float | Tensor = move.group["lr"]
+        return rate
+
+    def advance_inplace(self, memory: dict[str, Any], dual: Tensor, sums: Tensor) -> Tensor:
+        """The η that the model allows; a loss that is not finite counts as the last one."""
+        inner, received, betas, nesterovs, count = sums
+        beta, ahead = betas / count, nesterovs / count
+        loss = torch.as_tensor(memory.pop("loss", math.nan)).to(sums)
+        loss = memory["last"] = torch.where(loss.isfinite(), loss, memory.get("last", self.least))
+        gap = loss - inner
+        mean = memory["mean"] = gap.lerp(torch.as_tensor(memory.get("mean", 0.0)).to(sums), beta)
+        weight = memory["weight"] = 1 - beta + beta * memory.get("weight", 0.0)
+        mean = mean + ahead * (1 - beta) * (gap - mean)
+        weight = weight + ahead * (1 - beta) * (1 - weight)
+        room = (mean + received - weight * self.least).clamp_min(0)
+        return torch.where(dual > 0, (room / dual).clamp_max(1), 1)
+
+    def restart_inplace(self, memory: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
+        """Forget the model, which is not of the same parameters any more."""
+        memory.clear()
+
+
+@dataclass(frozen=True)
 class EscapeVelocity(StepSize):
     """η grows until the weights escape from their start: Prodigy's idea, for any norm.
 
@@ -138,6 +237,9 @@ class EscapeVelocity(StepSize):
         decrease: let η shrink again, not below `start`, instead of taking the maximum.
         per_role: one η for each role, instead of one for the network.
         stride: keep every stride-th entry of w_0 only, and estimate the inner product from these.
+        coefficient: of r, Prodigy's d_coef.
+        growth: in step t, η grows by a factor of 1 + growth / t at most, so that a spike late in a
+            run cannot double it; 0: without limit.
 
     Raises:
         ValueError: for a value outside of its range.
@@ -151,6 +253,8 @@ class EscapeVelocity(StepSize):
     decrease: bool = False
     per_role: bool = False
     stride: int = 1
+    coefficient: float = 1.0
+    growth: float = 0.0
 
     def __post_init__(self) -> None:
         choices = {"variant": ("delayed", "undelayed"), "rule": ("ratio", "cosine")}
@@ -163,6 +267,8 @@ class EscapeVelocity(StepSize):
                 )
         if not self.start > 0 or not 0 <= self.beta < 1 or self.stride < 1:
             raise ValueError(f"start must be > 0, beta in [0, 1), stride >= 1; found {self}.")
+        if not self.coefficient > 0 or not self.growth >= 0:
+            raise ValueError(f"coefficient must be > 0, growth >= 0; found {self}.")
         if self.anchor == "last" and self.rule == "ratio":
             raise ValueError(
                 "EscapeVelocity: anchor='last' goes with rule='cosine'. By Hölder's inequality the "
@@ -175,17 +281,8 @@ class EscapeVelocity(StepSize):
 
     def observe(self, move: Move, weight: Tensor | float) -> tuple[Tensor, Tensor]:
         """The part of r, for the cosine ⟨g, w_0 - w⟩ and the squares of g and w_0 - w; and s."""
-        whole = move.grad  # made anew by each access
-        now = _every(move.param, self.stride).to(whole.dtype)
-        if "anchor" not in move.state:
-            move.state["anchor"] = now.clone()
-        way = move.state["anchor"] - now
-        if self.anchor == "last":
-            move.state["anchor"].copy_(now)
-        grad = _every(whole, self.stride)
-        sums = [(local(a) * local(b)).sum() for a, b in ((grad, way), (grad, grad), (way, way))]
-        ranks = 1 if self.stride == 1 else number_of_parts(move.param)  # that have the same sum
-        inner, grad_square, way_square = (self.stride / ranks * total for total in sums)
+        inner, grad_square, way_square = move.way_inplace(self.stride, self.anchor == "last")
+        whole = move.grad
         share: Tensor | float = 1.0
         tensor = whole
         if self.beta:
@@ -206,26 +303,109 @@ class EscapeVelocity(StepSize):
         if self.rule == "cosine":
             new = eta * (1 + cosine)
         else:
-            new = torch.where(dual > 0, numerator / dual, eta)  # no gradient says nothing
+            ratio = self.coefficient * numerator / dual
+            new = torch.where(dual > 0, ratio, eta)  # no gradient says nothing
+        if self.growth:
+            step = memory["steps"] = memory.get("steps", 0) + 1
+            new = torch.minimum(new, eta * (1 + self.growth / step))
         memory["eta"] = new.clamp_min(self.start) if self.decrease else torch.maximum(eta, new)
         return eta if self.variant == "delayed" else memory["eta"]
 
     def restart_inplace(self, memory: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
         """Forget r and s, which are not of the same parameters any more."""
-        for key in memory.keys() - {"eta"}:
+        for key in memory.keys() - {"eta", "steps"}:
             del memory[key]
         for state in states:
             state.pop("gradient_sum", None)
 
 
-def _every(tensor: Tensor, stride: int) -> Tensor:
-    return tensor if stride == 1 else gathered(tensor).flatten()[::stride]
+@dataclass(frozen=True)
+class LineSearch(StepSize):
+    """η is found in the first steps, and stays: a search along the network's own steps.
+
+    A step that is far too small leaves the gradient along it as it was, and one to the line's
+    minimum takes it away. So the search looks for the step after which the next gradient's cosine
+    with it is half of what it is without a step. Each batch is noisy: log η takes steps whose gain
+    falls as 1 / t (Robbins & Monro 1951), first by factors of up to 4, so that it does not matter
+    where it starts; η is the mean of log η over the second half, times `reach`.
+
+    The cosine is the network's: no role is left behind, and neither clipping nor the size of a
+    batch's gradient matters. During the search a schedule does not act on η, so that a warm-up is
+    no second search. Afterwards nothing is measured: no spike can move η.
+
+    Args:
+        start: η at first.
+        steps: of the search.
+        reach: η over what the search finds. Steps to half of the line's slope are short-sighted
+            (Wu et al. 2018, arXiv 1803.02021); the measurement is in docs/rate.md.
+
+    Raises:
+        ValueError: for a value outside of its range.
+    """
+
+    start: float = 1e-6
+    steps: int = 32
+    reach: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.start > 0 or not self.reach > 0 or self.steps < 2 * FAST:
+            raise ValueError(
+                f"LineSearch: start and reach must be > 0, steps >= {2 * FAST}; found {self}."
+            )
+
+    def known(self, memory: dict[str, Any]) -> Tensor | float | None:
+        """After the search."""
+        eta: Tensor | None = memory.get("eta")
+        return eta
+
+    def observe(self, move: Move, weight: Tensor | float) -> tuple[Tensor, None]:
+        """⟨g, w_0 - w⟩ and the squares over the last step; the rate, and the schedule's first."""
+        way = torch.stack(move.way_inplace(1, True))
+        rates = (move.group["lr"], move.group.get("initial_lr", move.group["lr"]))
+        return torch.cat([way, *(way.new_tensor([float(rate)]) for rate in rates)]), None
+
+    def advance_inplace(self, memory: dict[str, Any], dual: Tensor, sums: Tensor) -> Tensor:
+        """Take a step of the search; its η is such that the schedule cancels."""
+        inner, grad_square, way_square, rate, peak = sums
+        step, found = memory.get("steps", 0), torch.as_tensor(memory.get("found", self.start))
+        found = found.to(sums)
+        if step:
+            length = (grad_square * way_square).sqrt()
+            cosine = memory["cosine"] = torch.where(length > 0, inner / length, 0)
+            slope = self._slope_inplace(memory, cosine, step)
+            gain = math.log(4) * min(1.0, FAST / step)
+            change = torch.where(length > 0, (2 * slope - 1).clamp(-1, 1), 0)
+            found = found * torch.exp(gain * change)
+        if step > self.steps // 2:
+            memory["logs"] = memory.get("logs", 0.0) + found.log()
+        if step == self.steps:
+            mean = torch.exp(memory["logs"] / (step - step // 2))
+            memory.clear()
+            memory |= {"steps": step, "eta": self.reach * mean}
+            return self.reach * mean
+        memory |= {"steps": step + 1, "found": found}
+        return torch.where(rate > 0, found * peak / rate, 0)
+
+    @staticmethod
+    def _slope_inplace(memory: dict[str, Any], cosine: Tensor, step: int) -> Tensor:
+        """The smoothed cosine over its mean so far, mostly of steps that are too small."""
+        smooth = memory["smooth"] = (cosine + memory.get("smooth", cosine)) / 2
+        memory["sum"] = memory.get("sum", 0.0) + cosine
+        return smooth / (memory["sum"] / step).clamp_min(1e-3)
+
+    def restart_inplace(self, memory: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
+        """Nothing to do: what was found is of the network."""
+
+
+FAST = 8  # steps of the search whose gain does not fall yet
 
 
 STEP_SIZES: dict[str, type[StepSize]] = {
     "fixed": Fixed,
     "dual_norm": DualNorm,
+    "momo": Momo,
     "escape_velocity": EscapeVelocity,
+    "line_search": LineSearch,
 }
 
 

@@ -98,6 +98,10 @@ class NormOptArguments(TrainingArguments):
         default=None,
         metadata={"help": "How weights in 16 bits take a step: nearest, stochastic or kahan."},
     )
+    on_spike: str | None = field(
+        default=None,
+        metadata={"help": "What to do about a loss that jumps: warn, skip or halve."},
+    )
     telemetry: bool | None = field(
         default=None, metadata={"help": "Log norms by role; on unless false."}
     )
@@ -106,7 +110,7 @@ class NormOptArguments(TrainingArguments):
 # The fields that are options under the same name.
 _PLAIN_FIELDS = (
     *("preset", "momentum", "nesterov", "scale", "heads", "step_size", "schedule"),
-    *("on_mismatch", "momentum_dtype", "rounding", "telemetry"),
+    *("on_mismatch", "momentum_dtype", "rounding", "on_spike", "telemetry"),
 )
 
 

@@ -26,7 +26,7 @@ from ..optim.optimizer import NormOpt
 from ..optim.presets import optimizer_names
 from ..optim.schedules import attach_inplace
 from ..optim.sharding import deepspeed_config
-from ..optim.step_sizes import DualNorm
+from ..optim.step_sizes import DualNorm, Momo
 from .arguments import optimizer_name, run_schedule, trainer_schedule
 from .bystanders import Bystanders
 
@@ -132,6 +132,13 @@ class NormOptCallback(TrainerCallback):
         if self._bystanders is not None and model is not None:
             _warn_of_bystanders(self._bystanders.added(model), args)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the loss of a step that the gradient scaler skipped."""
+        if self._optimizer is not None:
+            self._optimizer.note_loss(None)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -158,10 +165,13 @@ class NormOptCallback(TrainerCallback):
         if self._optimizer is not None:
             self._optimizer.warn_of_gradients()
         self._look_around(args, **kwargs)
+        added: dict[str, float] = {}
         if self._curve is not None and logs is not None and "learning_rate" in logs:
-            rate = self._curve(max(0, lr_scheduler.last_epoch - 1))
-            for row in (logs, *state.log_history[-1:]):
-                row["learning_rate"] = rate
+            added["learning_rate"] = self._curve(max(0, lr_scheduler.last_epoch - 1))
+        if self._optimizer is not None and self._optimizer.guard and "loss" in (logs or {}):
+            added["loss_spikes"] = len(self._optimizer.spikes)
+        for row in (logs, *state.log_history[-1:]) if added and logs is not None else ():
+            row.update(added)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -314,12 +324,14 @@ def _warn_of_bystanders(names: list[str], args: TrainingArguments) -> None:
 def _warn_of_surprises(optimizer: NormOpt, state: TrainerState, args: TrainingArguments) -> None:
     if state.global_step > 0 and optimizer.origin:
         _warn_of_saved_options(optimizer, args)
-    if isinstance(optimizer.step_size, DualNorm) and args.max_grad_norm:
+    size = optimizer.step_size
+    if isinstance(size, (DualNorm, Momo)) and args.max_grad_norm:
         _warn(
             args,
-            "max_grad_norm=%g changes the step size: under DualNorm a step is in proportion to the "
-            "gradient, which is clipped before. max_grad_norm=0 leaves it alone.",
+            "max_grad_norm=%g changes the step size: %s asks for the size of the gradient, which "
+            "is clipped before. max_grad_norm=0 leaves it alone.",
             args.max_grad_norm,
+            type(size).__name__,
         )
     kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else None
     if args.fsdp and kind is not DistributedType.FSDP:

@@ -27,6 +27,7 @@ from .batch import example_batch, making_optimizer_of
 from .callback import NormOptCallback, innermost, unwrapped, warn_of_deepspeed
 from .door import optimizer_class, warn_of_decay_names
 from .telemetry import NormTelemetry
+from .trial import begin_trial
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def register() -> None:
     its own, such as `normopt_muon`. Every trainer gets [`NormOptCallback`] and [`NormTelemetry`],
     which do nothing for other optimizers; `Trainer.create_model_card` adds what NormOpt did, and
     `Trainer.create_optimizer` lends a batch to find the roles with, and says what does not reach a
-    [`NormOptFactory`].
+    [`NormOptFactory`]; `Trainer.training_step` tells the optimizer the loss, if it wants it.
 
     Raises:
         ImportError: if transformers has no registry of optimizers.
@@ -130,8 +131,10 @@ def register() -> None:
         _OPTIMIZER_HANDLERS.setdefault(OptimizerNames(name), _handler)
     _make_cards_true()
     _watch_factories()
+    _watch_losses()
     callbacks: list[Any] = transformers.trainer.DEFAULT_CALLBACKS
     callbacks += [c for c in (NormOptCallback, NormTelemetry) if c not in callbacks]
+    begin_trial()
 
 
 def _make_cards_true() -> None:
@@ -167,6 +170,24 @@ def _watch_factories() -> None:
 
     create_optimizer.watches_normopt = True  # type: ignore[attr-defined]
     Trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]
+
+
+def _watch_losses() -> None:
+    """Let a Trainer tell NormOpt the loss of each micro-batch."""
+    original = Trainer.training_step
+    if getattr(original, "watches_normopt", False):
+        return
+
+    @functools.wraps(original)
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = original(self, *args, **kwargs)
+        inner = unwrapped(self.optimizer)
+        if inner is not None:
+            inner.note_loss(loss)
+        return loss
+
+    training_step.watches_normopt = True  # type: ignore[attr-defined]
+    Trainer.training_step = training_step  # type: ignore[method-assign]
 
 
 def _complete_card(trainer: Any, asked: bool) -> None:
