@@ -21,7 +21,7 @@ from torch import nn
 
 from .follow import note_of, tensors_of
 from .inputs import Inputs, candidates, normalise, with_places
-from .repairs import described, repaired
+from .repairs import axes_of, described, repaired
 from .seen import Seen
 from .twin import Twin, structure, undisturbed, unwrapped
 from .watch import EndlessError, Lists, Watch
@@ -29,6 +29,8 @@ from .watch import EndlessError, Lists, Watch
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _ALONE = 60  # kinds of modules that run alone
 _TRIES = 16  # inputs of such a module
+_FARTHEST = 6  # refused inputs that are changed
+_CHANGES = 8  # that are tried in turn
 
 
 def observe(model: nn.Module, inputs: Any = None) -> Seen:
@@ -72,13 +74,14 @@ class _Attempts:
         self.twin, self.module, self.path = twin, module, path
         self.best = Seen(failure="no inputs are known for it")
         self.tried: set[str] = set()
-        self.refused: list[tuple[tuple[int, int], int, Iterator[Inputs]]] = []
+        self.number = itertools.count()  # of the runs, where two led equally far
+        self.refused: list[tuple[int, tuple[int, ...], int, Iterator[Inputs]]] = []
 
     def run(self, inputs: Inputs) -> bool:
         """Run on some inputs; whether no others need to be tried."""
         args, kwargs = inputs
         for _ in range(3):
-            seen, operations = _run(self.twin, self.module, self.path, args, kwargs)
+            seen = _run(self.twin, self.module, self.path, args, kwargs)
             if not seen.failure:
                 self.best = seen
                 return True
@@ -91,18 +94,24 @@ class _Attempts:
                 break
             kwargs = mended
         self.tried.add(described((args, kwargs)))
-        progress = (-len(seen.uses), -operations)
-        others = repaired((args, kwargs), seen.failure)
-        heapq.heappush(self.refused, (progress, len(self.tried), others))
+        progress = (-len(seen.uses), axes_of((args, kwargs)), next(self.number))
+        heapq.heappush(self.refused, (0, progress, 0, repaired((args, kwargs), seen.failure)))
         return False
 
     def repair(self, tries: int) -> None:
-        """Change what led farthest as the error asks, until the module takes it."""
+        """Change what led farthest as the error asks, until the module takes it.
+
+        A few changes of each are tried before more of any.
+        """
+        self.refused = heapq.nsmallest(_FARTHEST, self.refused)
         while self.refused and tries:
-            inputs = next(self.refused[0][2], None)
+            _, progress, count, others = heapq.heappop(self.refused)
+            inputs = next(others, None)
             if inputs is None:
-                heapq.heappop(self.refused)
-            elif described(inputs) not in self.tried:
+                continue
+            again = ((count + 1) // _CHANGES, progress, count + 1, others)
+            heapq.heappush(self.refused, again)
+            if described(inputs) not in self.tried:
                 tries -= 1
                 if self.run(inputs):
                     return
@@ -116,8 +125,7 @@ def _as_far_as_they_go(given: Iterable[Any]) -> Iterator[Any]:
 
 def _run(
     twin: Twin, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Seen, int]:
-    """What was seen on some inputs, and after how many operations the pass ended."""
+) -> Seen:
     watch = Watch(twin)
     try:
         with watch.hooks(), watch, Lists():
@@ -130,7 +138,7 @@ def _run(
         watch.seen.failure = f"{type(error).__name__}: {error} ({_place(error)})"
         watch.ended()
     watch.finish()
-    return watch.seen, watch.operations
+    return watch.seen
 
 
 def _observe_rest_inplace(seen: Seen, twin: Twin, model: nn.Module) -> None:

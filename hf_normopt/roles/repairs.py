@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import permutations
+from itertools import chain, permutations, repeat, zip_longest
 from typing import Any
 
 import torch
@@ -16,14 +16,18 @@ from torch import Tensor
 
 from .inputs import Inputs
 
-_AXES = re.compile(r"unpack|axes|[Dd]imension|[Dd]ims|\dD|subscripts|indices|shape|batch")
+Pair = tuple[int, int]
+
+_AXES = re.compile(r"unpack|size|axes|[Dd]imension|[Dd]ims|\dD|subscripts|indices|shape|batch")
 _TYPES = re.compile(r"type|Long|[Ii]ndices|[Ii]ntegers?|index|iterable|scalar")
+_PLACES = re.compile(r"\b(dim|dimension|axis|index|argument|operand|entry|at)\b:? [#-]?\d+")
+_MATRICES = re.compile(r"\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+")
 _NUMBERS = 6  # of an error that are looked at
 _LARGEST = 4096  # size of an axis
 
 
 def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
-    """Inputs with one argument of another shape or type, the likeliest first.
+    """Inputs with one argument of another shape or type: of each kind of change one after another.
 
     Args:
         inputs: what was refused.
@@ -33,27 +37,37 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
     values = [*args, *kwargs.values()]
     # of the first argument most is known, of the last least
     places = [i for i, value in reversed(list(enumerate(values))) if isinstance(value, Tensor)]
-    changes = [_typed] if _TYPES.search(said) else []
-    changes += [_same, _shaped] if _AXES.search(said) else [_same]
-    numbers = _numbers(said)
-    for change in [*changes, _scaled]:
-        for i in places:
-            for other in change(values[i], numbers):
-                new = [other if j == i else value for j, value in enumerate(values)]
-                yield tuple(new[: len(args)]), dict(zip(kwargs, new[len(args) :], strict=True))
+    pairs = _pairs(said.rpartition(" (")[0] or said)
+    kinds = [_typed] if _TYPES.search(said) else []
+    kinds += [_same, _shaped, _scaled] if _AXES.search(said) else [_same, _scaled]
+    changes = [zip(repeat(i), kind(values[i], pairs)) for kind in kinds for i in places]
+    for i, other in filter(None, chain.from_iterable(zip_longest(*changes))):
+        new = [other if j == i else value for j, value in enumerate(values)]
+        yield tuple(new[: len(args)]), dict(zip(kwargs, new[len(args) :], strict=True))
 
 
 def described(inputs: Inputs) -> str:
     """The shapes and types of inputs, which tell whether two are alike."""
     args, kwargs = inputs
-    return str([(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in (*args, *kwargs.values())])
+    values = (*args, *kwargs.values())
+    return str([(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in values])
 
 
-def _numbers(said: str) -> list[int]:
-    """The numbers in an error, without those in names such as `float32`."""
-    apart = re.sub(r"(?<=\d)x(?=\d)", " ", said.rpartition(" (")[0] or said)
-    found = re.findall(r"(?<![\w.])\d+(?![\w.])", apart)
-    return list(dict.fromkeys(int(n) for n in found if 0 < int(n) <= _LARGEST))[:_NUMBERS]
+def axes_of(inputs: Inputs) -> int:
+    """The number of axes of all arguments: of inputs that lead equally far, fewer are likelier."""
+    args, kwargs = inputs
+    return sum(v.ndim for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+
+
+def _pairs(said: str) -> list[Pair]:
+    """Sizes in an error that may have to become others in it."""
+    matrices = _MATRICES.search(said)
+    if matrices is not None:
+        return [(int(matrices[1]), int(matrices[2]))]
+    # not those in names such as `float32`
+    found = re.findall(r"(?<![\w.])\d+(?![\w.])", _PLACES.sub("", said))
+    sizes = dict.fromkeys(int(n) for n in found if 0 < int(n) <= _LARGEST)
+    return list(permutations(list(sizes)[:_NUMBERS], 2))
 
 
 def _filled(shape: tuple[int, ...], like: Tensor, is_real: bool | None = None) -> Tensor:
@@ -63,25 +77,31 @@ def _filled(shape: tuple[int, ...], like: Tensor, is_real: bool | None = None) -
     return torch.zeros(shape, dtype=torch.int64 if is_real is False else like.dtype)
 
 
-def _same(value: Tensor, numbers: list[int]) -> Iterator[Tensor]:
+def _same(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
     """A size that the error names becomes another one that it names."""
-    for d in reversed(range(value.ndim)):
-        for old, new in permutations(numbers, 2):
-            if value.shape[d] == old:
-                yield _filled((*value.shape[:d], new, *value.shape[d + 1 :]), value)
+    for old, new in pairs:
+        yield from _resized(value, old, new)
 
 
-def _scaled(value: Tensor, numbers: list[int]) -> Iterator[Tensor]:
-    """A size changes as one that the error names does: by the same factor or difference."""
-    for d in reversed(range(value.ndim)):
-        size = value.shape[d]
-        for old, new in permutations(numbers, 2):
+def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+    """A size changes as one that the error names should: by the same factor or difference."""
+    for old, new in pairs:
+        for size in dict.fromkeys(reversed(value.shape)):
             for other in (size * new // old if size * new % old == 0 else 0, size + new - old):
                 if old != size and 0 < other <= _LARGEST:
-                    yield _filled((*value.shape[:d], other, *value.shape[d + 1 :]), value)
+                    yield from _resized(value, size, other)
 
 
-def _shaped(value: Tensor, numbers: list[int]) -> Iterator[Tensor]:
+def _resized(value: Tensor, old: int, new: int) -> Iterator[Tensor]:
+    """An axis of some size with another one; both sides of a square image at once."""
+    first = min(1, value.ndim - 1)  # after the rows
+    axes = [(d,) for d in reversed(range(first, value.ndim)) if value.shape[d] == old]
+    sides = tuple(d for d in range(2, value.ndim) if value.shape[d] == old)
+    for change in [sides, *axes] if len(sides) > 1 else axes:
+        yield _filled(tuple(new if d in change else n for d, n in enumerate(value.shape)), value)
+
+
+def _shaped(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
     """One axis more or less."""
     shape = tuple(value.shape)
     if len(shape) > 1:
@@ -92,7 +112,7 @@ def _shaped(value: Tensor, numbers: list[int]) -> Iterator[Tensor]:
         yield _filled((*shape, shape[-1] if shape else 2), value)
 
 
-def _typed(value: Tensor, numbers: list[int]) -> Iterator[Tensor]:
+def _typed(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
     """Numbers of classes for activations, and the reverse."""
     shape = tuple(value.shape)
     if value.is_floating_point():
@@ -102,4 +122,4 @@ def _typed(value: Tensor, numbers: list[int]) -> Iterator[Tensor]:
             yield _filled(shape[:1], value, False)
     else:
         yield _filled(shape, value, True)
-        yield _filled((*shape, *(numbers[:1] or shape[-1:])), value, True)
+        yield _filled((*shape, *(pairs[0][:1] if pairs else shape[-1:])), value, True)
