@@ -148,6 +148,8 @@ def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tenso
     ]
     for few in (slice(0, _FEW), slice(_FEW, None)):
         shapes |= dict.fromkeys(shape for its in taken for shape in its[few])
+    if re.search(r"^im(g|age)s?$|pixel", name):
+        shapes = {(ROWS, 3, n, n): None for n in sides} | shapes
     ids = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
     tokens = [torch.arange(ROWS * n).view(ROWS, n) % ids for n in lengths]
     first = next((m for m in model.modules() if not m._modules and m._parameters), None)

@@ -60,6 +60,18 @@ class Products(Pointwise):
             return self._weighted(b, a, (right.ndim - 2, right.ndim - 1), result)
         return self._activations(a, b, result)
 
+    def distance(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
+        """Distances of rows to those of a table are, but for lengths, products with them."""
+        x, table = (self.noted(arg) or Note() for arg in args[:2])
+        axes = (args[1].ndim - 2, args[1].ndim - 1)
+        if x.fixed and not table.fixed:
+            x, table = table, x
+        if not table.fixed or x.fixed:
+            return self._activations(x, table, result)
+        plain = [s for s in table.shown if s.start is None and s.given is None]
+        transposed = tuple(s.moved(s.view.mT) for s in plain if s.view.ndim > 1)
+        return self._weighted(replace(table, shown=transposed), x, axes, result)
+
     def _settled(self, a: Note, b: Note) -> tuple[Note, Note]:
         """Of two parameters, one may stand for activations: rows that were looked up, or repeated."""
         for one, other in ((a, b), (b, a)):
@@ -286,9 +298,10 @@ def _mixed(weight: Note, contracted: int, kept: int, result: Tensor) -> tuple[Sh
     mixed = []
     for shown in weight.shown:
         axes = shown.axes()
-        if shown.start is None and shown.given is None and len(axes) == 2 and not shown.how:
-            others = tuple(range(1, len(shown.shape)))
-            if axes[contracted] == (0,) and axes[kept] == others and len(others) > 1:
-                view = shown.view.select(contracted, 0).expand(result.shape)
-                mixed.append(replace(shown, view=view))
+        others = tuple(range(1, len(shown.shape)))
+        if shown.start is not None or shown.given is not None or shown.how or len(others) < 2:
+            continue
+        if axes[contracted] == (0,) and axes[kept] == others:
+            view = shown.view.select(contracted, 0).unsqueeze(contracted).expand(result.shape)
+            mixed.append(replace(shown, view=view))
     return tuple(mixed)

@@ -116,7 +116,8 @@ def _typed(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
     """Numbers of classes for activations, and the reverse."""
     shape = tuple(value.shape)
     if value.is_floating_point():
-        yield _filled(shape[:-1], value, False)
+        if len(shape) > 1:
+            yield _filled(shape[:-1], value, False)
         yield _filled(shape, value, False)
         if len(shape) > 2:
             yield _filled(shape[:1], value, False)
