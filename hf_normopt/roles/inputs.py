@@ -194,7 +194,9 @@ def _taken(
     if isinstance(module, lists) or not type(module).__module__.startswith("torch.nn.modules"):
         for parameter in module.parameters(recurse=False):
             if len(parameter.shape) >= 4 and parameter.shape[-1] == parameter.shape[-2]:
-                yield (ROWS, parameter.shape[1], *[sides[0]] * (len(parameter.shape) - 2))
+                yield (ROWS, parameter.shape[-3], sides[0], sides[0])
+                if len(parameter.shape) == 5:
+                    yield (ROWS, parameter.shape[1], *[sides[0]] * 3)
             widths += [*parameter.shape[-1:], *parameter.shape[:-1]]
     for width in dict.fromkeys(widths):
         yield (ROWS, lengths[0], width)

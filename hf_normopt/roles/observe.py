@@ -30,7 +30,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _ALONE = 60  # kinds of modules that run alone
 _TRIES = 16  # inputs of such a module
 _FARTHEST = 6  # refused inputs that are changed
-_CHANGES = 8  # that are tried in turn
+_CHANGES = 12  # that are tried in turn
 
 
 def observe(model: nn.Module, inputs: Any = None) -> Seen:
@@ -94,7 +94,9 @@ class _Attempts:
                 break
             kwargs = mended
         self.tried.add(described((args, kwargs)))
-        progress = (-len(seen.uses), axes_of((args, kwargs)), next(self.number))
+        # an axis too many adds an operation or two, by which it does not lead farther
+        cost = 2 * axes_of((args, kwargs)) - seen.operations
+        progress = (-len(seen.uses), cost, next(self.number))
         heapq.heappush(self.refused, (0, progress, 0, repaired((args, kwargs), seen.failure)))
         return False
 
@@ -138,6 +140,7 @@ def _run(
         watch.seen.failure = f"{type(error).__name__}: {error} ({_place(error)})"
         watch.ended()
     watch.finish()
+    watch.seen.operations = watch.operations
     return watch.seen
 
 

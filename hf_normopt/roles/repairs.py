@@ -54,7 +54,7 @@ def described(inputs: Inputs) -> str:
 
 
 def axes_of(inputs: Inputs) -> int:
-    """The number of axes of all arguments: of inputs that lead equally far, fewer are likelier."""
+    """The number of axes of all arguments."""
     args, kwargs = inputs
     return sum(v.ndim for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
 

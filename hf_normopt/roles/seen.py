@@ -27,6 +27,7 @@ class Seen:
         partly: parameters of the module in which a pass ended.
         ran: the parameters that the model's own `forward` reached.
         alike: by parameter of a layer that was skipped, that of the equal layer that ran.
+        operations: how many ran.
         failure: what ended the pass early, "" if nothing did.
     """
 
@@ -41,6 +42,7 @@ class Seen:
     partly: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
     alike: dict[str, str] = field(default_factory=dict)
+    operations: int = 0
     failure: str = ""
 
     def update(self, other: Seen) -> None:
