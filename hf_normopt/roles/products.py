@@ -73,12 +73,12 @@ class Products(Pointwise):
         return self._weighted(replace(table, shown=transposed), x, axes, result)
 
     def _settled(self, a: Note, b: Note) -> tuple[Note, Note]:
-        """Of two parameters, one may stand for activations: rows that were looked up, or repeated."""
+        """Of two parameters, one may stand for activations: it was looked up, or repeated."""
         for one, other in ((a, b), (b, a)):
-            if one.shown and all(s.picked for s in one.shown):
-                if not any(s.picked for s in other.shown):
-                    self.record(one, "lookup")
-                    return (Note(), b) if one is a else (a, Note())
+            rows = bool(one.shown) and all(s.picked for s in one.shown)
+            if rows and not any(s.picked for s in other.shown):
+                self.record(one, "lookup")
+                return (Note(), b) if one is a else (a, Note())
             repeated = any(s.expanded for s in one.shown)
             stored = any(self._is_matrix(s.name) for s in other.shown)
             if (repeated and not any(s.expanded for s in other.shown)) or (

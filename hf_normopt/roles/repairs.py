@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import chain, permutations, repeat, zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .inputs import Inputs
+from .inputs import ROWS, Inputs
 
 Pair = tuple[int, int]
 
@@ -108,7 +107,7 @@ def _shaped(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
         yield _filled((*shape[:-2], shape[-1]), value)
         yield _filled(shape[:-1], value)
     if len(shape) < 5:
-        yield _filled((*shape[:-1], 4, *shape[-1:]), value)
+        yield _filled((*shape[:-1], 4 if len(shape) > 1 else ROWS, *shape[-1:]), value)
         yield _filled((*shape, shape[-1] if shape else 2), value)
 
 
