@@ -87,7 +87,7 @@ class _Attempts:
                 return True
             if len(seen.uses) > len(self.best.uses) or not self.best.uses:
                 self.best = seen
-            if seen.failure.startswith(EndlessError.__name__):
+            if seen.failure.startswith((EndlessError.__name__, RecursionError.__name__)):
                 return True  # other inputs would take as long
             mended = with_places(self.module, kwargs, seen.failure)
             if mended is None:
