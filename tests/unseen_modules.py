@@ -386,7 +386,7 @@ class Detector(nn.Module):
         self.patch = nn.Conv2d(3, W, 4, 4)
         self.rows, self.columns = (nn.Parameter(torch.zeros(9, W // 2)) for _ in range(2))
         self.queries = nn.Parameter(torch.zeros(6, W))
-        self.classes = nn.Linear(W, 4)
+        self.ask, self.classes = nn.Linear(W, W), nn.Linear(W, 4)
         self.box = nn.Sequential(nn.Linear(W, W), nn.ReLU(), nn.Linear(W, 4))
 
     def forward(self, pixels):
@@ -395,7 +395,8 @@ class Detector(nn.Module):
         rows = self.rows[:height].unsqueeze(1).repeat(1, width, 1)
         columns = self.columns[:width].unsqueeze(0).repeat(height, 1, 1)
         x = x.flatten(2).mT + torch.cat([columns, rows], -1).flatten(0, 1)
-        y = F.scaled_dot_product_attention(self.queries.expand(len(x), -1, -1), x, x)
+        queries = self.ask(self.queries).expand(len(x), -1, -1)
+        y = F.scaled_dot_product_attention(queries, x, x)
         return {"pred_logits": self.classes(y), "pred_boxes": self.box(y).sigmoid()}
 
 
