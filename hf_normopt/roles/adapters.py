@@ -58,7 +58,7 @@ def _factor(view: View) -> str:
         return f"(block={blocks} out) in"
     own = owner_layout(view)
     if own is None and _added(view.owners) is None:
-        own = _of_pair(view.leaf, view.owner, view.shape)
+        own = view.uses.get("product") or _of_pair(view.leaf, view.owner, view.shape)
     return (own or usual_layout(_kernel(view), view.shape)).pattern
 
 

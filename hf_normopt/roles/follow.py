@@ -131,6 +131,8 @@ class Follower(TorchDispatchMode):
             layout = (layouts or {}).get(shown.name)
             if final == "scatter":
                 final, layout = ("packed", None) if how == "product" else ("place", None)
+            elif final == "untracked":
+                final, layout = ("packed" if how in ("product", "kernel") else how), None
             elif shown.picked and not (how in ("product", "kernel") and layout is not None):
                 final, layout = "lookup", picked_layout(shown)
             elif shown.how and how not in ("product", "kernel"):
@@ -180,6 +182,15 @@ class Follower(TorchDispatchMode):
         features, order = one.flatten().sort()
         self.sums.append((features, other.flatten()[order]))
         return left
+
+    def rotated(self, pieces: list[Tensor]) -> list[Tensor]:
+        """The features of two halves that were rotated into each other: a - b and a + b."""
+        if len(pieces) == 2 and are_same(essential(pieces[0]), essential(pieces[1])):
+            for left, right in reversed(self.sums):
+                other = _beside(pieces[0], left, right)
+                if other is not None:
+                    return [pieces[0], other]
+        return pieces
 
     def _source_of(self, shown: Shown, outs: list[int], fan: int, layout: Layout) -> Source:
         """The numbers of a matrix's features, which are given out when it is first seen."""

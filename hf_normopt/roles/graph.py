@@ -67,7 +67,11 @@ class View:
     @property
     def uses(self) -> dict[str, Layout | None]:
         """What `forward` was seen to do with it, with the layout that this gives."""
-        return self.seen.uses.get(self.key, {})
+        uses = self.seen.uses.get(self.key, {})
+        if "mixture" not in uses:
+            return uses
+        rest = {how: layout for how, layout in uses.items() if how != "mixture"}
+        return rest if rest.keys() & {"product", "kernel"} else rest | {"product": uses["mixture"]}
 
     @property
     def matrix(self) -> Matrix | None:

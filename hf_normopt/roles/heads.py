@@ -136,7 +136,7 @@ class _Sight:
         for path, part in parts:
             found = self.made_last(path)
             reason = f"made last what {_name(part)} returns"
-            if not found:
+            if not found and not (self.seen.ran and path in self.seen.fields):
                 reason = f"the last matrix of {_name(part)}, whose forward was not seen to its end"
                 found = self.last_defined(path, own)
             heads |= dict.fromkeys(filter(own, found), reason)

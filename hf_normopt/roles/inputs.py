@@ -125,6 +125,9 @@ def _from_widths(model: nn.Module, device: str) -> Iterator[Inputs]:
                 yield (first, *(other if value is first else value for value in rest)), {}
 
 
+_FEW = 12  # shapes that one module takes which are tried before all that others take
+
+
 def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tensor]:
     shapes: dict[tuple[int, ...], None] = {}
     raw = [
@@ -137,11 +140,16 @@ def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tenso
     tables = [n for buffer in model.buffers() if buffer.ndim > 1 for n in buffer.shape]
     sizes = [n for n in (*tables, *(n for s in raw for n in s)) if 1 < n <= 512]
     lengths = list(dict.fromkeys([8, 4, *sizes]))[:6]
-    sides = [32, *_sides(model, raw), 224][:6]
+    sides = [*[32, *_sides(model, raw)][:5], 224, 28, 8]
     takes_ids = re.search(r"ids$|^idx|token|word", name) is not None
-    for module in [] if takes_ids else model.modules():
-        for shape in _taken(module, lengths, sides, raw):
-            shapes.setdefault(shape)
+    taken = [
+        list(_taken(module, lengths, sides, raw))
+        for module in ([] if takes_ids else model.modules())
+    ]
+    for few in (slice(0, _FEW), slice(_FEW, None)):
+        shapes |= dict.fromkeys(shape for its in taken for shape in its[few])
+    if re.search(r"^im(g|age)s?$|pixel", name):
+        shapes = {(ROWS, 3, n, n): None for n in sides} | shapes
     ids = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
     tokens = [torch.arange(ROWS * n).view(ROWS, n) % ids for n in lengths]
     first = next((m for m in model.modules() if not m._modules and m._parameters), None)
@@ -187,6 +195,8 @@ def _taken(
         for parameter in module.parameters(recurse=False):
             if len(parameter.shape) >= 4 and parameter.shape[-1] == parameter.shape[-2]:
                 yield (ROWS, parameter.shape[-3], sides[0], sides[0])
+                if len(parameter.shape) == 5:
+                    yield (ROWS, parameter.shape[1], *[sides[0]] * 3)
             widths += [*parameter.shape[-1:], *parameter.shape[:-1]]
     for width in dict.fromkeys(widths):
         yield (ROWS, lengths[0], width)
@@ -208,6 +218,8 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
         channels = first.ndim == 3 and any(isinstance(m, nn.Conv1d) for m in model.children())
         shape = (rows, 1, first.shape[-1]) if channels else first.shape[:2]
         return torch.ones(shape, dtype=torch.bool)
+    if re.search(r"edge_index|edges", name):  # of a graph: from which node, to which
+        return torch.zeros(2, rows, dtype=torch.int64)
     if re.search(r"label|target|class|^y$|^t$|step|^idx|index|depth|expert|which", name):
         return torch.zeros(rows, dtype=torch.int64)
     if re.search(r"length|lens$", name):

@@ -402,8 +402,8 @@ def _parameters(model: nn.Module) -> dict[str, bool]:
         signature = inspect.signature(type(model).forward)
     except (AttributeError, TypeError, ValueError):  # TorchScript
         return {}
-    for name, parameter in signature.parameters.items():
-        if name != "self" and parameter.kind in (
+    for name, parameter in list(signature.parameters.items())[1:]:  # the first is the module
+        if parameter.kind in (
             parameter.POSITIONAL_ONLY,
             parameter.POSITIONAL_OR_KEYWORD,
             parameter.KEYWORD_ONLY,

@@ -210,7 +210,7 @@ _MAYBE_TOKEN = re.compile(r"position|(^|_)pos(_|$)|quer(y|ies)(_|$)|newline|sepa
 def _raw_matrix(view: View) -> Finding | None:
     """Raw parameters that the module multiplies by, or convolves with."""
     layout, looked_up = _stored(view), view.uses.get("lookup")
-    if layout is None or len(view.shape) < 2:
+    if layout is None or len(view.shape) < 2 or "kernel" in view.uses:
         return None
     if looked_up is not None:
         reason = "rows looked up by an index, and multiplied by: a tied tensor takes the "

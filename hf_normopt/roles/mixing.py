@@ -125,7 +125,8 @@ class Mixing(Products):
             join = torch.stack if name == "stack" else torch.cat
             rest = [d for d in range(indices[0].ndim) if name == "stack" or d != dim]
             rest = [d for d in rest if all(is_batch(i, d) for i in indices)]
-            return expanded_to(join([narrowed(i, rest) for i in indices], dim), result.shape)
+            pieces = self.rotated([narrowed(i, rest) for i in indices])
+            return expanded_to(join(pieces, dim), result.shape)
         for note in notes:
             self.use(note)
         return None

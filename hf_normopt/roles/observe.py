@@ -11,6 +11,7 @@ A twin of the model (`twin.py`) runs under a dispatch mode (`watch.py`).
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,8 @@ from typing import Any
 from torch import nn
 
 from .follow import note_of, tensors_of
-from .inputs import candidates, normalise, with_places
+from .inputs import Inputs, candidates, normalise, with_places
+from .repairs import axes_of, described, repaired
 from .seen import Seen
 from .twin import Twin, structure, undisturbed, unwrapped
 from .watch import EndlessError, Lists, Watch
@@ -27,6 +29,8 @@ from .watch import EndlessError, Lists, Watch
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _ALONE = 60  # kinds of modules that run alone
 _TRIES = 16  # inputs of such a module
+_FARTHEST = 6  # refused inputs that are changed
+_CHANGES = 12  # that are tried in turn
 
 
 def observe(model: nn.Module, inputs: Any = None) -> Seen:
@@ -50,22 +54,69 @@ def observe(model: nn.Module, inputs: Any = None) -> Seen:
 
 
 def _best(twin: Twin, module: nn.Module, path: str, given: Iterable[Any], tries: int = 60) -> Seen:
-    """What was seen on the first inputs that a module takes, or on those that led farthest."""
-    best = Seen(failure="no inputs are known for it")
-    for args, kwargs in itertools.islice(_as_far_as_they_go(given), tries):
+    """What was seen on the first inputs that a module takes, or on those that led farthest.
+
+    If it takes none of those that are given, they are changed as its errors ask.
+    """
+    attempts = _Attempts(twin, module, path)
+    for inputs in itertools.islice(_as_far_as_they_go(given), tries):
+        if attempts.run(inputs):
+            return attempts.best
+    if not hasattr(module, "config"):
+        attempts.repair(tries)
+    return attempts.best
+
+
+class _Attempts:
+    """Runs of a module on several inputs, and what was seen on those that led farthest."""
+
+    def __init__(self, twin: Twin, module: nn.Module, path: str) -> None:
+        self.twin, self.module, self.path = twin, module, path
+        self.best = Seen(failure="no inputs are known for it")
+        self.tried: set[str] = set()
+        self.number = itertools.count()  # of the runs, where two led equally far
+        self.refused: list[tuple[int, tuple[int, ...], int, Iterator[Inputs]]] = []
+
+    def run(self, inputs: Inputs) -> bool:
+        """Run on some inputs; whether no others need to be tried."""
+        args, kwargs = inputs
         for _ in range(3):
-            seen = _run(twin, module, path, args, kwargs)
+            seen = _run(self.twin, self.module, self.path, args, kwargs)
             if not seen.failure:
-                return seen
-            if len(seen.uses) > len(best.uses) or not best.uses:
-                best = seen
-            if seen.failure.startswith(EndlessError.__name__):
-                return best  # other inputs would take as long
-            mended = with_places(module, kwargs, seen.failure)
+                self.best = seen
+                return True
+            if len(seen.uses) > len(self.best.uses) or not self.best.uses:
+                self.best = seen
+            if seen.failure.startswith((EndlessError.__name__, RecursionError.__name__)):
+                return True  # other inputs would take as long
+            mended = with_places(self.module, kwargs, seen.failure)
             if mended is None:
                 break
             kwargs = mended
-    return best
+        self.tried.add(described((args, kwargs)))
+        # an axis too many adds an operation or two, by which it does not lead farther
+        cost = 2 * axes_of((args, kwargs)) - seen.operations
+        progress = (-len(seen.uses), cost, next(self.number))
+        heapq.heappush(self.refused, (0, progress, 0, repaired((args, kwargs), seen.failure)))
+        return False
+
+    def repair(self, tries: int) -> None:
+        """Change what led farthest as the error asks, until the module takes it.
+
+        A few changes of each are tried before more of any.
+        """
+        self.refused = heapq.nsmallest(_FARTHEST, self.refused)
+        while self.refused and tries:
+            _, progress, count, others = heapq.heappop(self.refused)
+            inputs = next(others, None)
+            if inputs is None:
+                continue
+            again = ((count + 1) // _CHANGES, progress, count + 1, others)
+            heapq.heappush(self.refused, again)
+            if described(inputs) not in self.tried:
+                tries -= 1
+                if self.run(inputs):
+                    return
 
 
 def _as_far_as_they_go(given: Iterable[Any]) -> Iterator[Any]:
@@ -89,6 +140,7 @@ def _run(
         watch.seen.failure = f"{type(error).__name__}: {error} ({_place(error)})"
         watch.ended()
     watch.finish()
+    watch.seen.operations = watch.operations
     return watch.seen
 
 

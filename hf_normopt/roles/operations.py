@@ -202,6 +202,15 @@ def _product(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
     return NotImplemented
 
 
+def _convolution(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    """Meta kernels do not say how many channels they expect."""
+    image, weight, transposed, groups = args[0], args[1], args[6], args[8]
+    expected = weight.shape[0] if transposed else weight.shape[1] * groups
+    if image.ndim == weight.ndim and image.shape[1] != expected:
+        raise RuntimeError(f"expected {expected} channels, but got {image.shape[1]}")
+    return NotImplemented
+
+
 def _equal(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
     return True
 
@@ -227,6 +236,7 @@ _OF_UNKNOWN: dict[str, Callable[..., Any]] = {
 _SPECIAL: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), _product),
     "clamp": _clamp,
+    "convolution": _convolution,
     "_to_copy": _to_copy,
     "masked_select": _masked_select,
     "histc": _histogram,

@@ -60,9 +60,25 @@ class Products(Pointwise):
             return self._weighted(b, a, (right.ndim - 2, right.ndim - 1), result)
         return self._activations(a, b, result)
 
+    def distance(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
+        """Distances of rows to those of a table are, but for lengths, products with them."""
+        x, table = (self.noted(arg) or Note() for arg in args[:2])
+        axes = (args[1].ndim - 2, args[1].ndim - 1)
+        if x.fixed and not table.fixed:
+            x, table = table, x
+        if not table.fixed or x.fixed:
+            return self._activations(x, table, result)
+        plain = [s for s in table.shown if s.start is None and s.given is None]
+        transposed = tuple(s.moved(s.view.mT) for s in plain if s.view.ndim > 1)
+        return self._weighted(replace(table, shown=transposed), x, axes, result)
+
     def _settled(self, a: Note, b: Note) -> tuple[Note, Note]:
-        """Of two parameters, one may stand for activations: it is repeated for each row."""
+        """Of two parameters, one may stand for activations: it was looked up, or repeated."""
         for one, other in ((a, b), (b, a)):
+            rows = bool(one.shown) and all(s.picked for s in one.shown)
+            if rows and not any(s.picked for s in other.shown):
+                self.record(one, "lookup")
+                return (Note(), b) if one is a else (a, Note())
             repeated = any(s.expanded for s in one.shown)
             stored = any(self._is_matrix(s.name) for s in other.shown)
             if (repeated and not any(s.expanded for s in other.shown)) or (
@@ -119,7 +135,8 @@ class Products(Pointwise):
         how = "kernel" if x.patches and any(len(s.shape) > 2 for s in weight.shown) else "product"
         if how == "kernel":
             layouts = {s.name: usual_layout("conv", s.shape) for s in weight.shown}
-        self.record(weight, how, layouts)
+        mixed = _mixed(weight, contracted, kept, result) if x.squashed else ()
+        self.record(weight, "mixture" if mixed else how, layouts)
         makers = frozenset(
             s.name
             for s in weight.shown
@@ -135,7 +152,7 @@ class Products(Pointwise):
         if source is not None:
             index = self._features(weight, source[0], axes, layouts, result)
         stacked = any("stack" in str(layout) for layout in layouts.values())
-        return Note(makers=makers, last=makers, index=index, stacked=stacked)
+        return Note(makers=makers, last=makers, index=index, stacked=stacked, shown=mixed)
 
     def _cover(self, shown: Shown, contracted: int, kept: int) -> None:
         """Note which entries along each stored axis were multiplied by."""
@@ -184,10 +201,27 @@ class Products(Pointwise):
         self.use(a)
         self.use(b)
         if a.squashed == b.squashed:
-            return Note()
+            return self._later(a, b)
         values = b if a.squashed else a
         size = result.shape[-1] if a.squashed else 0
         return Note(makers=values.makers, last=values.last, head_size=size)
+
+    def _later(self, a: Note, b: Note) -> Note:
+        """Of two products of equal rank, what was made from the other, or made at all."""
+        for one, other in ((a, b), (b, a)):
+            if one.makers and other.makers <= self._above(one.makers):
+                return Note(makers=one.makers, last=one.last)
+        return Note()
+
+    def _above(self, makers: frozenset[str]) -> set[str]:
+        """The matrices whose outputs reach some others."""
+        above: set[str] = set()
+        todo = list(makers)
+        while todo:
+            new = self.seen.feeds.get(todo.pop(), set()) - above
+            above |= new
+            todo += new
+        return above
 
     def attention(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
         """A fused attention: queries, keys, values."""
@@ -257,3 +291,17 @@ class Products(Pointwise):
             return None
         known = self._source_of(shown, axes, args[0].shape[1], layouts[shown.name])
         return along(known.start + shown.numbers([out], axes), 1, result.shape)
+
+
+def _mixed(weight: Note, contracted: int, kept: int, result: Tensor) -> tuple[Shown, ...]:
+    """Matrices or kernels of which each row of a product takes its own weighted mean."""
+    mixed = []
+    for shown in weight.shown:
+        axes = shown.axes()
+        others = tuple(range(1, len(shown.shape)))
+        if shown.start is not None or shown.given is not None or shown.how or len(others) < 2:
+            continue
+        if axes[contracted] == (0,) and axes[kept] == others:
+            view = shown.view.select(contracted, 0).unsqueeze(contracted).expand(result.shape)
+            mixed.append(replace(shown, view=view))
+    return tuple(mixed)

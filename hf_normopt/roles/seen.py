@@ -15,7 +15,8 @@ class Seen:
 
     Attributes:
         uses: by parameter, what was done with it: "product", "kernel", "lookup", "gain", "sum",
-            "offset" (to a product), "place", "return", "packed", with the layout that this gives.
+            "offset" (to a product), "place", "return", "packed", "mixture" (a mean of several
+            matrices, before it is used), with the layout that this gives.
         matrices: by parameter, how what a matrix gives is divided.
         beside: by bias, the matrix to whose features it is added.
         divided: by matrix, the number of pieces that a view divided its stored axes into.
@@ -26,6 +27,7 @@ class Seen:
         partly: parameters of the module in which a pass ended.
         ran: the parameters that the model's own `forward` reached.
         alike: by parameter of a layer that was skipped, that of the equal layer that ran.
+        operations: how many ran.
         failure: what ended the pass early, "" if nothing did.
     """
 
@@ -40,6 +42,7 @@ class Seen:
     partly: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
     alike: dict[str, str] = field(default_factory=dict)
+    operations: int = 0
     failure: str = ""
 
     def update(self, other: Seen) -> None:

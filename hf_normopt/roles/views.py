@@ -33,7 +33,7 @@ def moved_parameter(
     shown: Shown, func: Any, args: Any, kwargs: Any, outputs: Any
 ) -> list[Shown | None]:
     """A parameter after a view, for each output."""
-    none: list[Shown | None] = [None] * len(outputs)
+    lost: list[Shown | None] = [untracked(shown)] * len(outputs)
     name = func.overloadpacket.__name__
     if name in COPIES:
         return [shown]
@@ -41,22 +41,28 @@ def moved_parameter(
         return permuted(shown, func, args, kwargs, outputs)
     try:
         if name == "as_strided":
-            return [shown] if tuple(args[1]) == tuple(shown.view.shape) else none
+            return [shown] if tuple(args[1]) == tuple(shown.view.shape) else lost
         if name in RESHAPES:
             shape = tuple(outputs[0].shape)
             try:
                 moved = shown.moved(shown.view.view(shape))
                 return [replace(moved, divided=moved.pieces())]
             except RuntimeError:
-                return [copied(shown, shape)]
+                return [copied(shown, shape) or untracked(shown)]
         if name == "repeat":
             return [repeated(shown, outputs[0])]
         moved = func(shown.view, *args[1:], **kwargs)
     except RuntimeError:
-        return none
+        return lost
     views = list(moved) if isinstance(moved, (list, tuple)) else [moved]
     expanded = shown.expanded or (name == "expand" and views[0].numel() > shown.view.numel())
     return [replace(shown, view=view, expanded=expanded) for view in views]
+
+
+def untracked(shown: Shown) -> Shown:
+    """A parameter of which no axis is known any more."""
+    nothing = torch.empty((), device="meta")
+    return replace(shown, view=nothing, given=(), start=None, how=shown.how or "untracked")
 
 
 def repeated(shown: Shown, output: Tensor) -> Shown | None:
@@ -95,9 +101,8 @@ def copied(shown: Shown, shape: tuple[int, ...]) -> Shown | None:
 
 def permuted(shown: Shown, func: Any, args: Any, kwargs: Any, outputs: Any) -> list[Shown | None]:
     """The same for one that is no plain view: it follows where axes go."""
-    none: list[Shown | None] = [None] * len(outputs)
     if func.overloadpacket.__name__ not in ("t", "transpose", "permute", "numpy_T"):
-        return none
+        return [untracked(shown)] * len(outputs)
     marks = torch.empty(_MARKS[: shown.view.ndim], device="meta")
     order = [_MARKS.index(size) for size in func(marks, *args[1:], **kwargs).shape]
     start, given = shown.start, shown.given

@@ -1,0 +1,125 @@
+"""Other inputs for a module that refused some, by what its error says.
+
+Errors of torch name what does not fit: two sizes, a number of axes, a type. [`repaired`] changes
+one argument at a time accordingly; a search over these changes is in `observe.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import chain, permutations, repeat, zip_longest
+
+import torch
+from torch import Tensor
+
+from .inputs import ROWS, Inputs
+
+Pair = tuple[int, int]
+
+_AXES = re.compile(r"unpack|size|axes|[Dd]imension|[Dd]ims|\dD|subscripts|indices|shape|batch")
+_TYPES = re.compile(r"type|Long|[Ii]ndices|[Ii]ntegers?|index|iterable|scalar")
+_PLACES = re.compile(r"\b(dim|dimension|axis|index|argument|operand|entry|at)\b:? [#-]?\d+")
+_MATRICES = re.compile(r"\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+")
+_NUMBERS = 6  # of an error that are looked at
+_LARGEST = 4096  # size of an axis
+
+
+def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
+    """Inputs with one argument of another shape or type: of each kind of change one after another.
+
+    Args:
+        inputs: what was refused.
+        said: the error.
+    """
+    args, kwargs = inputs
+    values = [*args, *kwargs.values()]
+    # of the first argument most is known, of the last least
+    places = [i for i, value in reversed(list(enumerate(values))) if isinstance(value, Tensor)]
+    pairs = _pairs(said.rpartition(" (")[0] or said)
+    kinds = [_typed] if _TYPES.search(said) else []
+    kinds += [_same, _shaped, _scaled] if _AXES.search(said) else [_same, _scaled]
+    changes = [zip(repeat(i), kind(values[i], pairs)) for kind in kinds for i in places]
+    for i, other in filter(None, chain.from_iterable(zip_longest(*changes))):
+        new = [other if j == i else value for j, value in enumerate(values)]
+        yield tuple(new[: len(args)]), dict(zip(kwargs, new[len(args) :], strict=True))
+
+
+def described(inputs: Inputs) -> str:
+    """The shapes and types of inputs, which tell whether two are alike."""
+    args, kwargs = inputs
+    values = (*args, *kwargs.values())
+    return str([(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in values])
+
+
+def axes_of(inputs: Inputs) -> int:
+    """The number of axes of all arguments."""
+    args, kwargs = inputs
+    return sum(v.ndim for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+
+
+def _pairs(said: str) -> list[Pair]:
+    """Sizes in an error that may have to become others in it."""
+    matrices = _MATRICES.search(said)
+    if matrices is not None:
+        return [(int(matrices[1]), int(matrices[2]))]
+    # not those in names such as `float32`
+    found = re.findall(r"(?<![\w.])\d+(?![\w.])", _PLACES.sub("", said))
+    sizes = dict.fromkeys(int(n) for n in found if 0 < int(n) <= _LARGEST)
+    return list(permutations(list(sizes)[:_NUMBERS], 2))
+
+
+def _filled(shape: tuple[int, ...], like: Tensor, is_real: bool | None = None) -> Tensor:
+    real = like.is_floating_point() if is_real is None else is_real
+    if real:
+        return torch.empty(shape, device="meta")
+    return torch.zeros(shape, dtype=torch.int64 if is_real is False else like.dtype)
+
+
+def _same(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+    """A size that the error names becomes another one that it names."""
+    for old, new in pairs:
+        yield from _resized(value, old, new)
+
+
+def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+    """A size changes as one that the error names should: by the same factor or difference."""
+    for old, new in pairs:
+        for size in dict.fromkeys(reversed(value.shape)):
+            for other in (size * new // old if size * new % old == 0 else 0, size + new - old):
+                if old != size and 0 < other <= _LARGEST:
+                    yield from _resized(value, size, other)
+
+
+def _resized(value: Tensor, old: int, new: int) -> Iterator[Tensor]:
+    """An axis of some size with another one; both sides of a square image at once."""
+    first = min(1, value.ndim - 1)  # after the rows
+    axes = [(d,) for d in reversed(range(first, value.ndim)) if value.shape[d] == old]
+    sides = tuple(d for d in range(2, value.ndim) if value.shape[d] == old)
+    for change in [sides, *axes] if len(sides) > 1 else axes:
+        yield _filled(tuple(new if d in change else n for d, n in enumerate(value.shape)), value)
+
+
+def _shaped(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+    """One axis more or less."""
+    shape = tuple(value.shape)
+    if len(shape) > 1:
+        yield _filled((*shape[:-2], shape[-1]), value)
+        yield _filled(shape[:-1], value)
+    if len(shape) < 5:
+        yield _filled((*shape[:-1], 4 if len(shape) > 1 else ROWS, *shape[-1:]), value)
+        yield _filled((*shape, shape[-1] if shape else 2), value)
+
+
+def _typed(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+    """Numbers of classes for activations, and the reverse."""
+    shape = tuple(value.shape)
+    if value.is_floating_point():
+        if len(shape) > 1:
+            yield _filled(shape[:-1], value, False)
+        yield _filled(shape, value, False)
+        if len(shape) > 2:
+            yield _filled(shape[:1], value, False)
+    else:
+        yield _filled(shape, value, True)
+        yield _filled((*shape, *(pairs[0][:1] if pairs else shape[-1:])), value, True)
