@@ -165,7 +165,7 @@ def _over_length(x: Tensor) -> Tensor:
     largest = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
     sound = (length > 1e-15) & (length < 1e15)
     most = largest * math.sqrt(x.shape[-2] * x.shape[-1])
-    length = torch.where(sound, length, most.clamp(1e-38, 3e38))
+    length = torch.where(sound, length, most.clamp(1e-37, 3e38))
     return torch.where(largest == 0, 1.0, torch.where(largest.isfinite(), 1 / length, torch.nan))
 
 

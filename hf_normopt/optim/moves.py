@@ -3,9 +3,9 @@
 Small tensors of one shape and rule move together: they are stacked, and one call of the LMO serves
 all. Large ones whose parts do not need each other (the vectors of an embedding, the rows of a head,
 entries under the sign, experts) move part by part. So a step takes a few times [`PART`] entries
-for itself, or a few times one tensor where that is more. All directions are held where the step
-size needs them at once; a parameter is taken whole when it is watched, and where its layout divides
-the first axis.
+(on GPUs [`ACCELERATED`] times as many) for itself, or a few times one tensor where that is more.
+All directions are held where the step size needs them at once; a parameter is taken whole when it
+is watched, and where its layout divides the first axis.
 
 Momenta are kept in the group's `momentum_dtype`, and weights in 16 bits are written as its
 `rounding` says; all arithmetic is in float32 at least.
@@ -50,6 +50,7 @@ from .sharding import (
 
 SMALL = 2**16  # entries: tensors of one shape up to this size move together, [`PART`] at a time
 PART = 2**18  # entries of a part of a large tensor
+ACCELERATED = 64  # times as many on other devices, where each call has its price
 
 _layout = cache(Layout)
 
@@ -186,19 +187,24 @@ def moves_of(
         if p.grad is None or p.numel() == 0:
             continue
         own["names"], own["copies"] = [names[p]], None if isinstance(p, DTensor) else copies
-        if isinstance(p, DTensor) or p.numel() > SMALL:
+        if isinstance(p, DTensor) or p.numel() > SMALL * _more_on(p.device):
             gradient = placed_as_its_parameter(p.grad, p)
             yield Move([p], [gradient], [states[p]], group, rule, _layout(layout), **own)
         else:
             alike.setdefault((layout, p.shape, p.dtype, p.device), []).append(p)
     for (layout, *_), params in alike.items():
-        count = max(1, PART // params[0].numel())
+        count = max(1, PART * _more_on(params[0].device) // params[0].numel())
         for i in range(0, len(params), count):
             some = params[i : i + count]
             gradients = [p.grad for p in some if p.grad is not None]
             kept = [states[p] for p in some]
             own["names"], own["copies"] = [names[p] for p in some], copies
             yield Move(some, gradients, kept, group, rule, _layout(layout), **own)
+
+
+def _more_on(device: torch.device) -> int:
+    """How many times [`SMALL`] and [`PART`] a device takes at once."""
+    return 1 if device.type in ("cpu", "meta") else ACCELERATED
 
 
 def _names(group: Mapping[str, Any]) -> list[str]:
@@ -224,9 +230,10 @@ def _vector(axes: int) -> str:
 def parts(move: Move) -> Iterator[Move]:
     """The same in parts along the first stored axis, where it is large and they are independent."""
     p, rule, gradient = move.param, move.rule, move.gradients[0]
+    size = PART * _more_on(p.device)
     if (
         isinstance(p, DTensor)
-        or (p.numel() <= PART and not gradient.is_sparse)
+        or (p.numel() <= size and not gradient.is_sparse)
         or rule.statistic is not None
         or rule.scale == "muon"  # asks for the whole shape
         or move.layout.axis(0) not in rule.norm.independent
@@ -245,7 +252,7 @@ def parts(move: Move) -> Iterator[Move]:
         return
     row = p.numel() // len(p)
     aligned = BLOCK // math.gcd(BLOCK, row)  # rows that make up whole blocks
-    count = max(1, PART // row // aligned) * aligned
+    count = max(1, size // row // aligned) * aligned
     whole = kept(move, 0)
     for i in range(0, len(p), count):
         at = slice(i, min(i + count, len(p)))

@@ -205,7 +205,7 @@ def create_normopt_optimizer(
     heads: bool | str = False,
     on_mismatch: str = "error",
     momentum_dtype: str = "float32",
-    rounding: str = "nearest",
+    rounding: str = "kahan",
     **changes: Any,
 ) -> NormOpt:
     """Make the optimizer for a model: find the roles, give each its rule.
@@ -288,7 +288,7 @@ def create_normopt_optimizer(
             ("step_size", size, None),
             ("heads", heads, False),
             ("momentum_dtype", momentum_dtype, "float32"),
-            ("rounding", rounding, "nearest"),
+            ("rounding", rounding, "kahan"),
         )
         if value != usual
     }
