@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ..cards.model_card import card_file, update_model_card
 from ..cards.record import compare_runs
+from ..norms.half import NAMES
 from ..optim.presets import PRESETS
 from ..optim.rules import Rule, policy_key
 from ..roles import ROLES, ParamSpec, classify
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect.add_argument(
         "--tokens", type=int, default=8192, help="of a training step, for --cost (8192)"
     )
-    inspect.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for --cost")
+    inspect.add_argument(
+        "--device", choices=("cpu", "cuda", *NAMES), default="cpu", help="for --cost"
+    )
     inspect.add_argument("--why", action="store_true", help="show the reason for each role")
     inspect.add_argument(
         "--plot", metavar="FILE", help="also draw the model with its norms, as .html or .png"

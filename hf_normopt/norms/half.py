@@ -105,7 +105,7 @@ class Products:
 
     def rounded(self, x: Tensor, scale: Tensor) -> Tensor:
         """Scale · x in 16 bits, for x in float32 or in 16 bits, in one pass."""
-        if x.requires_grad:
+        if x.requires_grad or torch.compiler.is_compiling():
             return (x * scale).to(torch.float16)
         return torch.mul(x, scale, out=torch.empty_like(x, dtype=torch.float16))
 
