@@ -178,30 +178,32 @@ def moves_of(
         sums: of the optimizer, see `note_inplace`.
     """
     own: dict[str, Any] = {"sums": {} if sums is None else sums}
-    alike: dict[Any, list[Tensor]] = {}
+    alike: dict[Any, list[tuple[Tensor, Tensor, str]]] = {}
     layouts = group["layouts"]
     if rule.of_entries or is_flat(group):
         layouts = [_vector(p.ndim) for p in group["params"]]
-    names = dict(zip(group["params"], _names(group), strict=True))
-    for p, layout in zip(group["params"], layouts, strict=True):
-        if p.grad is None or p.numel() == 0:
+    for p, layout, name in zip(group["params"], layouts, _names(group), strict=True):
+        gradient, size = p.grad, p.numel()
+        if gradient is None or size == 0:
             continue
-        own["names"], own["copies"] = [names[p]], None if isinstance(p, DTensor) else copies
-        if isinstance(p, DTensor) or p.numel() > SMALL * _more_on(p.device):
-            gradient = placed_as_its_parameter(p.grad, p)
+        if isinstance(p, DTensor) or size > SMALL * _more_on(p.device):
+            own["names"], own["copies"] = [name], None if isinstance(p, DTensor) else copies
+            gradient = placed_as_its_parameter(gradient, p)
             yield Move([p], [gradient], [states[p]], group, rule, _layout(layout), **own)
         else:
-            alike.setdefault((layout, p.shape, p.dtype, p.device), []).append(p)
-    for (layout, *_), params in alike.items():
-        count = max(1, PART * _more_on(params[0].device) // params[0].numel())
-        for i in range(0, len(params), count):
-            some = params[i : i + count]
-            gradients = [p.grad for p in some if p.grad is not None]
-            kept = [states[p] for p in some]
-            own["names"], own["copies"] = [names[p] for p in some], copies
-            yield Move(some, gradients, kept, group, rule, _layout(layout), **own)
+            key = layout, p.shape, p.dtype, p.device
+            alike.setdefault(key, []).append((p, gradient, name))
+    own["copies"] = copies
+    for (layout, shape, _, device), found in alike.items():
+        count = max(1, PART * _more_on(device) // shape.numel())
+        for i in range(0, len(found), count):
+            params, gradients, names = map(list, zip(*found[i : i + count], strict=True))
+            own["names"] = names
+            kept = [states[p] for p in params]
+            yield Move(params, gradients, kept, group, rule, _layout(layout), **own)
 
 
+@cache
 def _more_on(device: torch.device) -> int:
     """How many times [`SMALL`] and [`PART`] a device takes at once."""
     return 1 if device.type in ("cpu", "meta") else ACCELERATED
@@ -216,9 +218,10 @@ def _names(group: Mapping[str, Any]) -> list[str]:
 
 def is_flat(group: Mapping[str, Any]) -> bool:
     """Whether the parameters are no longer those of which the group was made: ZeRO's partitions."""
+    if any(p.ndim != 1 for p in group["params"]):
+        return False
     shapes = [tuple(p.shape) for p in group["params"]]
-    is_changed = shapes != [tuple(shape) for shape in group["param_shapes"]]
-    return is_changed and all(len(shape) == 1 for shape in shapes)
+    return shapes != [tuple(shape) for shape in group["param_shapes"]]
 
 
 @cache
