@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_normopt import Spectral, create_normopt_optimizer
+from hf_normopt import Spectral, create_normopt_optimizer, orthogonalize
 from hf_normopt.tables import format_table
 from recipes.measure_16_bits import Rounded, polar
 
@@ -31,10 +31,12 @@ ranks = []
 
 
 def split(g):
-    """The polar factor where singular values count, and bases of the rest."""
-    u, s, vh = torch.linalg.svd(g.double(), full_matrices=False)
-    kept = s > 1e-3 * s[0]
-    u, vh = u[:, kept], vh[kept]
+    """The polar factor where singular values count, and bases of the rest; for wide g."""
+    g = g.double()
+    squares, u = torch.linalg.eigh(g @ g.mT)
+    kept = squares > 1e-6 * squares[-1]
+    u = u[:, kept]
+    vh = (u / squares[kept].sqrt()).mT @ g
     ranks.append(kept.double().mean().item())
     return u @ vh, u, vh
 
@@ -46,20 +48,18 @@ def exact(g):
 def noisy(g):
     o, u, vh = split(g)
     z = torch.randn_like(o)
-    z = z - u @ (u.T @ z)
-    z = z - (z @ vh.T) @ vh
-    a, s, bh = torch.linalg.svd(z, full_matrices=False)
-    left = s > 1e-9 * max(1.0, s[0].item())
-    return (o + 0.25 * a[:, left] @ bh[left]).float()
+    z = z - u @ (u.mT @ z)
+    z = (z - (z @ vh.mT) @ vh).float()
+    return o.float() + 0.25 * orthogonalize(z, "polar_express")
 
 
 def in_16_bits(g):
-    wide = g if g.shape[0] <= g.shape[1] else g.mT
-    o = polar(wide, Rounded())
-    return o if wide is g else o.mT
+    return polar(g, Rounded())
 
 
 def of_each(oracle, g):
+    if g.shape[-2] > g.shape[-1]:
+        return of_each(oracle, g.mT).mT
     return torch.stack([oracle(one) for one in g.reshape(-1, *g.shape[-2:])]).reshape(g.shape)
 
 

@@ -15,6 +15,7 @@ from hf_normopt.norms.orthogonalize import EFFICIENCY, POLYNOMIALS, plan
 from recipes.measure_16_bits import Rounded, measured, polar, spectra, with_spectrum
 
 LARGEST = 1.02
+SIX = POLYNOMIALS["polar_express"][:6]
 SHAPES = [(64, 64), (64, 200), (96, 100), (130, 520)]
 SPECTRA = list(spectra(64))
 ARITHMETICS = {"float16": Rounded(), "split sums": Rounded(parts=3), "torch": Products()}
@@ -217,7 +218,7 @@ def install(monkeypatch):
 
 def test_a_kernel_that_passes_the_test_is_used(install, caplog):
     install(kernel)
-    by = kernels.symmetric_products(torch.device("cpu"))
+    by = kernels.symmetric_products(torch.device("cpu"), SIX)
     assert isinstance(by, kernels.SymmetricProducts)
     assert not caplog.messages
     s = spectra(64)["geometric"]
@@ -229,7 +230,7 @@ def test_a_kernel_that_passes_the_test_is_used(install, caplog):
 def test_a_kernel_that_fails_it_is_not_and_a_warning_says_why(install, caplog, wrong, complaint):
     install(wrong)
     with caplog.at_level(logging.WARNING):
-        by = kernels.symmetric_products(torch.device("cpu"))
+        by = kernels.symmetric_products(torch.device("cpu"), SIX)
     assert type(by) is Products
     (message,) = caplog.messages
     assert complaint in message
@@ -237,8 +238,8 @@ def test_a_kernel_that_fails_it_is_not_and_a_warning_says_why(install, caplog, w
 
 def test_without_the_package_nothing_is_said(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "quack", None)
-    assert type(kernels.symmetric_products(torch.device("cpu"))) is Products
-    assert type(kernels.products_on(torch.device("cpu"))) is Products
+    assert type(kernels.symmetric_products(torch.device("cpu"), SIX)) is Products
+    assert type(kernels.products_on(torch.device("cpu"), SIX)) is Products
     assert not caplog.messages
 
 

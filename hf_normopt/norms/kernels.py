@@ -8,7 +8,7 @@ the device has passed: matrices of known singular values must come out as `half.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -22,7 +22,7 @@ LEAST_EFFICIENCY, LARGEST = 0.98, 1.02
 SHAPE = (256, 512)  # the least for which there are kernels
 
 Kernel = Callable[..., Tensor]
-Polynomials = Sequence[tuple[float, float, float]]
+Polynomials = tuple[tuple[float, float, float], ...]
 
 
 class SymmetricProducts(Products):
@@ -46,21 +46,21 @@ class SymmetricProducts(Products):
         return self.kernel(a, b, C=c, alpha=alpha, beta=beta)
 
 
-def products_on(device: torch.device) -> Products:
+def products_on(device: torch.device, polynomials: Polynomials) -> Products:
     """The products of a device: with the kernel where there is one and it does what it should."""
     if device.type != "cuda" or torch.version.hip or torch.compiler.is_compiling():
         return Products()
-    return _tested(device)
+    return _tested(device, polynomials)
 
 
 @cache
-def _tested(device: torch.device) -> Products:
+def _tested(device: torch.device, polynomials: Polynomials) -> Products:
     if torch.cuda.get_device_capability(device)[0] < 9:
         return Products()
-    return symmetric_products(device)
+    return symmetric_products(device, polynomials)
 
 
-def symmetric_products(device: torch.device) -> Products:
+def symmetric_products(device: torch.device, polynomials: Polynomials) -> Products:
     """With the kernel if it is installed and passes the test; a warning says what it fails."""
     try:
         from quack.gemm_interface import gemm_symmetric
@@ -68,7 +68,7 @@ def symmetric_products(device: torch.device) -> Products:
         return Products()
     try:
         by = SymmetricProducts(gemm_symmetric)
-        complaint = _complaint(by, device)
+        complaint = _complaint(by, device, polynomials)
     except Exception as error:  # an unknown GPU, a kernel that does not compile, other arguments
         complaint = f"{type(error).__name__}: {error}"
     if not complaint:
@@ -82,10 +82,8 @@ def symmetric_products(device: torch.device) -> Products:
     return Products()
 
 
-def _complaint(by: Products, device: torch.device) -> str:
+def _complaint(by: Products, device: torch.device, polynomials: Polynomials) -> str:
     """What is wrong with polar factors of known matrices; "" if nothing is."""
-    from .orthogonalize import POLYNOMIALS  # which imports this
-
     m, n = SHAPE
     generator = torch.Generator().manual_seed(0)
     spectra = {
@@ -97,7 +95,7 @@ def _complaint(by: Products, device: torch.device) -> str:
         u = torch.linalg.qr(torch.randn(m, m, generator=generator))[0]
         v = torch.linalg.qr(torch.randn(n, m, generator=generator))[0]
         x = (u * spectrum) @ v.T
-        found = polar(x[None].to(device), POLYNOMIALS["polar_express"][:6], by).float().cpu()[0]
+        found = polar(x[None].to(device), polynomials, by).float().cpu()[0]
         if not found.isfinite().all():
             return f"{name} give NaN or infinity"
         largest = torch.linalg.matrix_norm(found, 2).item()

@@ -391,7 +391,8 @@ def _in_16_bits(x: Tensor, steps: int) -> Tensor:
         return _in_16_bits(over_length(x).float(), steps).double()
     flat = x.reshape(-1, *x.shape[-2:])
     polynomials = POLYNOMIALS["polar_express"][:steps]
-    return half.polar(flat, polynomials, products_on(x.device)).reshape(x.shape)
+    by = products_on(x.device, polynomials)
+    return half.polar(flat, polynomials, by).reshape(x.shape)
 
 
 def _iterate(x: Tensor, chosen: Plan) -> Tensor:
