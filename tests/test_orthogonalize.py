@@ -120,7 +120,7 @@ def test_long_matrices(method):
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "float16"])
 @given(data=st.data())
 @settings(max_examples=20, deadline=None)
 def test_batches_transposes_and_scales(method, data):
@@ -172,7 +172,7 @@ def test_weights_of_the_poles(least, c, weights, lost):
 @pytest.mark.parametrize("accuracy", [None, EFFICIENCY])
 def test_steps_are_enough_for_every_spectrum(m, accuracy):
     """One singular value of 1 and m of any other size: there the iteration loses most."""
-    chosen = plan((m, m), device="cuda", accuracy=accuracy)
+    chosen = plan((m, m), device="cuda", method="float32", accuracy=accuracy)
     sigma = torch.logspace(-9, 0, 100_001, dtype=torch.float64)
     f = sigma
     for a, b, c in POLYNOMIALS[chosen.method][: chosen.steps]:
@@ -228,7 +228,7 @@ def test_devices_with_rounded_products_iterate_on_the_matrix_itself(shape, monke
     bmm = torch.bmm
     calls = []
     monkeypatch.setattr(torch, "bmm", lambda *factors: calls.append(1) or bmm(*factors))
-    steps = plan(shape, device="cuda").steps
+    steps = plan(shape, device="cuda", method="float32").steps
     g = torch.randn(shape, device="meta")
     assert orthogonalize(g).shape == g.shape
     assert len(calls) == steps  # a product of X and its transpose in each
@@ -248,7 +248,7 @@ def test_plan_counts_the_work_and_chooses_the_least():
     assert plan((1, 4096)).work < 2e4
     assert plan((512, 512), torch.float64).method == "svd"
     assert plan((512, 512), accuracy=0.999).method == "gram"
-    assert plan((512, 512), device="cuda").method == "polar_express"
+    assert plan((512, 512), device="cuda", method="float32").method == "polar_express"
     assert plan((7, 64, 64)).work == 7 * plan((64, 64)).work
     assert plan((64, 300)) == plan((300, 64))
     muon = plan((100, 200), method="muon")
@@ -313,7 +313,9 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"Unknown method 'qr'; expected one of auto, svd, gram"):
+    with pytest.raises(
+        ValueError, match=r"Unknown method 'qr'; expected one of auto, float32, float16"
+    ):
         orthogonalize(torch.eye(2), "qr")
     with pytest.raises(ValueError, match=r"found a tensor of shape \(3,\)"):
         orthogonalize(torch.ones(3))

@@ -494,7 +494,7 @@ def test_no_rank_waits_for_one_that_is_gone(tmp_path, fault):
 def test_work_is_divided_evenly(world):
     """A Llama of 32 layers and 4096 wide: within 10 % of the mean, or of the largest operator."""
     layer = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 3
-    costs = tuple(plan(shape, device="cuda").work for shape in layer * 32)
+    costs = tuple(plan(shape, device="meta").work for shape in layer * 32)
     loads = [0.0] * world
     for owner, cost in zip(assign(costs, world), costs, strict=True):
         loads[owner] += cost

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from ..norms.half import NAMES
 from ..optim.groups import kind_of_product, products
 from ..optim.presets import PRESETS
 from ..optim.rules import Rule, policy_key
@@ -42,7 +43,9 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, default=8192, help="of a training step, for --cost (8192)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for --cost")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda", *NAMES), default="cpu", help="for --cost"
+    )
     parser.add_argument("--why", action="store_true", help="show the reason for each role")
     parser.add_argument(
         "--plot", metavar="FILE", help="also draw the model with its norms, as .html or .png"

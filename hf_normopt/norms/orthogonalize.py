@@ -10,12 +10,13 @@ Each method applies a function f to the singular values; f = 1 is exact. There a
   Gram matrix in float64, the form of Shampoo in the paper's equations 12 to 16;
 * `rational`: the same inverse root as a sum of inverses, Σ w_j (G Gᵀ + t_j)^(-1), in float32;
 * iterations of odd polynomials (Appendix A, equation 37), which need matrix products only: every
-  key of [`POLYNOMIALS`], and `gram_newton_schulz`, which is Polar Express with the kernels of
-  another package.
+  key of [`POLYNOMIALS`]; and `float16`, Polar Express with products in 16 bits (`half.py`).
 
-The accuracy of a method is the efficiency of its oracle O, ⟨G, O⟩ / (‖O‖ ‖G‖†), which is 1 for
-U Vᵀ. `auto` takes the cheapest method, by the costs in [`WORK`], with an efficiency of 0.98 on
-every spectrum (0.97 for small matrices).
+What a method loses is stated as the efficiency of the oracle, ⟨G, O⟩ / (‖O‖ ‖G‖†), which is 1 for
+U Vᵀ. `float32` takes the cheapest method, by the costs in [`WORK`], that has 0.98 on every spectrum
+(0.97 for small matrices). `auto` does too, but on devices with faster products in 16 bits, by the
+table in `half.py`, it takes `float16`, which has 0.98 where no singular value other than 0 is below
+1e-3 of the largest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .kernels import gram_newton_schulz
+from . import half
+from .kernels import products_on
 
 Polynomial = tuple[float, float, float]
 """(a, b, c) of p(x) = a x + b x³ + c x⁵."""
@@ -85,7 +87,7 @@ WEIGHTS = (  # least σ, (c₀, c₁), w of each pole, and see `_inverse_root`
 _DELTA = 0.0065  # |f - 1| in each range
 _NARROWED = 1.3e-3  # σ / f(σ) with four poles, where f(σ) < 0.1
 
-METHODS = ("auto", "svd", "gram", "rational", "gram_newton_schulz", *POLYNOMIALS)
+METHODS = ("auto", "float32", "float16", "svd", "gram", "rational", *POLYNOMIALS)
 
 # Work as (a, b, c) of a m³ + b m² + c, in operations of a float32 product, which are the unit: an
 # m x m by m x n product has 2 m² n. Measured on one core (Zen 3, torch 2.13 with MKL, m = 64 to
@@ -113,8 +115,8 @@ class Plan:
     """How to compute the polar factors of a batch.
 
     Attributes:
-        method: one of [`METHODS`], not `auto`.
-        steps: the number of polynomials to apply; 0 for methods that do not iterate.
+        method: one of [`METHODS`], not `auto` or `float32`.
+        steps: polynomials of an iteration that are applied; 0 for other methods.
         work: operations for the whole batch, see [`WORK`].
     """
 
@@ -131,14 +133,22 @@ def plan(
     method: str = "auto",
     accuracy: float | None = None,
 ) -> Plan:
-    """What [`orthogonalize`] does for matrices of a shape (..., m, n) and the same arguments."""
+    """What [`orthogonalize`] does with matrices of a shape (..., m, n); the arguments are its.
+
+    `device` may also be a name of [`half.NAMES`](hf_normopt.norms.half.NAMES), such as "h100".
+    """
     *batch, rows, columns = shape
     m, n, count = min(rows, columns), max(rows, columns), math.prod(batch)
-    on_cpu = torch.device(device).type == "cpu"
-    if method != "auto":
-        known = "polar_express" if method == "gram_newton_schulz" else method
-        steps = _steps(known, m) if known != method else len(POLYNOMIALS.get(method, ()))
-        return Plan(method, steps, count * _work(known, m, n, steps, on_cpu))
+    on_cpu = str(device).startswith("cpu")
+    known = half.device_of(device)
+    is_faster = known is not None and known.is_faster_in_16_bits and dtype != torch.float64
+    if method == "auto" and is_faster and accuracy is None and m >= half.LEAST:
+        method = "float16"
+    if method == "float16":
+        return Plan(method, half.steps_of(m), count * half.work(m, n))
+    if method not in ("auto", "float32"):
+        steps = len(POLYNOMIALS.get(method, ()))
+        return Plan(method, steps, count * _work(method, m, n, steps, on_cpu))
 
     def cost(name: str) -> float:
         return _work(name, m, n, _steps(name, m), on_cpu)
@@ -191,17 +201,21 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
 
     Args:
         g: matrices of shape (..., m, n), any floating dtype; never changed.
-        method: one of [`METHODS`]. `"auto"` lets [`plan`] choose: an exact method for float64; on
-            CPUs `polar_express_5` or `polar_express` for small matrices and `rational` for others;
-            on other devices an iteration, in float32, because products in float16 or bfloat16 fill
-            a null space with singular values of 1.
-        accuracy: the least LMO efficiency ⟨G, O⟩ / (‖O‖ ‖G‖†) of `"auto"` on every spectrum.
-            Default: 0.98, but 0.97 for 41 to 64 singular values. Above 0.98 the method is exact.
+        method: one of [`METHODS`]. `"float32"` is what [`plan`] chooses: on CPUs `polar_express_5`,
+            or `polar_express` with as many steps as the size needs, for small matrices, and
+            `rational` for others; on other devices only the iterations. It is exact for float64.
+            `"auto"` is the same, but `"float16"` for matrices that are not small on devices whose
+            products in 16 bits are much faster.
+        accuracy: the least LMO efficiency ⟨G, O⟩ / (‖O‖ ‖G‖†) that `"auto"` must give on every
+            spectrum. By default 0.98, but 0.97 for more than 40 and up to 64 singular values, and
+            for `"float16"` where no singular value but 0 is below 1e-3 of the largest. If it is
+            given it is met in float32; above 0.98 the method is exact.
 
     Returns:
-        A tensor of g's shape and dtype, computed in float32 at least. Zero matrices and null spaces
-        give 0 (a g in float16 or bfloat16 has no exact null space: rounding has filled it). A
-        matrix with an infinity or NaN gives NaN.
+        A tensor of g's shape and dtype, computed in float32 at least but for `"float16"`. Zero
+        matrices give 0, and so do null spaces, but for `"float16"`: there they have singular values
+        up to 0.25 (and rounding g to 16 bits has filled one before it comes here). A matrix that
+        holds an infinity or NaN gives NaN.
 
     Raises:
         ValueError: for an unknown method, an accuracy outside of (0, 1], or fewer than two axes.
@@ -221,8 +235,8 @@ def orthogonalize(g: Tensor, method: str = "auto", accuracy: float | None = None
     x = g.to(torch.promote_types(g.dtype, torch.float32))
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
-    if chosen.method == "gram_newton_schulz":
-        polar = _iterate_by_kernels(wide, chosen)
+    if chosen.method == "float16" and wide.shape[-2] > 1:
+        polar = _in_16_bits(wide, chosen.steps)
     elif chosen.method in POLYNOMIALS:
         polar = _iterate(wide, chosen)
     elif wide.shape[-2] == 1:
@@ -372,12 +386,14 @@ def _by_gram(m: int, n: int, on_cpu: bool) -> bool:
     return on_cpu and 2 * n > 5 * m
 
 
-def _iterate_by_kernels(x: Tensor, chosen: Plan) -> Tensor:
-    """Polar Express in float16 by another package's kernels, or else our own in float32."""
-    iterate = gram_newton_schulz(POLYNOMIALS["polar_express"][: chosen.steps], x.device)
-    if iterate is None:
-        return _iterate(x, Plan("polar_express", chosen.steps, chosen.work))
-    return iterate(over_length(x).reshape(-1, *x.shape[-2:])).reshape(x.shape)
+def _in_16_bits(x: Tensor, steps: int) -> Tensor:
+    """Polar Express with products in float16."""
+    if x.dtype == torch.float64:
+        return _in_16_bits(over_length(x).float(), steps).double()
+    flat = x.reshape(-1, *x.shape[-2:])
+    polynomials = POLYNOMIALS["polar_express"][:steps]
+    by = products_on(x.device, polynomials)
+    return half.polar(flat, polynomials, by).reshape(x.shape)
 
 
 def _iterate(x: Tensor, chosen: Plan) -> Tensor:

@@ -3,9 +3,10 @@
 Small tensors of one shape and rule move together: they are stacked, and one call of the LMO serves
 all. Large ones whose parts do not need each other (the vectors of an embedding, the rows of a head,
 entries under the sign, experts) move part by part. So a step takes a few times [`PART`] entries
-for itself, or a few times one tensor where that is more. All directions are held where the step
-size needs them at once; a parameter is taken whole when it is watched, and where its layout divides
-the first axis. The two factors of a product always move together.
+(on GPUs [`ACCELERATED`] times as many) for itself, or a few times one tensor where that is more.
+All directions are held where the step size needs them at once; a parameter is taken whole when it
+is watched, and where its layout divides the first axis. The two factors of a product always move
+together.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .sharding import placed_as_its_parameter
 
 SMALL = 2**16  # entries: tensors of one shape up to this size move together, [`PART`] at a time
 PART = 2**18  # entries of a part of a large tensor
+ACCELERATED = 64  # times as many on other devices, where each call has its price
 
 _layout = cache(Layout)
 
@@ -55,28 +57,35 @@ def moves_of(
     if group.get("scales"):
         yield from _products(group, rule, states, own)
         return
-    alike: dict[Any, list[Tensor]] = {}
+    alike: dict[Any, list[tuple[Tensor, Tensor, str]]] = {}
     layouts = group["layouts"]
     if rule.of_entries or is_flat(group):
         layouts = [_vector(p.ndim) for p in group["params"]]
-    names = dict(zip(group["params"], _names(group), strict=True))
-    for p, layout in zip(group["params"], layouts, strict=True):
-        if p.grad is None or p.numel() == 0:
+    for p, layout, name in zip(group["params"], layouts, _names(group), strict=True):
+        gradient, size = p.grad, p.numel()
+        if gradient is None or size == 0:
             continue
-        own["names"], own["copies"] = [names[p]], None if isinstance(p, DTensor) else copies
-        if isinstance(p, DTensor) or p.numel() > SMALL:
-            gradient = placed_as_its_parameter(p.grad, p)
+        if isinstance(p, DTensor) or size > SMALL * _more_on(p.device):
+            own["names"], own["copies"] = [name], None if isinstance(p, DTensor) else copies
+            gradient = placed_as_its_parameter(gradient, p)
             yield Move([p], [gradient], [states[p]], group, rule, _layout(layout), **own)
         else:
-            alike.setdefault((layout, p.shape, p.dtype, p.device), []).append(p)
-    for (layout, *_), params in alike.items():
-        count = max(1, PART // params[0].numel())
-        for i in range(0, len(params), count):
-            some = params[i : i + count]
-            gradients = [p.grad for p in some if p.grad is not None]
-            kept = [states[p] for p in some]
-            own["names"], own["copies"] = [names[p] for p in some], copies
-            yield Move(some, gradients, kept, group, rule, _layout(layout), **own)
+            key = layout, p.shape, p.dtype, p.device
+            alike.setdefault(key, []).append((p, gradient, name))
+    own["copies"] = copies
+    for (layout, shape, _, device), found in alike.items():
+        count = max(1, PART * _more_on(device) // shape.numel())
+        for i in range(0, len(found), count):
+            params, gradients, names = map(list, zip(*found[i : i + count], strict=True))
+            own["names"] = names
+            kept = [states[p] for p in params]
+            yield Move(params, gradients, kept, group, rule, _layout(layout), **own)
+
+
+@cache
+def _more_on(device: torch.device) -> int:
+    """How many times [`SMALL`] and [`PART`] a device takes at once."""
+    return 1 if device.type in ("cpu", "meta") else ACCELERATED
 
 
 def _names(group: Mapping[str, Any]) -> list[str]:
@@ -88,9 +97,10 @@ def _names(group: Mapping[str, Any]) -> list[str]:
 
 def is_flat(group: Mapping[str, Any]) -> bool:
     """Whether the parameters are no longer those of which the group was made: ZeRO's partitions."""
+    if any(p.ndim != 1 for p in group["params"]):
+        return False
     shapes = [tuple(p.shape) for p in group["params"]]
-    is_changed = shapes != [tuple(shape) for shape in group["param_shapes"]]
-    return is_changed and all(len(shape) == 1 for shape in shapes)
+    return shapes != [tuple(shape) for shape in group["param_shapes"]]
 
 
 @cache
@@ -102,9 +112,10 @@ def _vector(axes: int) -> str:
 def parts(move: Move) -> Iterator[Move]:
     """The same in parts along the first stored axis, where it is large and they are independent."""
     p, rule, gradient = move.param, move.rule, move.gradients[0]
+    size = PART * _more_on(p.device)
     if (
         isinstance(p, DTensor)
-        or (p.numel() <= PART and not gradient.is_sparse)
+        or (p.numel() <= size and not gradient.is_sparse)
         or rule.statistic is not None
         or rule.scale == "muon"  # asks for the whole shape
         or move.layout.axis(0) not in rule.norm.independent
@@ -123,7 +134,7 @@ def parts(move: Move) -> Iterator[Move]:
         return
     row = p.numel() // len(p)
     aligned = BLOCK // math.gcd(BLOCK, row)  # rows that make up whole blocks
-    count = max(1, PART // row // aligned) * aligned
+    count = max(1, size // row // aligned) * aligned
     whole = kept(move, 0)
     for i in range(0, len(p), count):
         at = slice(i, min(i + count, len(p)))
@@ -149,7 +160,8 @@ def _products(
         alike.setdefault(i if is_alone else key, []).append(i)
     for members in alike.values():
         size = sum(rows[2 * members[0] + side][0].numel() for side in (0, 1))
-        count = max(1, PART // size)
+        device = rows[2 * members[0]][0].device
+        count = max(1, PART * _more_on(device) // size)
         for start in range(0, len(members), count):
             some = members[start : start + count]
             factors: list[Move] = []

@@ -454,13 +454,14 @@ def operator_shapes(layout: Layout, shape: tuple[int, ...]) -> tuple[tuple[int, 
 
 
 def _costs(moves: Sequence[Move], shapes: Sequence[tuple[tuple[int, ...], ...]]) -> Iterator[float]:
-    """The work of each operator."""
+    """The work of each operator, the same on ranks with different GPUs."""
     for move, of_move in zip(moves, shapes, strict=True):
         norm = move.rule.norm
+        device = "cpu" if move.param.device.type == "cpu" else "meta"
         for *batch, m, n in of_move:
             work = float(m * n)
             if isinstance(norm, Spectral):
-                work += plan((m, n), torch.float32, move.param.device.type, norm.method).work
+                work += plan((m, n), torch.float32, device, norm.method).work
             yield from (work for _ in range(math.prod(batch)))
 
 

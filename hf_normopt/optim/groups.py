@@ -20,7 +20,6 @@ from ..norms.product import Product
 from ..roles import KINDS, ROLES, ParamSpec, classify
 from .checkpoints import some
 from .rules import Policy, check_total, policy_key
-from .sharding import NEEDS_WHOLE_MATRICES
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +245,10 @@ def parameter_groups(
             "requires_grad=False. Unfreeze some, or add an adapter."
         )
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} is wrapped by FSDP1. {NEEDS_WHOLE_MATRICES}")
+        raise ValueError(
+            f"{type(model).__name__} is wrapped by FSDP1, which flattens parameters. Use FSDP2: "
+            'fsdp_config={"version": 2}.'
+        )
     check_total(policy, [(spec.role, spec.kind) for spec in specs])
     params = dict(model.named_parameters())
     groups: dict[tuple[int, str, str], dict[str, Any]] = {}

@@ -79,8 +79,8 @@ class NormOpt(torch.optim.Optimizer):
         on_mismatch: what to do with a checkpoint that does not fit: "error", or "reset": parameters
             that it does not know under the same name, shape and rule start without state.
         momentum_dtype: how momenta are kept: "float32", "bfloat16", or "8bit", which needs torchao.
-        rounding: how weights in 16 bits take a step: "nearest", which loses steps below a weight's
-            last bit, "stochastic" (bfloat16 only), or "kahan", for two more bytes a weight.
+        rounding: how weights in 16 bits take a step: "kahan", for two more bytes a weight,
+            "stochastic" (bfloat16 only), or "nearest", which loses steps below a weight's last bit.
 
     Attributes:
         origin: the arguments of `create_normopt_optimizer` that made it, for records.
@@ -123,7 +123,7 @@ class NormOpt(torch.optim.Optimizer):
         step_size: StepSize = Fixed(),  # noqa: B008 (immutable)
         on_mismatch: str = "error",
         momentum_dtype: str = "float32",
-        rounding: str = "nearest",
+        rounding: str = "kahan",
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not isinstance(value, (int, float, Tensor)) or not 0 <= value < math.inf:

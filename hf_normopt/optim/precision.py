@@ -29,10 +29,10 @@ BLOCK = 256
 LEAST_BLOCK = 16  # 1.25 bytes an entry
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
-"""How weights in 16 bits take a step. "nearest" loses a step below half of a weight's last bit
-(1/512 of the weight in bfloat16). "stochastic" rounds at random, right on average. "kahan" keeps
-the rounding error, two bytes per weight, and adds it to the next step; for bfloat16 it is the lower
-half of a float32, so that nothing is lost."""
+"""How weights in 16 bits take a step. A step below half of a weight's last bit is lost to "nearest"
+(in bfloat16 1/512 of the weight). "stochastic" rounds up as often as is right on average; "kahan",
+the default, keeps what was rounded off, two more bytes for each weight, and adds it to the next
+step. For bfloat16 this is the lower half of a float32's bits, so that nothing is lost at all."""
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -71,8 +71,13 @@ def check_precision(params: Iterable[Tensor], momentum_dtype: str, rounding: str
         warn_once(
             "Some weights are %s, and rounding is to the nearest: a step that is smaller than half "
             "of a weight's last bit (1/512 of the weight for bfloat16) has no effect. With "
-            'rounding="stochastic" or "kahan" (optim_args="rounding=kahan") it has, and with '
-            "float32 weights.",
+            'rounding="kahan", the default, or "stochastic" it has, and with float32 weights.',
+            low[0].dtype,
+        )
+    if rounding == "kahan" and low:
+        logger.info(
+            "Weights in %s keep what is rounded off of them: two more bytes each. "
+            'rounding="stochastic" needs none.',
             low[0].dtype,
         )
 

@@ -225,7 +225,7 @@ def create_normopt_optimizer(
     heads: bool | str = False,
     on_mismatch: str = "error",
     momentum_dtype: str = "float32",
-    rounding: str = "nearest",
+    rounding: str = "kahan",
     on_spike: str | None = None,
     **changes: Any,
 ) -> NormOpt:
@@ -312,7 +312,7 @@ def create_normopt_optimizer(
             ("step_size", size, None),
             ("heads", heads, False),
             ("momentum_dtype", momentum_dtype, "float32"),
-            ("rounding", rounding, "nearest"),
+            ("rounding", rounding, "kahan"),
             ("on_spike", on_spike, None),
         )
         if value != usual

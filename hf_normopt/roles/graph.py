@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +14,7 @@ from .parts import Matrix
 from .seen import Seen
 
 
+@cache
 def canonical_name(name: str) -> str:
     """A name without what DDP, torch.compile, FSDP and activation checkpointing wrap around it."""
     return _WRAPPERS.sub("", name).rstrip(".")

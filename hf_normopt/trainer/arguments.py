@@ -96,7 +96,7 @@ class NormOptArguments(TrainingArguments):
     )
     rounding: str | None = field(
         default=None,
-        metadata={"help": "How weights in 16 bits take a step: nearest, stochastic or kahan."},
+        metadata={"help": "How weights in 16 bits take a step: kahan, stochastic or nearest."},
     )
     on_spike: str | None = field(
         default=None,
