@@ -15,6 +15,7 @@ from ..roles import ROLES, ParamSpec, classify
 from ..roles.skeletons import skeleton
 from ..tables import fold_names, format_table
 from ..trainer.arguments import parse_roles
+from .coord_check import add_coord_check
 from .cost import cost_report
 from .launch import run
 from .picture import Total, check_file, count_roles, save_picture, tied_names
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="other runs of the same script, whose results the card shall show",
     )
     card.set_defaults(run=_card)
+
+    add_coord_check(commands)
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["run"]:

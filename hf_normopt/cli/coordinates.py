@@ -39,7 +39,10 @@ _TRIES = 20
 
 @dataclass(frozen=True)
 class Reading:
-    """A parameter at one step; see this module's docstring. None where it was not seen."""
+    """A parameter at one step; see this module's docstring.
+
+    None where it was not seen. Outputs and their change stand with a module's first parameter.
+    """
 
     name: str
     role: str
@@ -166,6 +169,7 @@ class _Watch:
     def read(self, step: int, before: Mapping[int, Tensor] | None) -> None:
         """Read all parameters; `before` is what they were before the step, None if none follows."""
         sizes: dict[int, float] = {}
+        read: set[int] = set()  # modules whose outputs are, with their first parameter
         for use in self._uses:
             call = self._calls.get(id(use.module))
             output = change = own = size = None
@@ -173,8 +177,10 @@ class _Watch:
             if call is not None:
                 args, kwargs, y = call
                 start = self._start.setdefault(id(use.module), y)
-                output = rms(y)
-                change = rms(y - start) if y.shape == start.shape else None
+                if id(use.module) not in read:
+                    output = rms(y)
+                    change = rms(y - start) if y.shape == start.shape else None
+                read.add(id(use.module))
                 x = next((t for t in tensors_of((args, kwargs)) if t.is_floating_point()), None)
                 if role == "embedding" and x is not None and use.spec.tied_to:
                     role = "head"  # a table that makes the outputs too
@@ -202,7 +208,7 @@ class _Watch:
 
 def rms(x: Tensor) -> float:
     """Root mean square of the entries."""
-    return float(x.detach().double().square().mean().sqrt()) if x.numel() else 0.0
+    return float(torch.linalg.vector_norm(x.detach())) / math.sqrt(max(x.numel(), 1))
 
 
 def step_size(norm: Norm, spec: ParamSpec, change: Tensor) -> float:

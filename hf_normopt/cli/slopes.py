@@ -1,17 +1,27 @@
-"""Exponents over width and what they say, in words: `parameter_slopes`, `role_slopes`, `verdict`."""
+"""Exponents over width and depth: of every parameter, of every role, and as JSON (`results`)."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 from ..roles import ROLES
 from .coordinates import Measurement, Reading
 
 TOLERANCE = 0.15  # of an exponent that counts as 0: what three steps on one batch can tell
 QUANTITIES = ("initial", "own", "change", "size")
+
+
+class Run(NamedTuple):
+    """A measurement, and of what."""
+
+    width: int
+    depth: int
+    rate: float
+    found: Measurement
 
 
 @dataclass(frozen=True)
@@ -22,9 +32,9 @@ class Slopes:
         name: of the parameter.
         role: what it does in this place.
         initial: of the RMS of its module's outputs before any step.
-        own: of what its steps alone do to these outputs.
+        own: of the most that one of its steps alone does to these outputs.
         change: of what all steps of all layers do to these outputs.
-        size: of the size of its steps in the role's norm.
+        size: of the largest of its steps, in the role's norm.
     """
 
     name: str
@@ -39,7 +49,7 @@ class Slopes:
 class Spread:
     """Exponents of several parameters: the median, and the one farthest from 0."""
 
-    count: int
+    parameters: int
     median: float
     worst: float
     worst_name: str
@@ -54,30 +64,29 @@ def exponent(sizes: Sequence[int], values: Sequence[float | None]) -> float | No
     return statistics.linear_regression(xs, ys).slope
 
 
-def parameter_slopes(runs: Mapping[int, Measurement]) -> list[Slopes]:
+def parameter_slopes(found: Mapping[int, Measurement]) -> list[Slopes]:
     """The exponents of every parameter.
 
     Args:
-        runs: by width, or by depth; parameters that not all of them have are left out.
+        found: by width, or by depth; parameters that not all of them have are left out.
     """
-    sizes = list(runs)
-    tables = [_by_name(run.readings) for run in runs.values()]
-    found = []
+    sizes = list(found)
+    tables = [_by_name(one.readings) for one in found.values()]
+    slopes = []
     for name, first in tables[0].items():
-        if not all(name in table for table in tables):
-            continue
-        rows = [table[name] for table in tables]
-        found.append(
-            Slopes(
-                name,
-                first[0].role,
-                exponent(sizes, [row[0].output for row in rows]),
-                exponent(sizes, [_mean([r.own for r in row[:-1]]) for row in rows]),
-                exponent(sizes, [row[-1].change for row in rows]),
-                exponent(sizes, [_mean([r.size for r in row[:-1]]) for row in rows]),
+        rows = [table[name] for table in tables if name in table]
+        if len(rows) == len(tables):
+            slopes.append(
+                Slopes(
+                    name,
+                    first[0].role,
+                    exponent(sizes, [row[0].output for row in rows]),
+                    exponent(sizes, [_largest(r.own for r in row) for row in rows]),
+                    exponent(sizes, [row[-1].change for row in rows]),
+                    exponent(sizes, [_largest(r.size for r in row) for row in rows]),
+                )
             )
-        )
-    return found
+    return slopes
 
 
 def role_slopes(slopes: Sequence[Slopes], quantity: str) -> dict[str, Spread]:
@@ -93,27 +102,66 @@ def role_slopes(slopes: Sequence[Slopes], quantity: str) -> dict[str, Spread]:
     return found
 
 
-def verdict(spread: Spread, sizes: Sequence[int], what: str = "width") -> str:
+def verdict(spread: Spread, sizes: Sequence[int], over: str = "width") -> str:
     """What the exponents of a role say, in words.
 
     Args:
         spread: of the role.
-        sizes: that were compared.
-        what: "width" or "depth".
+        sizes: the widths or depths that were compared.
+        over: "width" or "depth".
     """
-    text = phrase(spread.median, sizes, what)
+    text = _phrase(spread.median, sizes, over)
     if abs(spread.worst) > TOLERANCE and abs(spread.worst - spread.median) > TOLERANCE:
-        text += f"; {spread.worst_name} {phrase(spread.worst, sizes, what)}"
+        text += (
+            f"; {spread.worst_name.removesuffix('.weight')} {_phrase(spread.worst, sizes, over)}"
+        )
     return text
 
 
-def phrase(slope: float, sizes: Sequence[int], what: str = "width") -> str:
-    """An exponent in words."""
+def results(runs: Sequence[Run]) -> dict[str, Any]:
+    """What is found, as plain data: the fields are described in docs/width.md."""
+    first, roles, parameters = runs[0], [], []
+    for rate in dict.fromkeys(run.rate for run in runs):
+        for over in ("width", "depth"):
+            other = "depth" if over == "width" else "width"
+            series = {
+                getattr(run, over): run.found
+                for run in runs
+                if run.rate == rate and getattr(run, other) == getattr(first, other)
+            }
+            slopes = parameter_slopes(series) if len(series) > 1 else []
+            parameters += [{"over": over, "rate": rate, **asdict(one)} for one in slopes]
+            for quantity in QUANTITIES:
+                for role, spread in role_slopes(slopes, quantity).items():
+                    where = {"over": over, "rate": rate, "quantity": quantity, "role": role}
+                    words = verdict(spread, list(series), over)
+                    roles.append({**where, **asdict(spread), "verdict": words})
+    return {
+        "rates": list(dict.fromkeys(run.rate for run in runs)),
+        "widths": sorted({run.width for run in runs}),
+        "depths": sorted({run.depth for run in runs}),
+        "roles": roles,
+        "parameters": parameters,
+        "runs": [
+            {
+                **{"width": run.width, "depth": run.depth, "rate": run.rate},
+                "losses": [_finite(loss) for loss in run.found.losses],
+                "readings": [
+                    {key: _finite(value) for key, value in asdict(reading).items()}
+                    for reading in run.found.readings
+                ],
+            }
+            for run in runs
+        ],
+    }
+
+
+def _phrase(slope: float, sizes: Sequence[int], over: str) -> str:
     if abs(slope) <= TOLERANCE:
-        return f"does not depend on {what}"
+        return f"does not depend on {over}"
     factor = (max(sizes) / min(sizes)) ** abs(slope)
-    verb, size = ("grows", "as large") if slope > 0 else ("shrinks", "as small")
-    return f"{verb} as {what}^{slope:.1f}: {factor:.2g} times {size} at {max(sizes)} as at {min(sizes)}"
+    verb, than = ("grows", "times") if slope > 0 else ("shrinks", "times less")
+    return f"{verb} as {over}^{slope:.1f}: {factor:.2g} {than} from {min(sizes)} to {max(sizes)}"
 
 
 def _by_name(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
@@ -123,7 +171,10 @@ def _by_name(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
     return table
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    """The geometric mean of what is not 0."""
-    logs = [math.log(value) for value in values if value is not None and 0 < value < math.inf]
-    return math.exp(statistics.fmean(logs)) if logs else None
+def _largest(values: Iterable[float | None]) -> float | None:
+    """Of the steps: later ones may be small where the batch is learned, which says nothing."""
+    return max((value for value in values if value is not None), default=None)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

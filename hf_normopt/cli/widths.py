@@ -109,6 +109,8 @@ class Family:
                 f"multiples of {self.unit}."
             )
         values = _scaled(self.config.to_dict(), self.base, self.unit, width // self.unit, depth)
+        if values.get("loss_type") is None:
+            values.pop("loss_type", None)  # None given is told in a warning
         return type(self.config).from_dict(values)
 
     def build(self, width: int, depth: int | None = None, seed: int = 0) -> nn.Module:
