@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -263,10 +264,10 @@ def _with_labels(
             try:
                 with torch.no_grad():
                     value = model(**with_labels).loss
-            except Exception:  # noqa: S112 (other labels may fit)
+            except Exception:  # other labels may fit
                 continue
             if value is not None and math.isfinite(value):
-                return with_labels, lambda: model(**with_labels).loss
+                return with_labels, partial(_loss, model, with_labels)
     if not outputs:
         raise ValueError(f"{type(model).__name__} gives no floating output for a loss.")
     target = torch.randn(outputs[0].shape, generator=generator)
@@ -276,6 +277,10 @@ def _with_labels(
         return (first - target).square().mean()
 
     return batch, distance
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**batch).loss
 
 
 def _labels(logits: Tensor, generator: torch.Generator) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..roles import ROLES
 from .slopes import Run
@@ -43,7 +44,6 @@ def save_curves(file: str, title: str, runs: Sequence[Run]) -> None:
         ValueError, OSError, ImportError: see [`check_picture`].
     """
     check_picture(file)
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     runs = [run for run in runs if (run.rate, run.depth) == (runs[0].rate, runs[0].depth)]
@@ -55,19 +55,30 @@ def save_curves(file: str, title: str, runs: Sequence[Run]) -> None:
     grid = figure.subplots(len(_QUANTITIES), len(roles), squeeze=False)
     for axes_row, (quantity, label) in zip(grid, _QUANTITIES, strict=True):
         for axes, role in zip(axes_row, roles, strict=True):
-            for step in range(steps + 1):
-                points = [(run.width, _median(run, role, step, quantity)) for run in runs]
-                known = [(width, value) for width, value in points if value]
-                colour = colormaps["viridis"](step / max(steps, 1) * 0.9)
-                axes.plot(
-                    *zip(*known), ".-", color=colour, label=f"{step} steps"
-                ) if known else None
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            _draw(axes, runs, role, quantity, steps)
             axes.set(title=role, xlabel="width", ylabel=label)
-            axes.grid(alpha=0.3)
     grid[0][0].legend(fontsize="small")
     figure.savefig(file, dpi=110)
+
+
+def _draw(axes: Any, runs: Sequence[Run], role: str, quantity: str, steps: int) -> None:
+    from matplotlib import colormaps
+
+    heights: list[float] = []
+    for step in range(steps + 1):
+        points = [(run.width, _median(run, role, step, quantity)) for run in runs]
+        known = [(width, value) for width, value in points if value]
+        if known:
+            colour = colormaps["viridis"](step / max(steps, 1) * 0.9)
+            widths, values = zip(*known, strict=True)
+            axes.plot(widths, values, ".-", color=colour, label=f"{step} steps")
+            heights += values
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    if heights:  # a decade or more, so that what is flat looks flat
+        middle = math.sqrt(min(heights) * max(heights))
+        axes.set_ylim(min(0.8 * min(heights), middle / 3), max(1.25 * max(heights), middle * 3))
+    axes.grid(alpha=0.3)
 
 
 def _median(run: Run, role: str, step: int, quantity: str) -> float | None:

@@ -144,7 +144,9 @@ def results(runs: Sequence[Run]) -> dict[str, Any]:
         "parameters": parameters,
         "runs": [
             {
-                **{"width": run.width, "depth": run.depth, "rate": run.rate},
+                "width": run.width,
+                "depth": run.depth,
+                "rate": run.rate,
                 "losses": [_finite(loss) for loss in run.found.losses],
                 "readings": [
                     {key: _finite(value) for key, value in asdict(reading).items()}

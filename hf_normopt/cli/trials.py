@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from ..optim.initialization import init_by_fan_in_inplace
 from ..optim.presets import PRESETS, create_normopt_optimizer, optimizer_names
 from ..roles import classify
 from ..trainer.arguments import parse_roles
 from .coordinates import Measurement, example_batch, measure
-from .widths import Family, init_by_fan_in_inplace
+from .widths import Family
 
 _NORMS = PRESETS["normopt"].policy  # measure a step by role, whatever made it
 _OTHERS = PRESETS["adam"].learning_rate
@@ -54,12 +55,13 @@ class Choice:
             return create_normopt_optimizer(
                 model, lr=lr, overrides=self.overrides, inputs=inputs, **options
             )
+        trained: Any = model
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
                 folder, optim=self.name, learning_rate=lr, report_to="none", use_cpu=True
             )
             args.optim_args = ",".join(f"{k}={v}" for k, v in self.options.items()) or None
-            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, trained)
         return optimizer_class(model.parameters(), **options, weight_decay=0.0)
 
 
@@ -90,6 +92,6 @@ class Trial:
         batch, loss = example_batch(model, self.seed)
         specs = classify(model, self.choice.overrides, inputs=batch)
         if self.fan_in:
-            init_by_fan_in_inplace(model, specs)
+            init_by_fan_in_inplace(model, self.choice.overrides, inputs=batch)
         optimizer = self.choice.make(model, rate, batch)
         return measure(model, loss, optimizer, specs, _NORMS, self.steps)

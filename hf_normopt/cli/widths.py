@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,8 +18,6 @@ import torch
 import transformers
 from torch import nn
 
-from ..norms.layouts import Layout
-from ..roles import ParamSpec
 from ..roles.skeletons import skeleton
 
 # The names that configs of transformers have for these, with any prefix.
@@ -142,36 +140,13 @@ def family(name: str, *, trust_remote_code: bool = False) -> Family:
         OSError, ImportError: see [`skeleton`].
         ValueError: for an adapter, or what [`skeleton`] refuses.
     """
-    known = getattr(transformers, name, None) if name.isidentifier() else None
-    if isinstance(known, type) and getattr(known, "config_class", None) is not None:
-        return Family(known, known.config_class())
+    known: Any = getattr(transformers, name, None) if name.isidentifier() else None
+    if isinstance(known, type) and (config_class := getattr(known, "config_class", None)):
+        return Family(known, config_class())
     model = skeleton(name, trust_remote_code=trust_remote_code)
     if hasattr(model, "peft_config"):
         raise ValueError(f"{name} is an adapter; pass the model that it adapts.")
     return Family(type(model), model.config)
-
-
-@torch.no_grad()
-def init_by_fan_in_inplace(model: nn.Module, specs: Sequence[ParamSpec]) -> None:
-    """Scale linear maps, kernels and heads to a standard deviation of 1/√fan_in.
-
-    Outputs have then the size of the inputs at every width. What is zero stays zero.
-
-    Args:
-        model: with the weights that its class begins with.
-        specs: of `classify`.
-    """
-    params = dict(model.named_parameters())
-    for spec in specs:
-        if spec.role in ("linear", "conv", "head"):
-            _scale_inplace(params[spec.name], spec.layout)
-
-
-def _scale_inplace(param: nn.Parameter, layout: Layout) -> None:
-    fan_in = layout.to_operators(param)[0].shape[-1] * layout.taps
-    std = float(param.std()) if param.numel() > 1 else 0.0
-    if std > 0:
-        param.mul_(1 / (std * math.sqrt(fan_in)))
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
