@@ -26,17 +26,22 @@ from hf_normopt import create_normopt_optimizer, init_by_fan_in_inplace
 
 TEXT = Path(__file__).parent / "data" / "tinyshakespeare"
 HEAD = 32
-FIELDS = ("optimizer", "init", "tied", "steps", "width", "depth", "rate", "seed")
+FIELDS = ("optimizer", "init", "tied", "steps", "batch", "width", "depth", "rate", "seed")
 
 MAKERS = {
     "modular": lambda model, lr: create_normopt_optimizer(model, lr=lr, preset="modular"),
+    "modular_tied_head": lambda model, lr: create_normopt_optimizer(
+        model, lr=lr, preset="modular", overrides={"embed_tokens": "head"}
+    ),
     "normopt": lambda model, lr: create_normopt_optimizer(model, lr=lr),
     "adamw": lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0),
 }
+DEFAULTS = ["modular", "normopt", "adamw"]  # the other one is for --tied
 RATES = {
-    "modular": [0.0125, 0.025, 0.05, 0.1, 0.2],
-    "normopt": [0.0005, 0.001, 0.002, 0.004, 0.008],
-    "adamw": [0.001, 0.002, 0.004, 0.008, 0.016],
+    "modular": [0.01, 0.025, 0.06, 0.15, 0.4],
+    "modular_tied_head": [0.01, 0.025, 0.06, 0.15, 0.4],
+    "normopt": [0.0004, 0.001, 0.0025, 0.006, 0.015],
+    "adamw": [0.001, 0.0025, 0.006, 0.015, 0.04],
 }
 
 
@@ -94,7 +99,7 @@ def cases(args):
     ]
     for (width, depth), seed, name in itertools.product(shapes, args.seeds, args.optimizers):
         for rate in args.rates or RATES[name]:
-            values = (name, args.init, args.tied, args.steps, width, depth, rate, seed)
+            values = (name, args.init, args.tied, args.steps, args.batch, width, depth, rate, seed)
             yield dict(zip(FIELDS, values, strict=True))
 
 
@@ -144,7 +149,7 @@ def main():
     )
     parser.add_argument("--output", type=Path, default=Path("width_sweep.jsonl"))
     parser.add_argument("--text", type=Path, default=TEXT)
-    parser.add_argument("--optimizers", nargs="+", choices=list(MAKERS), default=list(MAKERS))
+    parser.add_argument("--optimizers", nargs="+", choices=list(MAKERS), default=DEFAULTS)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--rates", type=float, nargs="+", help="instead of each optimizer's five")

@@ -19,6 +19,7 @@ from .coord_check import add_coord_check
 from .cost import cost_report
 from .launch import run
 from .picture import Total, check_file, count_roles, save_picture, tied_names
+from .scale_rate import add_scale_rate
 
 _FORMATS = ("table", "json", "markdown")
 
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     card.set_defaults(run=_card)
 
     add_coord_check(commands)
+    add_scale_rate(commands)
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["run"]:

@@ -183,8 +183,8 @@ class _Watch:
                     change = rms(y - start) if y.shape == start.shape else None
                 read.add(id(use.module))
                 x = next((t for t in tensors_of((args, kwargs)) if t.is_floating_point()), None)
-                if role == "embedding" and x is not None and use.spec.tied_to:
-                    role = "head"  # a table that makes the outputs too
+                if use.spec.tied_to and role in ("embedding", "head"):
+                    role = "embedding" if x is None else "head"  # what it is here
                 if before is not None:
                     matrix = role in _MATRICES and x is not None
                     own = self._own(use, before) / (rms(x) if matrix and x is not None else 1.0)
@@ -286,7 +286,7 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
 def _labels(logits: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
     """Labels that may fit: a class for each place or row, or a few for each row (CTC)."""
     *places, classes = logits.shape
-    if len(places) == 1:
-        yield torch.arange(places[0]) % classes
+    if len(places) == 1:  # not one row of each of two: their parts of the gradient would cancel
+        yield torch.arange(places[0]) % classes if classes > 2 else torch.ones(*places).long()
     for shape in (places, [places[0], 4]):
         yield torch.randint(min(1, classes - 1), classes, shape, generator=generator)

@@ -1,8 +1,8 @@
 """One architecture at several widths and depths, from its config alone: `Family`.
 
 A width stands for a factor: everything in the config that is a width (hidden and intermediate
-sizes, ranks) or a number of heads is multiplied by it, so that a head keeps its size. Vocabulary,
-image size, experts and the like stay.
+sizes, ranks) or a number of heads is multiplied by it, so that a head keeps its size. All else
+stays; large vocabularies and inputs are the same small ones at every width.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _BASE = ("d_model", "n_embd", "dim", "embed_dim", "emb_dim", "hidden_size", "hid
 _LEAST = 64  # of the widest part of the narrowest model: below, slopes are not yet asymptotic
 _WIDEST_HEAD = 128
 _VOCABULARY = 1024
+_PATCHES = 4  # on a side of an image, of models with one size of patches
+_SOUND = 32
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def _scaled(
         else:
             values[name] = value
     if not any(isinstance(value, Mapping) and "model_type" in value for value in config.values()):
-        _limit_vocabulary_inplace(values)
+        _limit_inplace(values)
     return values if depth is None else _at_depth(values, depth)
 
 
@@ -213,8 +215,18 @@ def _at_depth(values: dict[str, Any], depth: int) -> dict[str, Any]:
     return values
 
 
+def _limit_inplace(values: dict[str, Any]) -> None:
+    """Small images, short sounds, few tokens: fewer places than the least width, and less work."""
+    image, patch = values.get("image_size"), values.get("patch_size")
+    if isinstance(image, int) and isinstance(patch, int) and "depths" not in values:
+        values["image_size"] = min(image, _PATCHES * patch)
+    if isinstance(positions := values.get("max_source_positions"), int):
+        values["max_source_positions"] = min(positions, _SOUND)
+    _limit_vocabulary_inplace(values)
+
+
 def _limit_vocabulary_inplace(values: dict[str, Any]) -> None:
-    """Fewer tokens, which nothing here depends on; special ones become the last."""
+    """Special tokens become the last."""
     size = values.get("vocab_size")
     if not isinstance(size, int) or size <= _VOCABULARY:
         return
