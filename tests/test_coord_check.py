@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +17,11 @@ from hf_normopt.cli.coordinates import example_batch, measure
 from hf_normopt.cli.scale_rate import norm_of_ones, rate_factors
 from hf_normopt.cli.slopes import Spread, exponent, parameter_slopes, verdict
 from hf_normopt.cli.trials import Choice, Trial
+from hf_normopt.cli.verdicts import conclusion
 from hf_normopt.cli.widths import Family, family
 from recipes import width_sweep
 from tests.test_norms import NORMS
 
-ROOT = Path(__file__).parent.parent
 POLICY = PRESETS["normopt"].policy
 WIDTHS = (64, 128, 256)
 SMALL = {"vocab_size": 64, "num_hidden_layers": 2}
@@ -50,7 +49,9 @@ def chain_slopes(make, steps=1):
     found = {}
     for width in WIDTHS:
         model = Chain(width)
-        x, target = (torch.randn(1, n, generator=torch.Generator().manual_seed(1)) for n in (16, 64))
+        x, target = (
+            torch.randn(1, n, generator=torch.Generator().manual_seed(1)) for n in (16, 64)
+        )
         specs = classify(model, inputs=(x,))
         loss = lambda model=model, x=x, target=target: (model(x) - target).square().sum()
         found[width] = measure(model, loss, make(model), specs, POLICY, steps)
@@ -75,7 +76,7 @@ def test_exponents_are_those_of_theory(name):
     for layer, own in zip(("first", "middle", "last"), expected, strict=True):
         assert slopes[layer].own == pytest.approx(own, abs=0.1), layer
         start = {"first": 0.0, "middle": 0.5, "last": 1.0}[layer]
-        assert slopes[layer].initial == pytest.approx(start, abs=0.15), "whatever the optimizer"
+        assert slopes[layer].initial == pytest.approx(start, abs=0.2), "whatever the optimizer"
 
 
 def test_size_is_in_the_norm_of_the_role():
@@ -93,8 +94,9 @@ def test_own_is_the_part_of_one_parameter():
     optimizer = torch.optim.SGD([model.middle.weight], lr=0.1)
     found = measure(model, lambda: model(x).square().sum(), optimizer, classify(model), POLICY, 1)
     own = {reading.name: reading.own for reading in found.readings if reading.step == 0}
-    inner = model.first(x)
-    expected = (inner @ (model.middle.weight - before).T).square().mean().sqrt()
+    with torch.no_grad():
+        inner = model.first(x)
+    expected = (inner @ (model.middle.weight.detach() - before).T).square().mean().sqrt()
     assert own["middle.weight"] == pytest.approx(
         float(expected / inner.square().mean().sqrt()), rel=1e-3
     )
@@ -181,17 +183,20 @@ def test_the_two_causes_are_told_apart():
         linear = {one.name: one for one in slopes if one.role in ("linear", "head")}
         assert len(linear) == 8
         assert linear["lm_head.weight"].initial == pytest.approx(start, abs=0.15)
-        assert all(abs(one.own) < 0.15 for one in slopes)
+        assert all(abs(one.size) < 0.02 for one in slopes)
+        assert all(abs(one.own) < (0.15 if fan_in else 0.35) for one in slopes)
 
 
 def test_weights_begin_with_outputs_of_the_size_of_inputs():
     torch.manual_seed(0)
-    model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=128, n_layer=1, n_head=2, vocab_size=64))
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=128, n_layer=1, n_head=2))
     table = model.transformer.wte.weight.detach().clone()
     init_by_fan_in_inplace(model)
     block = model.transformer.h[0]
-    assert block.mlp.c_proj.weight.std() == pytest.approx(512**-0.5, rel=0.02)  # stored (in, out)
-    assert block.attn.c_attn.weight.std() == pytest.approx(128**-0.5, rel=0.02)
+    assert float(block.mlp.c_proj.weight.std()) == pytest.approx(
+        512**-0.5, rel=0.02
+    )  # stored (in, out)
+    assert float(block.attn.c_attn.weight.std()) == pytest.approx(128**-0.5, rel=0.02)
     assert torch.equal(model.transformer.wte.weight, table)
 
 
@@ -217,7 +222,7 @@ def test_an_exponent_needs_numbers():
     assert exponent([1, 2], [1.0, math.inf]) is exponent([1], [1.0]) is None
 
 
-def test_a_learned_step_is_named_by_the_optimizer_of_transformers():
+def test_an_optimizer_of_transformers_by_its_name():
     model = nn.Linear(4, 4)
     optimizer = Choice("adamw_torch", {}).make(model, 0.1, None)
     assert type(optimizer) is torch.optim.AdamW
@@ -258,10 +263,8 @@ def test_the_report_as_json(capsys, llama, tmp_path):
     assert set(reading) == {"name", "role", "step", "output", "change", "own", "size"}
     assert {row["over"] for row in report["parameters"]} == {"width", "depth"}
     assert {row["quantity"] for row in report["roles"]} == {"initial", "own", "change", "size"}
-    head = next(
-        row for row in report["roles"] if (row["role"], row["quantity"]) == ("head", "own")
-    )
-    assert head["verdict"].startswith("grows as width^1.0")
+    head = next(row for row in report["roles"] if (row["role"], row["quantity"]) == ("head", "own"))
+    assert re.match(r"grows as width\^1\.\d: \d\.?\d? times from 32 to 64", head["verdict"])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -269,14 +272,17 @@ def test_the_report_as_json(capsys, llama, tmp_path):
 def test_the_report_as_text(llama):
     command = [sys.executable, "-m", "hf_normopt", "coord-check", str(llama), "--preset", "modular"]
     done = subprocess.run(
-        [*command, "--widths", "64", "128", "256"], capture_output=True, text=True, timeout=300
+        [*command, "--widths", "32", "64", "128", "--depths", "1", "--init"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     lines = [re.sub(r"\s+", " ", line) for line in done.stdout.splitlines()]
-    assert any(line.startswith("model.layers.*.mlp.up_proj (x2) linear +0.") for line in lines)
-    assert "Outputs depend on width before any step (linear +0." in done.stdout
-    assert "Steps: their effect does not depend on width, so the learning rate holds." in lines
-    assert "width 64, depth 2, rate 0.01: loss" in done.stderr
+    assert any(re.match(r"model.layers.0.mlp.up_proj linear [+-]0.", line) for line in lines)
+    assert "Initialisation: outputs do not depend on width before any step." in done.stdout
+    assert "Steps: their effect does not depend on width, so a learning rate holds." in done.stdout
+    assert "width 64, depth 1, rate 0.01: loss" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -314,6 +320,7 @@ def test_the_norm_of_ones(norm):
 def specs_at(width, **changes):
     with torch.device("meta"):
         config = {**LLAMA.to_dict(), "hidden_size": width, "intermediate_size": 3 * width}
+        config |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), width // 16)
         return classify(tf.LlamaForCausalLM(tf.LlamaConfig(**{**config, **changes})))
 
 
@@ -346,6 +353,22 @@ def test_scale_rate_says_what_to_pass(capsys, llama, tmp_path):
     assert report["optim_args"] == {"lr_embedding": 4, "lr_norm": 4}
 
 
+def test_a_conclusion_names_both_causes():
+    row = {"over": "width", "rate": 0.1, "parameters": 2, "verdict": ""}
+    far = {"median": 0.5, "worst": 0.6, "worst_name": "a.weight"}
+    near = {"median": 0.0, "worst": 0.3, "worst_name": "b.weight"}
+    rows = [
+        {"quantity": "initial", "role": "linear", **far},
+        {"quantity": "own", "role": "head", **near},
+    ]
+    report = {"rates": [0.1], "initialisation": "own", "roles": [{**row, **more} for more in rows]}
+    initial, steps = conclusion(report).splitlines()
+    assert "depend on width before any step (linear +0.50), whatever the optimizer" in initial
+    assert steps.endswith("so a learning rate holds. Farthest from their role: b +0.30.")
+    report["roles"][1] |= {"median": 1.0, "worst": 1.0}
+    assert "depends on width (head +1.00)" in conclusion(report).splitlines()[1]
+
+
 def test_the_best_rate_lies_between_the_rates():
     parabola = lambda rate: (math.log(rate) - math.log(0.03)) ** 2
     rates = [0.01, 0.025, 0.06, 0.15]
@@ -355,17 +378,13 @@ def test_the_best_rate_lies_between_the_rates():
     assert width_sweep.best({rate: -rate for rate in rates}) == (0.15, True)
 
 
-@pytest.mark.slow
-def test_a_sweep_goes_on_where_it_was_stopped(tmp_path):
+def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "sweep.jsonl"
     words = ["--widths", "32", "--depths", "1", "--seeds", "0", "--steps", "2", "--batch", "2"]
-    words += ["--optimizers", "adamw", "--output", str(tmp_path / "sweep.jsonl"), "--rates", "0.01"]
-    command = [sys.executable, "recipes/width_sweep.py", *words]
-    run = lambda *more: subprocess.run(
-        [*command, *more], capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert run().returncode == 0
-    done = run("0.1")
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    words += ["--optimizers", "adamw", "--output", str(file), "--rates", "0.01"]
+    for more in ([], ["0.1"]):
+        monkeypatch.setattr(sys, "argv", ["width_sweep.py", *words, *more])
+        width_sweep.main()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["rate"] for row in rows] == [0.01, 0.1]
-    assert "| 32 | 1 |" in done.stdout
+    assert "| 32 | 1 |" in capsys.readouterr().out

@@ -41,33 +41,41 @@ def as_text(report: Mapping[str, Any]) -> str:
 
 
 def conclusion(report: Mapping[str, Any]) -> str:
-    """Both causes in two sentences."""
-    initial = _dependent(report, "initial")
-    own = _dependent(report, "own")
+    """Both causes, a sentence each."""
+    initial, odd_initial = _dependent(report, "initial")
+    own, odd_own = _dependent(report, "own")
+    remedy = "" if report["initialisation"] == "fan_in" else " --init shows what is left without."
     begin = (
-        f"Outputs depend on width before any step ({', '.join(initial)}): the model's own "
-        "initialisation, whatever the optimizer. With --init they do not, see docs/width.md."
+        f"Initialisation: outputs depend on width before any step ({initial}), whatever the "
+        f"optimizer.{remedy}"
         if initial
-        else "Initialisation: outputs do not depend on width."
+        else "Initialisation: outputs do not depend on width before any step."
     )
     steps = (
-        f"Steps: their effect depends on width ({', '.join(own)}), so a rate found at one width "
-        "does not hold at another; hf-normopt scale-rate says by how much."
+        f"Steps: their effect depends on width ({own}), so a rate found at one width does not hold "
+        "at another; hf-normopt scale-rate says what it becomes."
         if own
-        else "Steps: their effect does not depend on width, so the learning rate holds."
+        else "Steps: their effect does not depend on width, so a learning rate holds."
     )
-    return f"{begin}\n{steps}"
+    return f"{begin}{odd_initial}\n{steps}{odd_own}"
 
 
-def _dependent(report: Mapping[str, Any], quantity: str) -> list[str]:
-    """Roles of which some parameter depends on width at the first rate."""
-    return [
-        f"{row['role']} {row['median']:+.2f}, at worst {row['worst']:+.2f}"
+def _dependent(report: Mapping[str, Any], quantity: str) -> tuple[str, str]:
+    """The roles that depend on width at the first rate, and a sentence on others' parameters."""
+    rows = [
+        row
         for row in report["roles"]
         if (row["over"], row["quantity"]) == ("width", quantity)
         and row["rate"] == report["rates"][0]
-        and abs(row["worst"]) > TOLERANCE
     ]
+    roles = [row for row in rows if abs(row["median"]) > TOLERANCE]
+    odd = [
+        f"{row['worst_name'].removesuffix('.weight')} {row['worst']:+.2f}"
+        for row in rows
+        if abs(row["worst"]) > TOLERANCE >= abs(row["median"])
+    ]
+    said = ", ".join(f"{row['role']} {row['median']:+.2f}" for row in roles)
+    return said, f" Farthest from their role: {', '.join(odd)}." if odd else ""
 
 
 def _role_rows(report: Mapping[str, Any], over: str, quantity: str) -> list[tuple[str, ...]]:
