@@ -1,4 +1,4 @@
-"""The command `hf-normopt`: presets, inspect with its picture and cost, card, run.
+"""The command `hf-normopt`: inspect, presets, coord-check, scale-rate, card, run.
 
 A new command is a function in `commands.py`. Nothing imports this room.
 """
