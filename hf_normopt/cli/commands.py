@@ -1,4 +1,4 @@
-"""The command line: `hf-normopt inspect`, `presets`, `run` and `card`."""
+"""The command line: the subcommands of `hf-normopt`."""
 
 from __future__ import annotations
 
