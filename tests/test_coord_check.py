@@ -194,10 +194,10 @@ def test_weights_begin_with_outputs_of_the_size_of_inputs():
     table = model.transformer.wte.weight.detach().clone()
     init_by_fan_in_inplace(model)
     block = model.transformer.h[0]
-    assert float(block.mlp.c_proj.weight.std()) == pytest.approx(
+    assert block.mlp.c_proj.weight.std().item() == pytest.approx(
         512**-0.5, rel=0.02
     )  # stored (in, out)
-    assert float(block.attn.c_attn.weight.std()) == pytest.approx(128**-0.5, rel=0.02)
+    assert block.attn.c_attn.weight.std().item() == pytest.approx(128**-0.5, rel=0.02)
     assert torch.equal(model.transformer.wte.weight, table)
 
 
