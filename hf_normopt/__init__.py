@@ -16,6 +16,7 @@ from .cards.model_card import update_model_card
 from .norms.layouts import Layout
 from .norms.operators import Frobenius, MaxColumn, MaxEntry, MaxRow, Norm, Spectral, operator_norm
 from .norms.orthogonalize import orthogonalize
+from .optim.initialization import init_by_fan_in_inplace
 from .optim.optimizer import NormOpt
 from .optim.presets import PRESETS, Preset, create_normopt_optimizer
 from .optim.rules import EMA, Accumulate, Policy, Rule
@@ -60,6 +61,7 @@ __all__ = [
     "create_normopt_optimizer",
     "create_normopt_scheduler",
     "finish_run",
+    "init_by_fan_in_inplace",
     "operator_norm",
     "orthogonalize",
     "register",

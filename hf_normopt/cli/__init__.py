@@ -1,4 +1,4 @@
-"""The command `hf-normopt`: inspect, presets, card and run.
+"""The command `hf-normopt`: inspect, presets, find-rate, coord-check, scale-rate, card, run.
 
 A new command is a row in `COMMANDS` of `commands.py`, with its arguments and its function in a file
 of its own, as `inspect.py`. No other room imports this one.

@@ -12,9 +12,11 @@ from ..cards.model_card import card_file, update_model_card
 from ..cards.run_record import compare_runs
 from ..optim.presets import PRESETS
 from ..tables import format_table
+from .coord_check import add_coord_check_arguments, coord_check
 from .find_rate import find_rate
 from .inspect import FORMATS, add_inspect_arguments, inspect
 from .launch import run
+from .scale_rate import add_scale_rate_arguments, scale_rate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,6 +115,16 @@ COMMANDS = {
         inspect,
     ),
     "presets": Command("show the presets", _add_presets_arguments, _presets),
+    "coord-check": Command(
+        "show whether a learning rate holds when a model becomes wider",
+        add_coord_check_arguments,
+        coord_check,
+    ),
+    "scale-rate": Command(
+        "say what a rate found on a small model becomes for a large one",
+        add_scale_rate_arguments,
+        scale_rate,
+    ),
     "card": Command(
         "write into the card of a trained model how it was trained", _add_card_arguments, _card
     ),
