@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # What a group is, as opposed to its options (lr, weight_decay, ...), which checkpoints may change.
 IDENTITY = ("param_names", "param_shapes", "role", "kind", "rule", "layouts")
 ON_MISMATCH = ("error", "reset")
-_OWN = ("schedule", "multiplier", "own", "label", "momentum_dtype", "rounding")
+OWN = ("schedule", "multiplier", "own", "label", "momentum_dtype", "rounding")
 
 _CHUNK = 2**18  # entries whose bits are added up at a time
 
@@ -119,7 +119,7 @@ def matched(
     for group in groups:
         names = [canonical_name(name) for name in group["param_names"]]
         options = next((fitting[name].group for name in names if name in fitting), group)
-        kept = {key: group[key] for key in (*IDENTITY, *_OWN)}
+        kept = {key: group[key] for key in (*IDENTITY, *OWN)}
         if "weight_decay" in group["own"]:  # as it was asked for, like the multiplier
             kept["weight_decay"] = group["weight_decay"]
         if not per_role:  # the group that has it may be another, or frozen

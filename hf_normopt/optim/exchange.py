@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ..norms.layouts import Layout
-from ..norms.operators import Spectral
+from ..norms.operators import Norm, Spectral
 from ..norms.orthogonalize import plan
 from .moves import Move, advance_inplace, parts, smooth_inplace
 from .precision import state_dtype
@@ -169,7 +169,7 @@ def _shared_inplace(moves: Sequence[Move], weight: Tensor | float, keep: bool) -
             share.found = move.rule.norm.lmo(mine, move.scale(mine.shape)) if len(mine) else mine
     pending = None
     sizes = [math.prod(_stored_shape(move)) for move in moves]
-    for bucket in [*_buckets(sizes, dist.get_world_size(moves[0].copies)), []]:
+    for bucket in [*buckets(sizes, dist.get_world_size(moves[0].copies)), []]:
         sending = _broadcasts([share for i in bucket for share in shares[i]], moves[0])
         if pending is not None:
             yield from _arrived(moves, shares, *pending)
@@ -292,7 +292,7 @@ def _direction(move: Move, smooth: Tensor) -> Tensor:
 def _trades(moves: Sequence[Move]) -> Iterator[_Trade]:
     """Buckets of sharded parameters."""
     owners = math.prod(map(dist.get_world_size, _Trade.ranks_of(moves[0])))
-    for bucket in _buckets([move.param.numel() for move in moves], owners):
+    for bucket in buckets([move.param.numel() for move in moves], owners):
         yield _Trade([moves[i] for i in bucket])
 
 
@@ -436,15 +436,19 @@ def operator_shapes(layout: Layout, shape: tuple[int, ...]) -> tuple[tuple[int, 
 def _costs(moves: Sequence[Move], shapes: Sequence[tuple[tuple[int, ...], ...]]) -> Iterator[float]:
     """The work of each operator."""
     for move, of_move in zip(moves, shapes, strict=True):
-        norm = move.rule.norm
-        for *batch, m, n in of_move:
-            work = float(m * n)
-            if isinstance(norm, Spectral):
-                work += plan((m, n), torch.float32, move.param.device.type, norm.method).work
-            yield from (work for _ in range(math.prod(batch)))
+        yield from costs(move.rule.norm, of_move, move.param.device.type)
 
 
-def _buckets(sizes: Sequence[int], owners: int) -> Iterator[list[int]]:
+def costs(norm: Norm, shapes: Sequence[tuple[int, ...]], device: str) -> Iterator[float]:
+    """The work of each operator of a tensor."""
+    for *batch, m, n in shapes:
+        work = float(m * n)
+        if isinstance(norm, Spectral):
+            work += plan((m, n), torch.float32, device, norm.method).work
+        yield from (work for _ in range(math.prod(batch)))
+
+
+def buckets(sizes: Sequence[int], owners: int) -> Iterator[list[int]]:
     """Consecutive moves that make up [`BUCKET`] entries, or four operators for each owner."""
     most = max(BUCKET, 4 * owners * max(sizes, default=0))
     bucket: list[int] = []

@@ -47,6 +47,7 @@ from .sharding import (
     places,
     sharded_like,
 )
+from .zero import Partition
 
 SMALL = 2**16  # entries: tensors of one shape up to this size move together, [`PART`] at a time
 PART = 2**18  # entries of a part of a large tensor
@@ -73,6 +74,7 @@ class Move:
     names: list[str] = field(default_factory=list)
     whole: Tensor | None = None  # the parameter, if the param is a shard of it or some of its rows
     at: slice = field(default_factory=lambda: slice(None))  # which rows of the shard
+    partition: Partition | None = None  # if the param is one of ZeRO's
     sums: dict[torch.device, Tensor] = field(default_factory=dict)  # see `note_inplace`
     smooth: Tensor = field(init=False)
     direction: Tensor = field(init=False)

@@ -280,7 +280,7 @@ def create_normopt_optimizer(
         momentum_dtype=momentum_dtype,
         rounding=rounding,
     )
-    check_deepspeed(optimizer.may_be_flat)
+    check_deepspeed(optimizer.unfit_for_zero, optimizer.may_be_flat)
     optimizer.origin = {"preset": preset, "lr": lr, "weight_decay": weight_decay, **changes} | {
         name: value
         for name, value, usual in (
