@@ -24,6 +24,7 @@ from .optimizer import NormOpt, parameter_groups
 from .rules import EMA, Policy, Rule
 from .sharding import check_deepspeed
 from .step_sizes import EscapeVelocity, Fixed, StepSize, parse_step_size
+from .zero import shown_whole
 
 logger = logging.getLogger(__name__)
 
@@ -251,35 +252,36 @@ def create_normopt_optimizer(
     size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
     policy = changed(chosen.policy, **changes)
     by_heads = read_option("heads", heads, bool)
-    if params is None:
-        specs = classify(model, overrides, inputs=inputs, heads=by_heads)
-        groups = parameter_groups(model, specs, policy)
-    else:
-        groups = asked_groups(
-            model,
+    with shown_whole(model.parameters()):
+        if params is None:
+            specs = classify(model, overrides, inputs=inputs, heads=by_heads)
+            groups = parameter_groups(model, specs, policy)
+        else:
+            groups = asked_groups(
+                model,
+                policy,
+                read_groups(params),
+                lr=lr,
+                overrides=overrides,
+                inputs=inputs,
+                heads=by_heads,
+                decays=[name for name in changes if name.partition("_")[0] == "decay"],
+            )
+        optimizer = NormOpt(
+            groups,
             policy,
-            read_groups(params),
             lr=lr,
-            overrides=overrides,
-            inputs=inputs,
-            heads=by_heads,
-            decays=[name for name in changes if name.partition("_")[0] == "decay"],
+            weight_decay=weight_decay,
+            step_size=size or chosen.step_size,
+            on_mismatch=on_mismatch,
+            momentum_dtype=momentum_dtype,
+            rounding=rounding,
         )
     present = {group["role"] for group in groups} | {group["kind"] for group in groups}
     for change in changes:
         role = change.partition("_")[2]
         if role and role not in present:
             logger.warning("%s has no effect: no trainable parameter is %r.", change, role)
-    optimizer = NormOpt(
-        groups,
-        policy,
-        lr=lr,
-        weight_decay=weight_decay,
-        step_size=size or chosen.step_size,
-        on_mismatch=on_mismatch,
-        momentum_dtype=momentum_dtype,
-        rounding=rounding,
-    )
     check_deepspeed(optimizer.unfit_for_zero, optimizer.may_be_flat)
     optimizer.origin = {"preset": preset, "lr": lr, "weight_decay": weight_decay, **changes} | {
         name: value
