@@ -287,17 +287,15 @@ def unfit(
 
 @contextmanager
 def shown_whole(params: Iterable[Tensor]) -> Iterator[None]:
-    """Let parameters that `deepspeed.zero.Init` has divided show their shapes, without memory.
+    """Let parameters that `deepspeed.zero.Init` has divided show their shapes.
 
-    Who reads an entry gets a RuntimeError.
+    Their entries are those of memory on the CPU that nobody has written: it is asked for, not used.
     """
     divided: list[Any] = [p for p in params if tuple(getattr(p, "ds_shape", p.shape)) != p.shape]
     kept = [p.data for p in divided]
     try:
         for p in divided:
-            whole = p.data.new_empty(tuple(p.ds_shape))
-            whole.untyped_storage().resize_(0)
-            p.data = whole
+            p.data = torch.empty(tuple(p.ds_shape), dtype=p.dtype, device="cpu")
         yield
     finally:
         for p, data in zip(divided, kept, strict=True):
