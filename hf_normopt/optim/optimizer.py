@@ -487,8 +487,9 @@ class NormOpt(torch.optim.Optimizer):
     @property
     def unfit_for_zero(self) -> str:
         """Why its steps cannot be found from ZeRO's partitions; "" if they can."""
-        is_fixed = isinstance(self.step_size, Fixed)
-        return unfit(self.param_groups, self.rule_of, "" if is_fixed else str(self.step_size))
+        size = self.step_size
+        text = "" if isinstance(size, Fixed) else type(size).__name__
+        return unfit(self.param_groups, self.rule_of, text)
 
     def _complaint(self) -> str:
         """What is wrong with the parameters' shapes; "" if nothing is."""
