@@ -32,9 +32,8 @@ def alone(tmp_path_factory, path):
 
 
 def run(folder, world, stage, checkpoint, path):
-    start(
-        rank_of, world, free_port(), train, str(folder), world, stage, checkpoint, path, world=world
-    )
+    args = (str(folder), world, stage, checkpoint, path)
+    start(rank_of, world, free_port(), train, *args, world=world)
     return torch.load(folder / "run.pt")
 
 

@@ -233,10 +233,10 @@ def check_deepspeed(unfit: str, by_entry: bool) -> None:
     stage = zero.get("stage")
     device = (zero.get("offload_optimizer") or {}).get("device") or "none"
     if device != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        way_out = ', or set "zero_force_ds_cpu_optimizer": false' if by_entry else ""
         raise ValueError(
             f"The DeepSpeed config offloads the optimizer to {device}, and accelerate would train "
-            "with DeepSpeedCPUAdam in place of NormOpt. Remove offload_optimizer, or set "
-            '"zero_force_ds_cpu_optimizer": false.'
+            f"with DeepSpeedCPUAdam in place of NormOpt. Remove offload_optimizer{way_out}."
         )
     if not stage or by_entry:
         return
