@@ -96,7 +96,8 @@ class Zero:
                 group["params"] = []
             self.optimizer.param_groups = groups
         for p in self.model.parameters():
-            p.detach().copy_(self.whole(p, lambda flat: flat))
+            if p.requires_grad:
+                p.detach().copy_(self.whole(p, lambda flat: flat))
 
     def whole(self, p, of):
         """What flat tensors have for a parameter, on every rank."""
