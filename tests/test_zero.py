@@ -222,6 +222,26 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(tmp_path):
     spawn(tmp_path, mistaken, 2)
 
 
+def offloaded():
+    """A partition on a device of which the ranks' transport knows nothing."""
+    elsewhere = SimpleNamespace(_device_types=[torch.device("cuda")])
+    for preset in ("normopt", "adam"):
+        model, optimizer = llama33(**RATE, preset=preset)
+        zero = Zero(model, optimizer, 2)
+        for p in model.parameters():
+            p._dp_group = elsewhere
+        backward(model, DATA[0])
+        if preset == "adam":
+            zero.step()
+        else:
+            with pytest.raises(RuntimeError, match=r"partitions are offloaded.*offload_optimizer"):
+                zero.step()
+
+
+def test_offloaded_partitions_are_refused_by_who_needs_them_whole(tmp_path):
+    spawn(tmp_path, offloaded, 1)
+
+
 # Shapes alone
 
 

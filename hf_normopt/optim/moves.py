@@ -212,9 +212,10 @@ def _names(group: Mapping[str, Any]) -> list[str]:
 
 def is_flat(group: Mapping[str, Any]) -> bool:
     """Whether the parameters are no longer those of which the group was made: ZeRO's partitions."""
+    if any(p.ndim != 1 for p in group["params"]):
+        return False
     shapes = [tuple(p.shape) for p in group["params"]]
-    is_changed = shapes != [tuple(shape) for shape in group["param_shapes"]]
-    return is_changed and all(len(shape) == 1 for shape in shapes)
+    return shapes != [tuple(shape) for shape in group["param_shapes"]]
 
 
 @cache

@@ -54,7 +54,7 @@ from .sharding import (
     wrappers_of,
 )
 from .step_sizes import Fixed, StepSize
-from .zero import Partition, displaced, matched_flat, partition_of, unfit
+from .zero import OFFLOADED, Partition, displaced, matched_flat, partition_of, unfit
 from .zero_moves import is_partitioned, partitioned_inplace, whole_moves
 
 logger = logging.getLogger(__name__)
@@ -341,6 +341,10 @@ class NormOpt(torch.optim.Optimizer):
                 found = self._partitions.get(flat) or partition_of(flat, group, params)
                 if found is None or flat in self._partitions:
                     continue
+                if found.is_offloaded:
+                    if self.may_be_flat:
+                        continue
+                    return OFFLOADED
                 self._partitions = {**self._partitions, flat: found}
                 if not self.may_be_flat and (wrong := displaced(found)):
                     return wrong

@@ -242,7 +242,7 @@ def check_deepspeed(unfit: str, by_entry: bool) -> None:
         return
     tensor_parallel = (config.get("tensor_parallel") or {}).get("autotp_size") or 0
     reasons = {
-        f"The optimizer's partitions would be offloaded to {device}, where the ranks cannot "
+        f"The optimizer's partitions would be offloaded to {device}, to where the ranks cannot "
         "exchange what a norm needs. Remove offload_optimizer.": device != "none",
         "With round_robin_gradients ZeRO does not say where a parameter's entries are. Remove "
         "it.": zero.get("round_robin_gradients"),

@@ -36,6 +36,10 @@ UNKNOWN = (
     "with the version of DeepSpeed and its config. ZeRO stage 0 and FSDP2 are right."
 )
 
+OFFLOADED = (
+    "The optimizer's partitions are offloaded, to where the ranks cannot exchange what a norm needs. "
+    "Remove offload_optimizer from the DeepSpeed config."
+)
 OTHERWISE = (
     'FSDP2: TrainingArguments(fsdp=True, fsdp_config={"version": 2}), on the command line '
     """--fsdp true --fsdp_config '{"version": 2}', or accelerate launch --use_fsdp """
@@ -100,6 +104,11 @@ class Partition:
     def rank(self) -> int:
         """This one."""
         return dist.get_rank(self.ranks)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the flat tensor lies where the ranks cannot send."""
+        return self.flat.device.type not in {of.type for of in self.ranks._device_types}
 
     def meet_inplace(self) -> None:
         """Learn what the other ranks have, once.
@@ -244,6 +253,8 @@ def displaced(partition: Partition) -> str:
         length = span[1] - span[0]
         shard = getattr(p, "ds_tensor", None)
         weights = p.detach().flatten()[slice(*span)] if shard is None else shard[:length]
+        if len(weights) < length:  # on a disk
+            continue
         here = partition.flat.detach()[offset : offset + length]
         there = weights.to(here.device)
         if not torch.equal(here.to(there.dtype).nan_to_num(), there.nan_to_num()):
