@@ -37,8 +37,8 @@ UNKNOWN = (
 )
 
 OFFLOADED = (
-    "The optimizer's partitions are offloaded, to where the ranks cannot exchange what a norm needs. "
-    "Remove offload_optimizer from the DeepSpeed config."
+    "The optimizer's partitions are offloaded, to where the ranks cannot exchange what a norm "
+    "needs. Remove offload_optimizer from the DeepSpeed config."
 )
 OTHERWISE = (
     'FSDP2: TrainingArguments(fsdp=True, fsdp_config={"version": 2}), on the command line '
