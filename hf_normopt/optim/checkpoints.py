@@ -19,10 +19,10 @@ from ..roles.graph import canonical_name
 
 logger = logging.getLogger(__name__)
 
-# What identifies a group; a checkpoint may change all else (lr, weight_decay, ...) but for _OWN.
+# What identifies a group; a checkpoint may change all else (lr, weight_decay, ...) but for OWN.
 IDENTITY = ("param_names", "param_shapes", "role", "kind", "rule", "layouts")
 ON_MISMATCH = ("error", "reset")
-_OWN = ("schedule", "multiplier", "own", "label", "momentum_dtype", "rounding", "scales")
+OWN = ("schedule", "multiplier", "own", "label", "momentum_dtype", "rounding", "scales")
 
 _CHUNK = 2**18  # entries that a checksum adds at a time
 
@@ -146,7 +146,7 @@ def _continued(
     """A group of the optimizer with the options of the checkpoint."""
     names = [canonical_name(name) for name in group["param_names"]]
     options = next((fitting[name].group for name in names if name in fitting), group)
-    kept = {key: group[key] for key in (*IDENTITY, *_OWN)}
+    kept = {key: group[key] for key in (*IDENTITY, *OWN)}
     if "weight_decay" in group["own"]:  # the user asked for it, as for the multiplier
         kept["weight_decay"] = group["weight_decay"]
     return {**group, **options, **kept, "params": [own[name].number for name in names]}

@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from ..norms.layouts import Layout
-from ..norms.operators import Spectral
+from ..norms.operators import Norm, Spectral
 from ..norms.orthogonalize import plan
 from .batches import parts
 from .moves import Move, smooth_inplace
@@ -176,7 +176,7 @@ def _by_replicas_inplace(
             )
     pending = None
     sizes = [math.prod(_stored_shape(move)) for move in moves]
-    for bucket in [*_buckets(sizes, dist.get_world_size(moves[0].copies)), []]:
+    for bucket in [*buckets(sizes, dist.get_world_size(moves[0].copies)), []]:
         sending = _broadcasts([one for i in bucket for one in ownerships[i]], moves[0])
         if pending is not None:
             yield from _arrived(moves, ownerships, *pending)
@@ -310,7 +310,7 @@ def _direction(move: Move, smooth: Tensor) -> Tensor:
 def _exchanges(moves: Sequence[Move]) -> Iterator[_AllToAll]:
     """One exchange for each bucket of sharded parameters."""
     owners = math.prod(map(dist.get_world_size, _AllToAll.ranks_of(moves[0])))
-    for bucket in _buckets([move.param.numel() for move in moves], owners):
+    for bucket in buckets([move.param.numel() for move in moves], owners):
         yield _AllToAll([moves[i] for i in bucket])
 
 
@@ -456,17 +456,21 @@ def operator_shapes(layout: Layout, shape: tuple[int, ...]) -> tuple[tuple[int, 
 def _costs(moves: Sequence[Move], shapes: Sequence[tuple[tuple[int, ...], ...]]) -> Iterator[float]:
     """The work of each operator, the same on ranks with different GPUs."""
     for move, of_move in zip(moves, shapes, strict=True):
-        norm = move.rule.norm
         device = "cpu" if move.param.device.type == "cpu" else "meta"
-        for *batch, m, n in of_move:
-            work = float(m * n)
-            if isinstance(norm, Spectral):
-                work += plan((m, n), torch.float32, device, norm.method).work
-            yield from (work for _ in range(math.prod(batch)))
+        yield from costs(move.rule.norm, of_move, device)
 
 
-def _buckets(sizes: Sequence[int], owners: int) -> Iterator[list[int]]:
-    """The numbers of consecutive moves that make up [`BUCKET`] entries, or four for each owner."""
+def costs(norm: Norm, shapes: Sequence[tuple[int, ...]], device: str) -> Iterator[float]:
+    """The work of each operator of a tensor."""
+    for *batch, m, n in shapes:
+        work = float(m * n)
+        if isinstance(norm, Spectral):
+            work += plan((m, n), torch.float32, device, norm.method).work
+        yield from (work for _ in range(math.prod(batch)))
+
+
+def buckets(sizes: Sequence[int], owners: int) -> Iterator[list[int]]:
+    """Consecutive moves that make up [`BUCKET`] entries, or four operators for each owner."""
     most = max(BUCKET, 4 * owners * max(sizes, default=0))
     bucket: list[int] = []
     entries = 0

@@ -284,6 +284,11 @@ def kind_of_product(spec: ParamSpec) -> str:
     return "table_product" if spec.factor.is_table else "product"
 
 
+def factors_apart(policy: Policy) -> Policy:
+    """The same without rules for products, so that each factor is stepped by itself."""
+    return {key: rule for key, rule in policy.items() if not isinstance(rule.norm, Product)}
+
+
 def products(specs: Iterable[ParamSpec], policy: Policy) -> list[tuple[ParamSpec, ParamSpec]]:
     """The pairs of factors, A and B, that take one step under a policy.
 

@@ -39,6 +39,7 @@ from .sharding import (
     places,
     sharded_like,
 )
+from .zero import Partition
 
 _layout = cache(Layout)
 
@@ -62,6 +63,7 @@ class Move:
     names: list[str] = field(default_factory=list)
     whole: Tensor | None = None  # the parameter, if the param is a shard of it or some of its rows
     at: slice = field(default_factory=lambda: slice(None))  # which rows of the shard
+    partition: Partition | None = None  # if the param is one of ZeRO's
     sums: dict[torch.device, Tensor] = field(default_factory=dict)  # see `note_inplace`
     factors: int = 1  # parameters that make up one operator, each of which decays by a root
     smooth: Tensor = field(init=False)
@@ -98,9 +100,9 @@ class Move:
             one.smooth, one.direction = self.smooth[i], self.direction[i]
         return one
 
-    def operators(self) -> Iterator[Move]:
-        """The moves of single operators, for who looks on."""
-        return self.each()
+    def whole_operators(self) -> Iterator[Move]:
+        """The moves of whole operators, for who looks on: all ranks gather them, whoever looks."""
+        return (one.of_whole() for one in self.each())
 
     def advance_inplace(self, weight: Tensor | float, unit: Tensor | float) -> None:
         """Advance the momenta and find the directions, see [`advance_inplace`]."""

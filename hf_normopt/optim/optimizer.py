@@ -15,6 +15,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ from .sharding import (
     wrappers_of,
 )
 from .step_sizes import Fixed, StepSize
+from .zero import OFFLOADED, Partition, displaced, matched_flat, partition_of, unfit
+from .zero_moves import is_partitioned, partitioned_inplace, whole_moves
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +110,9 @@ class NormOpt(torch.optim.Optimizer):
     guard: Guard | None = None
     _loss: Tensor | float | None = None  # of the coming step, as far as it is known
     _sums: dict[torch.device, Tensor] | None = None  # of gradients, see `note_inplace`
-    _fixed: tuple[list[int], Settings] | None = None  # what ranks must have the same, and its key
+    _fixed: Mapping[Any, Settings] = {}  # what ranks must have the same, by the groups that step
+    _homes: Mapping[str, list[weakref.ref[Tensor]]] = {}  # of each group, what it was made of
+    _partitions: Mapping[Tensor, Partition] = {}  # ZeRO's
     _wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
     _is_apart: bool = False  # whether replicas were found to train by themselves
     _has_compared: bool = False
@@ -202,6 +207,7 @@ class NormOpt(torch.optim.Optimizer):
             "state_texts": {},
         }
         group.setdefault("weight_decay", self.defaults["weight_decay"] * rule.decay)
+        self._homes = {**self._homes, group["label"]: [weakref.ref(p) for _, p in pairs]}
         super().add_param_group(group)
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
@@ -259,6 +265,8 @@ class NormOpt(torch.optim.Optimizer):
             for group in groups
             for move in moves_of(group, self.rule_of(group), self.state, self._ranks, self._sums)
         ]
+        for move in moves:
+            move.partition = self._partitions.get(move.param)
         eta = weight = size.weight(memory)
         if size.needs_directions:
             moves = list(directed_inplace(moves, weight, weight, keep=True, full=watched))
@@ -272,10 +280,16 @@ class NormOpt(torch.optim.Optimizer):
         directed: Iterable[Move] = moves
         if not size.needs_directions:
             unit = size.weight(memory)
-            directed = directed_inplace(moves, weight, unit, keep=watched, full=watched)
+            flat = [move for move in moves if is_partitioned(move)]
+            rest = [move for move in moves if not is_partitioned(move)]
+            directed = chain(
+                partitioned_inplace(flat, weight, watched),
+                directed_inplace(rest, weight, unit, keep=watched, full=watched),
+            )
         for move in directed:
             if watched:
-                for whole in (one.of_whole() for one in move.operators()):
+                is_partition = move.partition is not None
+                for whole in whole_moves(move) if is_partition else move.whole_operators():
                     if self.observer is not None:  # else another rank's
                         self.observer(whole, eta)
             move.apply_inplace(eta, self.steps)
@@ -353,9 +367,12 @@ class NormOpt(torch.optim.Optimizer):
         """
         params = [p for group in self.param_groups for p in group["params"]]
         self._ranks = self._replicas(params)
-        groups = groups_of(params, self._ranks)
+        displacement = self._find_partitions()
+        partitions = [self._partitions[p] for p in params if p in self._partitions]
+        groups = groups_of(params, self._ranks, [of.ranks for of in partitions])
         text = self._common_text() if groups else ""
-        own = Proposal(params, self._complaint(), text, self._facts, self.observer is not None)
+        complaint = displacement or self._complaint()
+        own = Proposal(params, complaint, text, self._facts, self.observer is not None)
         if self._ranks is not None:
             partial = any(
                 getattr(module(), "find_unused_parameters", False)
@@ -377,6 +394,27 @@ class NormOpt(torch.optim.Optimizer):
                 p.grad = torch.zeros_like(p)
         if self._ranks is not None:
             average_inplace([params[i] for i in agreed.unequal], self._ranks)
+        for partition in partitions:
+            partition.meet_inplace()
+
+    def _find_partitions(self) -> str:
+        """Find ZeRO's partitions among the parameters; return what is wrong with one, or ""."""
+        for group in self.param_groups:
+            if not is_flat(group):
+                continue
+            params = [home() for home in self._homes.get(group["label"], ())]
+            for flat in group["params"]:
+                found = self._partitions.get(flat) or partition_of(flat, group, params)
+                if found is None or flat in self._partitions:
+                    continue
+                if found.is_offloaded:
+                    if self.may_be_flat:
+                        continue
+                    return OFFLOADED
+                self._partitions = {**self._partitions, flat: found}
+                if not self.may_be_flat and (wrong := displaced(found)):
+                    return wrong
+        return ""
 
     def agree_at_forward(self, model: nn.Module) -> None:
         """Let ranks that share a mesh agree before the model's first forward pass.
@@ -424,10 +462,10 @@ class NormOpt(torch.optim.Optimizer):
         return str(self._facts())
 
     def _facts(self) -> Settings:
-        key = [len(group["params"]) for group in self.param_groups]
-        if self._fixed is None or self._fixed[0] != key:
-            self._fixed = key, self._fixed_facts()
-        return {**self._fixed[1], **self._rates()}
+        key = tuple((group["label"], len(group["params"])) for group in self.param_groups)
+        if key not in self._fixed:
+            self._fixed = {**self._fixed, key: self._fixed_facts()}
+        return {**self._fixed[key], **self._rates()}
 
     def _fixed_facts(self) -> Settings:
         """What does not change from step to step."""
@@ -442,7 +480,7 @@ class NormOpt(torch.optim.Optimizer):
         for group in self.param_groups:
             rows = zip(
                 group["param_names"],
-                group["params"],
+                group["params"] * (len(group["param_names"]) if is_flat(group) else 1),
                 group["param_shapes"],
                 group["layouts"],
                 strict=False,  # their number may be what is wrong
@@ -480,7 +518,9 @@ class NormOpt(torch.optim.Optimizer):
         moves = any((isinstance(rate, Tensor) and not rate.is_cpu) or rate for rate in rates)
         if moves or not _is_rehearsal():
             for group in self.param_groups:
-                group["steps"] += bool(group["params"])  # ZeRO 3 takes them away and back
+                parts = [self._partitions.get(p) for p in group["params"][:1]]
+                # ZeRO 3 takes them away and back, in one part or several.
+                group["steps"] += any(part is None or part.is_first for part in parts)
 
     def warn_of_gradients(self) -> None:
         """Warn if gradients had entries that are NaN or infinite since this was last called.
@@ -513,7 +553,7 @@ class NormOpt(torch.optim.Optimizer):
 
     @property
     def may_be_flat(self) -> bool:
-        """Whether its steps are right for ZeRO's flat partitions of parameters too."""
+        """Whether its steps are right for flat tensors too, whatever they are made of."""
         return isinstance(self.step_size, Fixed) and all(
             self.rule_of(group).entrywise for group in self.param_groups
         )
@@ -523,10 +563,20 @@ class NormOpt(torch.optim.Optimizer):
         """Where the loss jumped, and what was done about it."""
         return list(self.param_groups[0]["guard"].get("events", []))
 
+    @property
+    def unfit_for_zero(self) -> str:
+        """Why its steps cannot be found from ZeRO's partitions; "" if they can."""
+        size = self.step_size
+        text = "" if isinstance(size, Fixed) else type(size).__name__
+        return unfit(self.param_groups, self.rule_of, text)
+
     def _complaint(self) -> str:
         """What is wrong with the parameters' shapes; "" if nothing is."""
         for group in self.param_groups:
-            if is_flat(group) and self.may_be_flat:
+            is_known = all(flat in self._partitions for flat in group["params"])
+            if is_flat(group) and (self.may_be_flat or is_known):
+                if not self.may_be_flat and self.unfit_for_zero:
+                    return self.unfit_for_zero
                 continue
             made, now = len(group["param_names"]), len(group["params"])
             if made != now:
@@ -579,17 +629,13 @@ class NormOpt(torch.optim.Optimizer):
             states = {number: unpacked(one) for number, one in state_dict["state"].items()}
             state_dict = {**state_dict, "state": {i: one for i, one in states.items() if one}}
         if any(map(is_flat, self.param_groups)):  # DeepSpeed's business, but for the rules
-            found, own = (
-                [g.get("rule") for g in gs]
-                for gs in (state_dict["param_groups"], self.param_groups)
-            )
-            if found != own:
-                raise ValueError(f"The checkpoint was made under the rules {found}, not {own}.")
+            groups = matched_flat(state_dict["param_groups"], self.param_groups)
+            state_dict = {**state_dict, "param_groups": groups}
         else:
             state_dict, self.complaints = matched(
                 state_dict, self.param_groups, self.on_mismatch, self.step_size.per_role
             )
-        self._fixed = None
+        self._fixed = {}
         super().load_state_dict(state_dict)
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         for i, saved in state_dict["state"].items():  # torch has cast it to the parameter's dtype

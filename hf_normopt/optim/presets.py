@@ -20,12 +20,13 @@ from torch import nn
 from ..norms.operators import Frobenius, Norm, Spectral, operator_norm
 from ..norms.product import parse_norm, product_norm
 from ..roles import KINDS, ROLES, classify
-from .groups import asked_groups, parameter_groups, read_groups
+from .groups import asked_groups, factors_apart, parameter_groups, read_groups
 from .guard import parse_guard
 from .optimizer import NormOpt
 from .rules import EMA, Policy, Rule
-from .sharding import check_deepspeed
+from .sharding import check_deepspeed, deepspeed_stage
 from .step_sizes import EscapeVelocity, Fixed, LineSearch, StepSize, parse_step_size
+from .zero import shown_whole
 
 logger = logging.getLogger(__name__)
 
@@ -274,37 +275,41 @@ def create_normopt_optimizer(
     size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
     policy = changed(chosen.policy, **changes)
     by_heads = read_option("heads", heads, bool)
-    if params is None:
-        specs = classify(model, overrides, inputs=inputs, heads=by_heads)
-        groups = parameter_groups(model, specs, policy)
-    else:
-        groups = asked_groups(
-            model,
+    if deepspeed_stage() and (apart := factors_apart(policy)) != policy:
+        logger.info("Under ZeRO each factor of a product, such as LoRA's A and B, steps by itself.")
+        policy = apart
+    with shown_whole(model.parameters()):
+        if params is None:
+            specs = classify(model, overrides, inputs=inputs, heads=by_heads)
+            groups = parameter_groups(model, specs, policy)
+        else:
+            groups = asked_groups(
+                model,
+                policy,
+                read_groups(params),
+                lr=lr,
+                overrides=overrides,
+                inputs=inputs,
+                heads=by_heads,
+                decays=[name for name in changes if name.partition("_")[0] == "decay"],
+            )
+        optimizer = NormOpt(
+            groups,
             policy,
-            read_groups(params),
             lr=lr,
-            overrides=overrides,
-            inputs=inputs,
-            heads=by_heads,
-            decays=[name for name in changes if name.partition("_")[0] == "decay"],
+            weight_decay=weight_decay,
+            step_size=size or chosen.step_size,
+            on_mismatch=on_mismatch,
+            momentum_dtype=momentum_dtype,
+            rounding=rounding,
         )
     present = {group["role"] for group in groups} | {group["kind"] for group in groups}
     for change in changes:
         role = change.partition("_")[2]
         if role and role not in present:
             logger.warning("%s has no effect: no trainable parameter is %r.", change, role)
-    optimizer = NormOpt(
-        groups,
-        policy,
-        lr=lr,
-        weight_decay=weight_decay,
-        step_size=size or chosen.step_size,
-        on_mismatch=on_mismatch,
-        momentum_dtype=momentum_dtype,
-        rounding=rounding,
-    )
     optimizer.guard = None if on_spike is None else parse_guard(on_spike)
-    check_deepspeed(optimizer.may_be_flat)
+    check_deepspeed(optimizer.unfit_for_zero, optimizer.may_be_flat)
     optimizer.origin = {"preset": preset, "lr": lr, "weight_decay": weight_decay, **changes} | {
         name: value
         for name, value, usual in (

@@ -53,14 +53,11 @@ class ProductMove(Move):
             for i, scale in enumerate(self.scales if factor.gradients else ()):
                 yield FactorMove(factor.single(i), other.single(i), scale, is_a=factor is self.a)
 
-    def operators(self) -> Iterator[Move]:
-        """The moves of single products."""
+    def whole_operators(self) -> Iterator[Move]:
+        """The moves of single products, see [`Move`]."""
         for i, scale in enumerate(self.scales):
-            yield ProductMove(self.a.single(i), self.b.single(i), [scale])
-
-    def of_whole(self) -> Move:
-        """The same for who looks on, see [`Move`]."""
-        return ProductMove(self.a.of_whole(), self.b.of_whole(), self.scales)
+            a, b = (factor.single(i).of_whole() for factor in (self.a, self.b))
+            yield ProductMove(a, b, [scale])
 
     @property
     def norm(self) -> Product:

@@ -16,11 +16,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.nn.parallel import DistributedDataParallel
 
 NEEDS_WHOLE_MATRICES = (
-    "FSDP1 and DeepSpeed ZeRO flatten parameters, and a norm needs the whole matrix. Use FSDP2: "
+    "FSDP1 flattens parameters, and a norm needs the whole matrix. Use FSDP2: "
     'TrainingArguments(fsdp=True, fsdp_config={"version": 2}), on the command line --fsdp true '
     """--fsdp_config '{"version": 2}', or accelerate launch --use_fsdp --fsdp_version 2. """
-    "DDP and ZeRO stage 0 are right too, and under ZeRO 1 to 3 the presets adam, sign, signum and "
-    "lion with a fixed step size."
+    "DDP and DeepSpeed's ZeRO are right too."
 )
 
 
@@ -202,9 +201,11 @@ def is_alone(module: DistributedDataParallel) -> bool:
     return bool(joins or not module.require_backward_grad_sync)
 
 
-def groups_of(params: Sequence[Tensor], ranks: ProcessGroup | None) -> list[ProcessGroup]:
-    """The groups of ranks that must do the same: the replicas, and every axis of every mesh."""
-    groups = [] if ranks is None else [ranks]
+def groups_of(
+    params: Sequence[Tensor], ranks: ProcessGroup | None, others: Iterable[ProcessGroup] = ()
+) -> list[ProcessGroup]:
+    """The ranks with which this one must do the same: replicas, every mesh's, and others."""
+    groups = [*others] if ranks is None else [ranks, *others]
     for mesh in dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)):
         groups += [mesh.get_group(i) for i in range(mesh.ndim)]
     return [group for group in dict.fromkeys(groups) if dist.get_world_size(group) > 1]
@@ -217,25 +218,43 @@ def deepspeed_config() -> dict[str, Any]:
     return getattr(plugin, "deepspeed_config", None) or {}
 
 
-def check_deepspeed(may_be_flat: bool) -> None:
-    """Refuse DeepSpeed configs that flatten the matrices or replace the optimizer.
+def deepspeed_stage() -> int:
+    """The stage of ZeRO with which accelerate runs DeepSpeed; 0 without."""
+    return int((deepspeed_config().get("zero_optimization") or {}).get("stage") or 0)
+
+
+def check_deepspeed(unfit: str, by_entry: bool) -> None:
+    """Complain if DeepSpeed would train otherwise, or put its own optimizer in our place.
 
     Args:
-        may_be_flat: whether the optimizer can step on flat partitions of parameters.
+        unfit: why the optimizer cannot step with ZeRO's partitions; "" if it can.
+        by_entry: whether it steps each entry by itself.
 
     Raises:
         ValueError: says what to change.
     """
     config = deepspeed_config()
     zero = config.get("zero_optimization") or {}
-    if zero.get("stage") and not may_be_flat:
-        raise ValueError(
-            f"The DeepSpeed config has ZeRO stage {zero['stage']}. {NEEDS_WHOLE_MATRICES}"
-        )
+    stage = zero.get("stage")
     device = (zero.get("offload_optimizer") or {}).get("device") or "none"
     if device != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        way_out = ', or set "zero_force_ds_cpu_optimizer": false' if by_entry else ""
         raise ValueError(
             f"The DeepSpeed config offloads the optimizer to {device}, and accelerate would train "
-            "with DeepSpeedCPUAdam in place of NormOpt. Remove offload_optimizer, or set "
-            '"zero_force_ds_cpu_optimizer": false.'
+            f"with DeepSpeedCPUAdam in place of NormOpt. Remove offload_optimizer{way_out}."
         )
+    if not stage or by_entry:
+        return
+    tensor_parallel = (config.get("tensor_parallel") or {}).get("autotp_size") or 0
+    reasons = {
+        f"The optimizer's partitions would be offloaded to {device}, to where the ranks cannot "
+        "exchange what a norm needs. Remove offload_optimizer.": device != "none",
+        "With round_robin_gradients ZeRO does not say where a parameter's entries are. Remove "
+        "it.": zero.get("round_robin_gradients"),
+        "Its tensor parallelism divides matrices, and a norm needs the whole one. Set autotp_size "
+        "to 1.": tensor_parallel > 1,
+        unfit: unfit,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"The DeepSpeed config has ZeRO stage {stage}. {reason}")
