@@ -119,7 +119,7 @@ def matched(
     for group in groups:
         names = [canonical_name(name) for name in group["param_names"]]
         options = next((fitting[name].group for name in names if name in fitting), group)
-        kept = {key: group[key] for key in (*IDENTITY, *_OWN)}
+        kept = {key: group[key] for key in (*IDENTITY, *_OWN)} | _factor(group, names, fitting)
         if "weight_decay" in group["own"]:  # as it was asked for, like the multiplier
             kept["weight_decay"] = group["weight_decay"]
         if not per_role:  # the group that has it may be another, or frozen
@@ -127,6 +127,27 @@ def matched(
         kept["resets"] = [] if made else resets
         made.append({**group, **options, **kept, "params": [own[name].number for name in names]})
     return {**state_dict, "state": state, "param_groups": made}, complaints
+
+
+def _factor(
+    group: Group, names: Sequence[str], fitting: Mapping[str, _Entry]
+) -> dict[str, float]:
+    """The factor of the rate that a group goes on with: its checkpoint's, if that had one for all.
+
+    The model may have been loaded from the checkpoint, and nothing in it seems to be new then.
+    """
+    if "factor" not in group:
+        return {}
+    saved = {fitting[name].group.get("factor", 1.0) for name in names if name in fitting}
+    if len(saved) > 1:
+        logger.warning(
+            "The group %s goes on with the rate times %g: in the checkpoint its parameters had %s.",
+            group["label"],
+            group["factor"],
+            " and ".join(f"{factor:g}" for factor in sorted(saved)),
+        )
+    factor = saved.pop() if len(saved) == 1 else group["factor"]
+    return {"factor": factor, "multiplier": group["multiplier"] / group["factor"] * factor}
 
 
 def _broken(fitting: Mapping[str, _Entry], states: State) -> dict[str, str]:

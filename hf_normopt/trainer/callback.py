@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -25,6 +26,7 @@ from ..optim.optimizer import NormOpt
 from ..optim.presets import optimizer_names
 from ..optim.schedules import attach_inplace
 from ..optim.sharding import deepspeed_config
+from ..optim.situation import remember
 from ..optim.step_sizes import DualNorm
 from .arguments import optimizer_name, run_schedule, trainer_schedule
 from .bystanders import Bystanders
@@ -73,6 +75,8 @@ class NormOptCallback(TrainerCallback):
         """Warn where DeepSpeed will make an optimizer of its own."""
         if optimizer_name(args) in optimizer_names():
             warn_of_deepspeed(args)
+        if isinstance(model := kwargs.get("model"), nn.Module):
+            remember(model)  # FSDP puts other parameters in its place before the optimizer is made
         self._meet(**kwargs)  # the user may have made one
 
     def _meet(self, optimizer: Any = None, model: Any = None, **kwargs: Any) -> None:
