@@ -9,7 +9,7 @@ weights, same batches.
 
 import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import fmean
 
 
@@ -54,6 +54,8 @@ class Plan:
             reference's final loss.
         fine: whether to try rates a factor of the square root of 2 from the best.
         most: rates for each contender, at most.
+        margin: relative to the reference's value: means that differ by less are equal.
+        sign: -1 where more is better.
     """
 
     task: str
@@ -63,7 +65,8 @@ class Plan:
     shares: tuple[float, ...] = ()
     fine: bool = True
     most: int = 12
-    sign: float = field(default=1.0)  # -1 where more is better
+    margin: float = 0.01
+    sign: float = 1.0
 
 
 def rate_at(place):
@@ -93,8 +96,8 @@ def tuned(plan, results, contender):
 
 
 def best_place(values):
-    """The place with the least value; of equal ones the first."""
-    return min(values, key=values.get)
+    """The place with the least value; of equal ones, as where all diverged, the lowest."""
+    return min(values, key=lambda place: (values[place], place))
 
 
 def next_places(values, start, fine=True, most=12):

@@ -19,7 +19,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from .launch import launch
 from .plan import Run, missing
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,15 +87,19 @@ class Results:
         self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
 
-    def rows(self):
-        """Every result; a line that was cut off is left out."""
+    def rows(self, kind="contender"):
+        """Every result, or every plan; a line that was cut off is left out.
+
+        Args:
+            kind: the field that tells: "contender" or "plan".
+        """
         rows = []
         for line in self.file.read_text().splitlines() if self.file.exists() else ():
             try:
                 rows.append(json.loads(line))
             except ValueError:
                 continue
-        return rows
+        return [row for row in rows if kind in row]
 
     def values(self, task, quantity):
         """The value of each run of a task by its key; infinite where training diverged."""
@@ -106,6 +109,27 @@ class Results:
             for row in self.rows()
             if row["task"] == task
         }
+
+    def state(self, plan, quantity):
+        """Note a plan before its runs.
+
+        Args:
+            plan: the comparison.
+            quantity: what is compared.
+
+        Raises:
+            SystemExit: if the margin of equivalence was another one before.
+        """
+        row = {"task": plan.task, "quantity": quantity, "plan": asdict(plan)}
+        row = json.loads(json.dumps(row))
+        before = [r for r in self.rows("plan") if r["task"] == plan.task]
+        if before and before[0]["plan"]["margin"] != plan.margin:
+            raise SystemExit(
+                f"{plan.task}: the margin was {before[0]['plan']['margin']:g} when the first run "
+                f"was made, and cannot become {plan.margin:g}. Take another name for the task."
+            )
+        if row not in before:
+            self.add(row)
 
     def add(self, row):
         """Add a result, on a line of its own."""
@@ -144,6 +168,7 @@ def compare(plan, task, results, quantity, make=None):
         make: a function of task and run that gives a result; default: [`train`].
     """
     make = make or train
+    results.state(plan, quantity)
     bar = tqdm(desc=plan.task, unit="run")
     while runs := missing(plan, known := results.values(plan.task, quantity)):
         bar.total, bar.n = len(known) + len(runs), len(known)
@@ -170,8 +195,10 @@ def train(task, run, results):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     argv, log = arguments(task, run, folder), folder.parent / f"{name}.log"
+    from .launch import launch  # here, so that each run finds in memory what it will import
+
     context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-    process = context.Process(target=_in_child, args=(task.script, argv, folder, log))
+    process = context.Process(target=_in_child, args=(launch, task.script, argv, folder, log))
     process.start()
     process.join()
     text = log.read_text() if log.exists() else ""
@@ -181,7 +208,8 @@ def train(task, run, results):
         raise SystemExit(f"{run} failed, see {log}: {text.splitlines()[-1:]}")
     record = json.loads((folder / "normopt_run.json").read_text())
     rows = json.loads((folder / "rows.json").read_text())
-    curve = [row for row in rows if "loss" in row]
+    fields = ("step", "seconds", "cpu_seconds", "loss")
+    curve = [{key: round(row[key], 4) for key in fields} for row in rows if "loss" in row]
     for large in folder.glob("**/*.safetensors"):
         large.unlink()
     return {
@@ -199,7 +227,7 @@ def train(task, run, results):
     }
 
 
-def _in_child(script, argv, folder, log):
+def _in_child(launch, script, argv, folder, log):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
