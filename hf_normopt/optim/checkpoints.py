@@ -129,9 +129,7 @@ def matched(
     return {**state_dict, "state": state, "param_groups": made}, complaints
 
 
-def _factor(
-    group: Group, names: Sequence[str], fitting: Mapping[str, _Entry]
-) -> dict[str, float]:
+def _factor(group: Group, names: Sequence[str], fitting: Mapping[str, _Entry]) -> dict[str, float]:
     """The factor of the rate that a group goes on with: its checkpoint's, if that had one for all.
 
     The model may have been loaded from the checkpoint, and nothing in it seems to be new then.

@@ -241,7 +241,7 @@ def _resized_head(model: nn.Module, marks: Mapping[str, bool]) -> set[str]:
 def _adapter_names(model: nn.Module) -> Iterator[str]:
     """Parameters that PEFT's layers added to the model's own."""
     for path, module in model.named_modules():
-        for attribute in getattr(module, "adapter_layer_names", ()):
+        for attribute in {*getattr(module, "adapter_layer_names", ())} - {"modules_to_save"}:
             added = getattr(module, attribute, None)
             if isinstance(added, nn.Module):
                 for name, _ in added.named_parameters():

@@ -64,13 +64,17 @@ class MuonAndAdamW(torch.optim.Optimizer):
             theirs["lr"] = mine["lr"]
         on_cpu = self.param_groups[0]["params"][0].is_cpu
         # CPUs without bfloat16 units would do its iteration 40 to 100 times slower.
-        with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone) if on_cpu else nullcontext():
+        with (
+            patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone) if on_cpu else nullcontext()
+        ):
             for part in self.parts:
                 part.step()
 
 
 def _muon(context):
-    options = {key: float(value) for key, value in parse_optim_args(context.args.optim_args).items()}
+    options = {
+        key: float(value) for key, value in parse_optim_args(context.args.optim_args).items()
+    }
     make = functools.partial(MuonAndAdamW, context.model, **options)
     settings = {"lr": context.args.learning_rate, "weight_decay": context.args.weight_decay}
     return lambda params, **given: make(**settings), {}
@@ -78,7 +82,9 @@ def _muon(context):
 
 def _prodigy(context):
     """With what its README advises for a decaying schedule with warm-up."""
-    options = {key: float(value) for key, value in parse_optim_args(context.args.optim_args).items()}
+    options = {
+        key: float(value) for key, value in parse_optim_args(context.args.optim_args).items()
+    }
     usual = {"use_bias_correction": True, "safeguard_warmup": True}
     settings = {"lr": context.args.learning_rate, "weight_decay": context.args.weight_decay}
     return Prodigy, {**usual, **settings, **options}

@@ -188,7 +188,9 @@ def table(made):
             f"{row['rate']:.2g}" + ("" if row["interior"] else " (at the edge)"),
             f"{row['tuned']:.4g}",
             _number(row["at_reference_rate"]),
-            " / ".join(f"{'≥ ' * cut}{factor:.1f}" for factor, cut in (row["width_1"], row["width_5"])),
+            " / ".join(
+                f"{'≥ ' * cut}{factor:.1f}" for factor, cut in (row["width_1"], row["width_5"])
+            ),
             f"{row['mean']:.4g} ± {row['spread']:.2g}" if "mean" in row else "",
             paired_text(found) if found else "",
             " / ".join(

@@ -136,7 +136,9 @@ class Results:
         with FileLock(f"{self.file}.lock"):
             text = self.file.read_bytes() if self.file.exists() else b""
             with self.file.open("ab") as file:
-                file.write(b"\n" * (text[-1:] not in (b"", b"\n")) + json.dumps(row).encode() + b"\n")
+                file.write(
+                    b"\n" * (text[-1:] not in (b"", b"\n")) + json.dumps(row).encode() + b"\n"
+                )
 
     def claim(self, run):
         """The lock of a run that is held until its process ends; None if another one has it."""
