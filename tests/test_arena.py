@@ -118,7 +118,7 @@ def test_the_share_that_reaches_a_value():
 
 def test_a_margin_does_not_change_once_runs_are_made(tmp_path):
     results = results_of(PLAN, tmp_path)
-    with pytest.raises(SystemExit, match="the margin was 0.01"):
+    with pytest.raises(SystemExit, match=r"the margin was 0\.01"):
         compare(replace(PLAN, margin=0.1), TASK, results, "loss", made)
 
 

@@ -187,9 +187,9 @@ def _gains(model: nn.Module) -> Iterator[Tensor]:
     """Gains of normalizations whose values are here."""
     for module in model.modules():
         gain = getattr(module, "weight", None) if "norm" in type(module).__name__.lower() else None
-        if isinstance(gain, nn.Parameter) and gain.ndim == 1 and len(gain) > 1:
-            if not (gain.is_meta or isinstance(gain, DTensor)):
-                yield gain
+        is_here = isinstance(gain, nn.Parameter) and not (gain.is_meta or isinstance(gain, DTensor))
+        if is_here and gain.ndim == 1 and len(gain) > 1:
+            yield gain
 
 
 def _partly_loaded(

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar
 from unittest.mock import patch
 
 import torch
@@ -96,7 +97,7 @@ HANDLERS = {"arena_muon": _muon, "arena_prodigy": _prodigy}
 class Recorder(TrainerCallback):
     """Notes what is logged, and when."""
 
-    rows = []  # of all trainers of a run
+    rows: ClassVar[list] = []  # of all trainers of a run
 
     def __init__(self):
         self.wall = self.cpu = 0.0

@@ -6,10 +6,10 @@ from statistics import fmean
 import matplotlib
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402 (after the choice of the backend)
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
-from .plan import best_place, rate_at, tuned  # noqa: E402
+from .plan import best_place, rate_at, tuned
 
 
 def draw(plan, rows, known, quantity, file):

@@ -8,6 +8,7 @@ within a margin that was stated before the runs (two one-sided tests at 5 %).
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, stdev
 
 import numpy as np
@@ -86,7 +87,7 @@ def width(values, tolerance):
         [p for p in sorted(values, reverse=True) if p <= best],
     ):
         end = places[-1]
-        for inner, outer in zip(places, places[1:], strict=False):
+        for inner, outer in pairwise(places):
             if values[outer] > limit:
                 rise = values[outer] - values[inner]
                 end = inner + (outer - inner) * (limit - values[inner]) / rise
@@ -108,7 +109,7 @@ def share_to_reach(points, target):
         Interpolated over the logarithm of the share; NaN where no run reaches it, or all do.
     """
     points = sorted(points)
-    for (a, high), (b, low) in zip(points, points[1:], strict=False):
+    for (a, high), (b, low) in pairwise(points):
         if low <= target < high:
             return a * (b / a) ** ((high - target) / (high - low))
     return math.nan
@@ -127,7 +128,7 @@ def rows(plan, known, seconds=None):
     fresh = {name: _fresh(plan, known, name) for name in plan.contenders}
     times = {name: _fresh(plan, seconds or {}, name) for name in plan.contenders}
     reference_place = best_place(tuning[reference])
-    common = {s: v for s, v in fresh[reference].get(1.0, {}).items()}
+    common = fresh[reference].get(1.0, {})
     made = []
     for name, values in tuning.items():
         place, own = best_place(values), fresh[name].get(1.0, {})

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from .plan import Run, missing
+from .plan import missing
 
 ROOT = Path(__file__).parent.parent.parent
 LOG_EVERY = 20  # parts of a run whose training loss is recorded
