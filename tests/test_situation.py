@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -83,6 +85,13 @@ def test_everything_from_a_config():
     assert find_situation(model).name == "scratch"
     assert changed_rates(model) == {"model.embed_tokens.weight": EMBEDDING}
     assert changed_rates(llama(tie_word_embeddings=True)) == {}  # the head is the same matrix
+
+
+def test_only_tables_of_the_input_alone_are_quick():
+    tied = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=20)
+    assert changed_rates(GPT2LMHeadModel(tied)) == {}
+    untied = GPT2Config(**tied.to_diff_dict() | {"tie_word_embeddings": False})
+    assert changed_rates(GPT2LMHeadModel(untied)) == {"transformer.wte.weight": EMBEDDING}
 
 
 def test_a_resized_vocabulary_is_no_new_head(tmp_path):

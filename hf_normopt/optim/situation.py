@@ -10,6 +10,7 @@ What follows is data, [`MULTIPLIERS`], and as data it goes into groups, normopt.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -62,13 +63,15 @@ class Situation:
         why: one clause, for the log.
         states: by parameter: "scratch", "loaded", "new" (in a model whose others were loaded),
             "resized", "adapter", "beside adapters" or "unknown".
-        tied: the parameters that stand in several places.
+        no_tables: parameters that are no table of the input alone: tied to a head, or embedding
+            something else, such as positions. Nothing was measured for them, and they get no
+            multiplier as embeddings.
     """
 
     name: str
     why: str
     states: Mapping[str, str] = field(default_factory=dict)
-    tied: Collection[str] = ()
+    no_tables: Collection[str] = ()
 
     def state(self, name: str) -> str:
         """What one parameter was; its name may have wrappers."""
@@ -101,17 +104,17 @@ def find_situation(model: nn.Module, asked: str = "auto") -> Situation:
     if not any(marks.values()) and moved is None:
         known = (_KNOWN[part] for part in (model, *model.children()) if part in _KNOWN)
         marks, moved = next(known, (marks, moved))
-    adapters, tied = set(_adapter_names(model)), _tied_names(model)
+    adapters, others = set(_adapter_names(model)), _tied_names(model) | _no_tables(model)
     all_new = dict.fromkeys(marks, "scratch")
     if asked in ("scratch", "neutral"):
-        return Situation(asked, "as was said", all_new if asked == "scratch" else {}, tied)
+        return Situation(asked, "as was said", all_new if asked == "scratch" else {}, others)
     if any(marks.values()):
-        return _partly_loaded(model, _of_rank_zero(marks), adapters, tied)
+        return _partly_loaded(model, _of_rank_zero(marks), adapters, others)
     if asked == "pretrained":
         return Situation(asked, "as was said")
     if moved is False and not adapters:
         why = "from_pretrained loaded nothing, and the gains are as they were made"
-        return Situation("scratch", why, all_new, tied)
+        return Situation("scratch", why, all_new, others)
     if moved:
         return Situation("unknown", "trained before, but not loaded by from_pretrained")
     return Situation("unknown", "from_pretrained loaded nothing")
@@ -142,8 +145,9 @@ def settled(
         parts: dict[float, dict[str, Any]] = {}
         for pair, layout in zip(group["params"], group["layouts"], strict=True):
             name = pair[0]
+            is_other = group["role"] == "embedding" and canonical_name(name) in situation.no_tables
             key = (situation.state(name), group["role"])
-            factor = 1.0 if _is_tied(situation, name) else multipliers.get(key, 1.0)
+            factor = 1.0 if is_other else multipliers.get(key, 1.0)
             part = parts.setdefault(factor, {**group, "params": [], "layouts": []})
             part["factor"] = factor
             part["params"].append(pair)
@@ -193,7 +197,7 @@ def _gains(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _partly_loaded(
-    model: nn.Module, marks: dict[str, bool], adapters: set[str], tied: Collection[str]
+    model: nn.Module, marks: dict[str, bool], adapters: set[str], no_tables: Collection[str]
 ) -> Situation:
     """The situation of a model of which parts were loaded."""
     resized = _resized_head(model, marks)
@@ -210,7 +214,7 @@ def _partly_loaded(
     own = [state for name, state in states.items() if name not in adapters]
     loaded = sum(state in ("loaded", "resized") for state in own)
     why = f"from_pretrained loaded {loaded} of {len(own)} tensors"
-    return Situation("pretrained", why + (", with adapters" if adapters else ""), states, tied)
+    return Situation("pretrained", why + (", with adapters" if adapters else ""), states, no_tables)
 
 
 def _original(name: str) -> str:
@@ -257,8 +261,19 @@ def _tied_names(model: nn.Module) -> set[str]:
     return {name for names in places.values() if len(names) > 1 for name in names}
 
 
-def _is_tied(situation: Situation, name: str) -> bool:
-    return canonical_name(name) in situation.tied
+def _no_tables(model: nn.Module) -> set[str]:
+    """Parameters of a transformers model that do not embed its input; none of any other model."""
+    tables: set[int] = set()
+    is_known = False
+    for module in model.modules():
+        find = getattr(module, "get_input_embeddings", None)
+        if find is not None:
+            is_known = True
+            with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+                tables |= {id(p) for p in find().parameters()}
+    if not is_known:
+        return set()
+    return {canonical_name(name) for name, p in model.named_parameters() if id(p) not in tables}
 
 
 def _is_constant(gain: Tensor) -> bool:
