@@ -87,6 +87,14 @@ def test_everything_from_a_config():
     assert changed_rates(llama(tie_word_embeddings=True)) == {}  # the head is the same matrix
 
 
+def test_a_head_among_many_new_parts_is_not_that_of_a_pretrained_model():
+    model = llama()
+    for name, p in model.named_parameters():
+        p._is_hf_initialized = name.startswith("model.norm")
+    assert find_situation(model).state("lm_head.weight") == "new part"
+    assert changed_rates(model) == {}
+
+
 def test_only_tables_of_the_input_alone_are_quick():
     tied = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=20)
     assert changed_rates(GPT2LMHeadModel(tied)) == {}

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedParameter
 
 from ..roles.graph import canonical_name
 from .checkpoints import some
@@ -37,6 +38,7 @@ SITUATIONS = ("auto", "scratch", "pretrained", "neutral")
 
 _MARK = "_is_hf_initialized"
 _SOME_GAINS = 8  # that are looked at
+_BODY = 0.8  # of the tensors: where less was loaded, a head is one of many new parts
 
 
 class _Evidence(NamedTuple):
@@ -61,8 +63,8 @@ class Situation:
     Args:
         name: of the whole: "scratch", "pretrained" or "unknown".
         why: one clause, for the log.
-        states: by parameter: "scratch", "loaded", "new" (in a model whose others were loaded),
-            "resized", "adapter", "beside adapters" or "unknown".
+        states: by parameter: "scratch", "loaded", "new" (on a body that was loaded), "new part" (of
+            a model that was loaded in part), "resized", "adapter", "beside adapters" or "unknown".
         no_tables: parameters that are no table of the input alone: tied to a head, or embedding
             something else, such as positions. Nothing was measured for them, and they get no
             multiplier as embeddings.
@@ -168,7 +170,7 @@ def summary(situation: Situation, groups: Sequence[Mapping[str, Any]]) -> dict[s
         if group.get("factor", 1.0) != 1.0:
             names = [name for name, _ in group["params"]]
             chosen[f"lr_{group['role']}"] = {"factor": group["factor"], "parameters": names}
-    news = {n for n, state in situation.states.items() if state == "new"}
+    news = {name for name, state in situation.states.items() if state.startswith("new")}
     what = f", new: {some(news)}" if news else ""
     text = f"{situation.name} ({situation.why}{what})"
     for option, choice in chosen.items():
@@ -190,9 +192,11 @@ def _evidence(model: nn.Module) -> _Evidence:
 def _gains(model: nn.Module) -> Iterator[Tensor]:
     """Gains of normalizations whose values are here."""
     for module in model.modules():
-        gain = getattr(module, "weight", None) if "norm" in type(module).__name__.lower() else None
-        is_here = isinstance(gain, nn.Parameter) and not (gain.is_meta or isinstance(gain, DTensor))
-        if is_here and gain.ndim == 1 and len(gain) > 1:
+        gain = module._parameters.get("weight")
+        if gain is None or "norm" not in type(module).__name__.lower():
+            continue
+        is_elsewhere = gain.is_meta or isinstance(gain, (DTensor, UninitializedParameter))
+        if not is_elsewhere and gain.ndim == 1 and len(gain) > 1:
             yield gain
 
 
@@ -211,8 +215,10 @@ def _partly_loaded(
             states[name] = "resized"
         else:
             states[name] = "beside adapters" if adapters else "new"
-    own = [state for name, state in states.items() if name not in adapters]
+    own = [state for state in states.values() if state != "adapter"]
     loaded = sum(state in ("loaded", "resized") for state in own)
+    if loaded < _BODY * len(own):
+        states = {name: "new part" if s == "new" else s for name, s in states.items()}
     why = f"from_pretrained loaded {loaded} of {len(own)} tensors"
     return Situation("pretrained", why + (", with adapters" if adapters else ""), states, no_tables)
 
