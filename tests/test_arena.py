@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -154,8 +155,6 @@ def test_a_killed_comparison_goes_on_and_processes_share_the_work(tmp_path):
 
 
 def environment():
-    import os
-
     return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'recipes'}"}
 
 
@@ -167,3 +166,38 @@ def test_options_reach_the_command_line():
     assert said["--optim_args"] == "lr_head=3"
     assert (said["--weight_decay"], said["--seed"], said["--max_steps"]) == ("0.1", "7", "80")
     assert json.loads(json.dumps(run.key())) == list(run.key())
+
+
+def test_muon_with_adamw_is_both_each_on_its_own_and_follows_a_schedule():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from recipes.arena.launch import MuonAndAdamW
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, intermediate_size=32, vocab_size=50)
+    torch.manual_seed(0)
+    model, twin = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    twin.load_state_dict(model.state_dict())
+    optimizer = MuonAndAdamW(model, lr=1e-2, weight_decay=0.1, aux=3.0)
+    optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does
+    hidden = [p for n, p in twin.named_parameters() if ".layers." in n and p.ndim == 2]
+    tables = [p for n, p in twin.named_parameters() if ".layers." not in n and p.ndim == 2]
+    gains = [p for p in twin.parameters() if p.ndim == 1]
+    parts = [
+        torch.optim.Muon(hidden, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(tables, lr=3e-2, weight_decay=0.1),
+        torch.optim.AdamW(gains, lr=3e-2, weight_decay=0.0),
+    ]
+    for _ in range(2):
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        for part in parts:
+            part.step()
+        for group in (*optimizer.param_groups, *(g for part in parts for g in part.param_groups)):
+            group["lr"] *= 0.5
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        # the iteration is in float32 here, and in bfloat16 there
+        torch.testing.assert_close(p, q, atol=2e-3 if ".layers." in name else 1e-6, rtol=1e-4)

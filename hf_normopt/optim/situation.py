@@ -81,12 +81,15 @@ class Situation:
 
 
 def remember(model: nn.Module) -> None:
-    """Note what can be seen of a model, before a wrapper puts other parameters in its place.
+    """Note what can be seen of a model, for [`find_situation`].
+
+    A wrapper may replace its parameters afterwards, or a checkpoint its weights; what counts is
+    what the run began with.
 
     Args:
-        model: of which [`find_situation`] will be asked.
+        model: any module; what was noted of it first stays.
     """
-    _KNOWN[model] = _evidence(model)
+    _KNOWN.setdefault(model, _evidence(model))
 
 
 def find_situation(model: nn.Module, asked: str = "auto") -> Situation:
@@ -102,10 +105,11 @@ def find_situation(model: nn.Module, asked: str = "auto") -> Situation:
     """
     if asked not in SITUATIONS:
         raise ValueError(f"situation must be one of {', '.join(SITUATIONS)}, found {asked!r}.")
-    marks, moved = _evidence(model)
-    if not any(marks.values()) and moved is None:
-        known = (_KNOWN[part] for part in (model, *model.children()) if part in _KNOWN)
-        marks, moved = next(known, (marks, moved))
+    named = model.named_children()
+    inner = (child for name, child in named if canonical_name(f"{name}.p") == "p")
+    known = next((part for part in (model, *inner) if part in _KNOWN), model)
+    remember(known)
+    marks, moved = _KNOWN[known]
     adapters, others = set(_adapter_names(model)), _tied_names(model) | _no_tables(model)
     all_new = dict.fromkeys(marks, "scratch")
     if asked in ("scratch", "neutral"):
@@ -137,11 +141,12 @@ def settled(
         groups: as [`NormOpt`](hf_normopt.NormOpt) takes them.
         situation: of the model.
         multipliers: by state and role, see [`MULTIPLIERS`].
-        said: roles about which an option has spoken; their groups stay as they are.
+        said: roles and kinds about which an option has spoken. Their groups stay as they are, as do
+            those with a rate of their own.
     """
     made = []
     for group in groups:
-        if group["role"] in said or "lr" in group:
+        if {group["role"], group["kind"]} & set(said) or "lr" in group:
             made.append(group)
             continue
         parts: dict[float, dict[str, Any]] = {}
