@@ -99,7 +99,10 @@ def test_only_tables_of_the_input_alone_are_quick():
     tied = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=20)
     assert changed_rates(GPT2LMHeadModel(tied)) == {}
     untied = GPT2Config(**tied.to_diff_dict() | {"tie_word_embeddings": False})
-    assert changed_rates(GPT2LMHeadModel(untied)) == {"transformer.wte.weight": EMBEDDING}
+    model = GPT2LMHeadModel(untied)
+    assert changed_rates(model) == {}  # the group has the positions too
+    model.transformer.wpe.requires_grad_(False)
+    assert changed_rates(model) == {"transformer.wte.weight": EMBEDDING}
 
 
 def test_a_resized_vocabulary_is_no_new_head(tmp_path):
@@ -196,21 +199,20 @@ def test_parameters_that_a_wrapper_replaces_are_remembered(checkpoint):
     assert situation.state("bert.pooler.dense.weight") == "loaded"
 
 
-def test_a_group_of_old_and_new_becomes_two(checkpoint):
+def test_a_group_has_a_factor_where_it_fits_all(checkpoint):
+    """Groups are not divided: a checkpoint's schedule has a rate for each."""
     model = classifier(checkpoint)
-    names = ["bert.pooler.dense.weight", "classifier.weight", "bert.pooler.dense.bias"]
-    params = dict(model.named_parameters())
-    pairs, layouts = [(name, params[name]) for name in names], ["a", "b", "c"]
-    group = {"params": pairs, "layouts": layouts, "role": "linear", "kind": ""}
-    old, new = settled([group], find_situation(model), {("new", "linear"): 3.0})
-    assert ([n for n, _ in old["params"]], old["factor"]) == ([names[0], names[2]], 1.0)
-    assert ([n for n, _ in new["params"]], new["layouts"], new["factor"]) == (
-        [names[1]],
-        ["b"],
-        3.0,
-    )
-    said = summary(find_situation(model), [old, new])
-    assert said["chosen"] == {"lr_linear": {"factor": 3.0, "parameters": [names[1]]}}
+    params, multipliers = dict(model.named_parameters()), {("new", "linear"): 3.0}
+    group = {"role": "linear", "kind": "", "layouts": ["", ""]}
+    for names, factor in (
+        (["bert.pooler.dense.weight", "classifier.weight"], 1.0),
+        (["classifier.weight", "classifier.bias"], 3.0),
+    ):
+        group["params"] = [(name, params[name]) for name in names]
+        (made,) = settled([group], find_situation(model), multipliers)
+        assert made == {**group, "factor": factor}
+    said = summary(find_situation(model), [made])
+    assert said["chosen"] == {"lr_linear": {"factor": 3.0, "parameters": names}}
 
 
 def stepped(model, **options):

@@ -137,14 +137,6 @@ def _factor(group: Group, names: Sequence[str], fitting: Mapping[str, _Entry]) -
     if "factor" not in group:
         return {}
     saved = {fitting[name].group.get("factor", 1.0) for name in names if name in fitting}
-    if len(saved) > 1:
-        logger.warning(
-            "The group %s goes on with the rate times %g: in the checkpoint its parameters had %s. "
-            "The option situation says what the model was when the run began: scratch, pretrained.",
-            group["label"],
-            group["factor"],
-            " and ".join(f"{factor:g}" for factor in sorted(saved)),
-        )
     factor = saved.pop() if len(saved) == 1 else group["factor"]
     return {"factor": factor, "multiplier": group["multiplier"] / group["factor"] * factor}
 

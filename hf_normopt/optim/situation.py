@@ -132,16 +132,17 @@ def settled(
     multipliers: Mapping[tuple[str, str], float],
     said: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Groups with the factor of the rate that the situation gives to their parameters.
+    """Groups with the factor of the rate that the situation gives to all of their parameters.
 
-    A group whose parameters have several becomes several, the largest first. The factor is no part
-    of the rule: a checkpoint's goes on, whatever the situation of the model that loads it.
+    A group whose parameters would get different ones has 1: groups stay what they are, so that
+    schedules and checkpoints of a run fit whatever the situation seems to be. The factor is no part
+    of the rule for the same reason: a checkpoint's goes on.
 
     Args:
         groups: as [`NormOpt`](hf_normopt.NormOpt) takes them.
         situation: of the model.
         multipliers: by state and role, see [`MULTIPLIERS`].
-        said: roles and kinds about which an option has spoken. Their groups stay as they are, as do
+        said: roles and kinds about which an option has spoken. Their groups get no factor, nor do
             those with a rate of their own.
     """
     made = []
@@ -149,17 +150,13 @@ def settled(
         if {group["role"], group["kind"]} & set(said) or "lr" in group:
             made.append(group)
             continue
-        parts: dict[float, dict[str, Any]] = {}
-        for pair, layout in zip(group["params"], group["layouts"], strict=True):
-            name = pair[0]
-            is_other = group["role"] == "embedding" and canonical_name(name) in situation.no_tables
-            key = (situation.state(name), group["role"])
-            factor = 1.0 if is_other else multipliers.get(key, 1.0)
-            part = parts.setdefault(factor, {**group, "params": [], "layouts": []})
-            part["factor"] = factor
-            part["params"].append(pair)
-            part["layouts"].append(layout)
-        made += sorted(parts.values(), key=lambda part: -len(part["params"]))
+        factors = {
+            1.0
+            if group["role"] == "embedding" and canonical_name(name) in situation.no_tables
+            else multipliers.get((situation.state(name), group["role"]), 1.0)
+            for name, _ in group["params"]
+        }
+        made.append({**group, "factor": factors.pop() if len(factors) == 1 else 1.0})
     return made
 
 
