@@ -237,16 +237,17 @@ def _resized_head(model: nn.Module, marks: Mapping[str, bool]) -> set[str]:
     `resize_token_embeddings` puts a new module in its place, which has most of the old rows.
     """
     for part in (model, *model.modules()):
-        find = getattr(part, "get_output_embeddings", None)
-        try:
-            ends = (part.get_input_embeddings(), find()) if find else (None, None)  # type: ignore[operator]
-        except (AttributeError, NotImplementedError, TypeError):
-            continue
-        if all(isinstance(end, nn.Module) for end in ends):
-            first, last = ({id(p) for p in end.parameters()} for end in ends)
-            names = {canonical_name(n): id(p) for n, p in model.named_parameters()}
-            if any(marks.get(name) and i in first for name, i in names.items()):
-                return {name for name, i in names.items() if i in last and not marks.get(name)}
+        first, last = (_ids_of(part, f"get_{end}_embeddings") for end in ("input", "output"))
+        names = {canonical_name(n): id(p) for n, p in model.named_parameters()} if last else {}
+        if any(marks.get(name) and i in first for name, i in names.items()):
+            return {name for name, i in names.items() if i in last and not marks.get(name)}
+    return set()
+
+
+def _ids_of(module: nn.Module, getter: str) -> set[int]:
+    """The parameters of the part that a getter of transformers gives, if there is one."""
+    with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+        return {id(p) for p in getattr(module, getter)().parameters()}
     return set()
 
 
@@ -271,16 +272,9 @@ def _tied_names(model: nn.Module) -> set[str]:
 
 def _no_tables(model: nn.Module) -> set[str]:
     """Parameters of a transformers model that do not embed its input; none of any other model."""
-    tables: set[int] = set()
-    is_known = False
-    for module in model.modules():
-        find = getattr(module, "get_input_embeddings", None)
-        if find is not None:
-            is_known = True
-            with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
-                tables |= {id(p) for p in find().parameters()}
-    if not is_known:
+    if not any(hasattr(module, "get_input_embeddings") for module in model.modules()):
         return set()
+    tables = {i for module in model.modules() for i in _ids_of(module, "get_input_embeddings")}
     return {canonical_name(name) for name, p in model.named_parameters() if id(p) not in tables}
 
 
