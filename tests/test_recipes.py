@@ -46,7 +46,7 @@ from transformers import (
 
 from common import METRICS, MetricArguments, Score
 from hf_normopt import PRESETS, update_model_card
-from recipes.compare import OPTIMIZERS, RECIPES, SEEDS, table
+from recipes.cards import OPTIMIZERS, RECIPES, SEEDS, table
 from tests.processes import run_script
 
 ROOT = Path(__file__).parent.parent

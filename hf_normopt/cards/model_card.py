@@ -236,6 +236,7 @@ def _section(content: Mapping[str, Any], picture: bool, listed: bool) -> str:
         "preset": f"`{preset['name']}`. {preset['description']}" if preset["name"] else "none",
         "source": preset["source"],
         "options": ", ".join(f"`{key}={value}`" for key, value in options.items()) or "none",
+        "situation": content.get("situation", {}).get("text", ""),
         "learning rate": str(content["learning_rate"]),
         "weight decay": str(content["weight_decay"]),
         "step size": f"`{size}`.{about}" + logged,

@@ -57,6 +57,7 @@ def report(
         "options": {key: v for key, v in origin.items() if key not in ("lr", "weight_decay")},
         "learning_rate": _common_rate(optimizer),
         "weight_decay": _weight_decay(optimizer),
+        "situation": dict(optimizer.situation),
         "step_size": format_step_size(optimizer.step_size),
         "last_step_size": next(
             (row["step_size"] for row in reversed(log_history) if "step_size" in row), None
@@ -109,7 +110,7 @@ def _role(
         "rule": group["rule"],
         "tensors": len(group["params"]),
         "parameters": sum(math.prod(shape) for shape in group["param_shapes"]),
-        "learning_rate": _rate(group) * rule.multiplier,
+        "learning_rate": _rate(group) * group["multiplier"],
         "weight_decay": float(group["weight_decay"]),
         "own": list(group["own"]),
         "schedule": group["schedule"] or schedule,

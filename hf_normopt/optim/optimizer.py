@@ -72,9 +72,10 @@ class NormOpt(torch.optim.Optimizer):
     Args:
         groups: parameter groups, each a dict with `params` (parameters, or pairs of name and
             parameter) and `role`, and optionally `kind`, `layouts` (a text for each parameter;
-            default: the role's usual one), `lr`, `weight_decay`; and `scales` where the parameters
-            are factors A, B, A, B, ... of products s B A: s of each. [`parameter_groups`] makes
-            them for a model.
+            default: the role's usual one), `lr`, `weight_decay`, `factor`, which multiplies the
+            rule's multiplier and goes on from checkpoints; and `scales` where the parameters are
+            factors A, B, A, B, ... of products s B A: s of each. [`parameter_groups`] makes them
+            for a model.
         policy: a rule for every role in the groups.
         lr: the learning rate, which a schedule may change; rules have multipliers of it.
         weight_decay: decoupled: W shrinks by lr · η · weight_decay · rule.decay in each step.
@@ -87,6 +88,7 @@ class NormOpt(torch.optim.Optimizer):
 
     Attributes:
         origin: the arguments of `create_normopt_optimizer` that made it, for records.
+        situation: what `create_normopt_optimizer` found the model to be, and chose, for records.
         made_for: the model that it was made for, if there was one, by a weak reference.
         replicas: the ranks that hold the same parameters and gradients and share the work; those of
             accelerate's DDP if it is not set.
@@ -104,6 +106,7 @@ class NormOpt(torch.optim.Optimizer):
     """
 
     origin: Mapping[str, Any] = {}
+    situation: Mapping[str, Any] = {}
     made_for: weakref.ref[nn.Module] | None = None
     observer: Callable[[Move, Tensor | float], None] | None = None
     replicas: ProcessGroup | None = None
@@ -196,7 +199,7 @@ class NormOpt(torch.optim.Optimizer):
             "layouts": by_name,
             "scales": group.get("scales", []),
             "rule": str(rule) if self.step_size == Fixed() else f"{rule}; {self.step_size}",
-            "multiplier": rule.multiplier,
+            "multiplier": rule.multiplier * group.get("factor", 1.0),
             "own": [key for key in ("lr", "weight_decay") if key in group],
             "schedule": rule.schedule,
             "label": self._label(group),
@@ -654,7 +657,7 @@ class NormOpt(torch.optim.Optimizer):
                 self.step_size.restart_inplace(group["memory"], self.state.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("policy", "step_size", "on_mismatch", "origin", "complaints", "guard")
+        own = ("policy", "step_size", "on_mismatch", "origin", "situation", "complaints", "guard")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from .guard import parse_guard
 from .optimizer import NormOpt
 from .rules import EMA, Policy, Rule
 from .sharding import check_deepspeed, deepspeed_stage
+from .situation import MULTIPLIERS, find_situation, settled, summary
 from .step_sizes import EscapeVelocity, Fixed, LineSearch, StepSize, parse_step_size
 from .zero import shown_whole
 
@@ -43,6 +44,8 @@ class Preset:
         step_size: η.
         schedule: of the learning rate where nobody asks for another, see
             `hf_normopt/optim/schedules.py`; "": the trainer's.
+        multipliers: of the rate by what a parameter was before training and its role, see
+            `hf_normopt/optim/situation.py`.
     """
 
     description: str
@@ -51,6 +54,7 @@ class Preset:
     policy: Policy
     step_size: StepSize = Fixed()  # noqa: RUF009 (immutable)
     schedule: str = ""
+    multipliers: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
 # Building blocks: a rule for matrices and one for what has no shape to speak of.
@@ -103,6 +107,7 @@ PRESETS: dict[str, Preset] = {
         source=f"{_PAPER}, Epilogue; scale: Liu et al. 2025, arXiv 2502.16982",
         learning_rate=(1e-5, 5e-3),
         policy=_with_products(_by_role(partial(Rule, scale="adamw", momentum=0.95, nesterov=True))),
+        multipliers=MULTIPLIERS,
     ),
     "modular": Preset(
         description="The same norms in their own unit: the rate transfers over width.",
@@ -228,6 +233,7 @@ def create_normopt_optimizer(
     momentum_dtype: str = "float32",
     rounding: str = "kahan",
     on_spike: str | None = None,
+    situation: str = "auto",
     **changes: Any,
 ) -> NormOpt:
     """Make the optimizer for a model: find the roles, give each its rule.
@@ -250,6 +256,9 @@ def create_normopt_optimizer(
         rounding: how weights in 16 bits take a step, see [`NormOpt`].
         on_spike: what is done about a loss that jumps: `"warn"`, `"skip"` or `"halve"`, also as
             `"skip/multiple:5"`, see `hf_normopt/optim/guard.py`; None: nothing.
+        situation: what the model was before training, on which the rates of some roles depend
+            (preset `normopt`): "auto": what can be seen; "scratch", "pretrained", or "neutral":
+            no role gets another rate. `lr_ROLE` goes before it for that role.
         changes: of the preset's rules. `FIELD=value` changes all roles, `FIELD_ROLE=value` one role
             or kind, where FIELD is `lr` (a multiplier), `momentum`, `nesterov`, `norm`, `scale`,
             `decay` or `schedule` (`"wsd/decay:0.2"`); `beta1`, `beta2` and `eps` change the rules
@@ -293,6 +302,9 @@ def create_normopt_optimizer(
                 heads=by_heads,
                 decays=[name for name in changes if name.partition("_")[0] == "decay"],
             )
+        found = find_situation(model, situation)
+        if chosen.multipliers:
+            groups = settled(groups, found, chosen.multipliers, _settled_roles(changes))
         optimizer = NormOpt(
             groups,
             policy,
@@ -319,12 +331,24 @@ def create_normopt_optimizer(
             ("momentum_dtype", momentum_dtype, "float32"),
             ("rounding", rounding, "kahan"),
             ("on_spike", on_spike, None),
+            ("situation", situation, "auto"),
         )
         if value != usual
     }
+    if chosen.multipliers:
+        optimizer.situation = summary(found, groups)
+        logger.info("The situation: %s.", optimizer.situation["text"])
     optimizer.made_for = weakref.ref(model)
     optimizer.agree_at_forward(model)
     return optimizer
+
+
+def _settled_roles(changes: Mapping[str, Any]) -> set[str]:
+    """Roles whose rate, norm or scale an option has settled."""
+    by_field = {name: name.partition("_") for name in changes}
+    if {"norm", "scale"} & by_field.keys():
+        return set(ROLES)
+    return {role for field, _, role in by_field.values() if field in ("lr", "norm", "scale")}
 
 
 def changed(policy: Policy, **changes: Any) -> Policy:

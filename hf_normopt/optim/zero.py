@@ -285,7 +285,7 @@ def unfit(
             continue
         if not rule.norm.independent:
             return (
-                f"The factors of {group['label']} [{rule}] step together, and ZeRO partitions each. "
+                f"The factors of {group['label']} step together, and ZeRO partitions each. "
                 f'Use optim_args="norm_product=rms->rms,norm_table_product=l1->rms", or {OTHERWISE}'
             )
         if rule.statistic is not None:

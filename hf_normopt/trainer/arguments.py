@@ -102,6 +102,12 @@ class NormOptArguments(TrainingArguments):
         default=None,
         metadata={"help": "What to do about a loss that jumps: warn, skip or halve."},
     )
+    situation: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the model was before: scratch, pretrained or neutral; default: look."
+        },
+    )
     telemetry: bool | None = field(
         default=None, metadata={"help": "Log norms by role; on unless false."}
     )
@@ -110,7 +116,7 @@ class NormOptArguments(TrainingArguments):
 # The fields that are options under the same name.
 _PLAIN_FIELDS = (
     *("preset", "momentum", "nesterov", "scale", "heads", "step_size", "schedule"),
-    *("on_mismatch", "momentum_dtype", "rounding", "on_spike", "telemetry"),
+    *("on_mismatch", "momentum_dtype", "rounding", "on_spike", "situation", "telemetry"),
 )
 
 
@@ -299,7 +305,9 @@ def optimizer_from_arguments(model: nn.Module, args: TrainingArguments, **change
                 low,
                 high,
             )
-        print(f"NormOpt, preset {preset}:\n{optimizer}", flush=True)
+        said = optimizer.situation.get("text")
+        about = f"\nsituation: {said}" if said else ""
+        print(f"NormOpt, preset {preset}:\n{optimizer}{about}", flush=True)
     return optimizer
 
 

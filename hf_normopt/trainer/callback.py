@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -26,6 +27,7 @@ from ..optim.optimizer import NormOpt
 from ..optim.presets import optimizer_names
 from ..optim.schedules import attach_inplace
 from ..optim.sharding import deepspeed_config
+from ..optim.situation import remember
 from ..optim.step_sizes import DualNorm, Momo
 from .arguments import optimizer_name, run_schedule, trainer_schedule
 from .bystanders import Bystanders
@@ -74,6 +76,8 @@ class NormOptCallback(TrainerCallback):
         """Warn if DeepSpeed will make its own optimizer."""
         if optimizer_name(args) in optimizer_names():
             warn_of_deepspeed(args)
+        if isinstance(model := kwargs.get("model"), nn.Module):
+            remember(model)  # FSDP puts other parameters in its place before the optimizer is made
         self._watch_bystanders(**kwargs)  # the user may have passed an optimizer
 
     def _watch_bystanders(self, optimizer: Any = None, model: Any = None, **kwargs: Any) -> None:
