@@ -130,10 +130,9 @@ class SpectralProduct(Spectral, Product):
         delta = reach * half / (pair.scale.double() * GUARD)
         root_b = _inverse_root(pair.b.mT, delta.square() * (root_a @ root_a.mT))
         step = half / pair.scale
-        return (
-            _polar(pair.m_a, root_b, self.method) * step,
-            _polar(pair.m_b.mT, root_a, self.method).mT * step,
-        )
+        root_a, root_b = root_a.to(pair.m_b.dtype), (root_b * step).to(pair.m_a.dtype)
+        d_a = root_b @ _polar(root_b.mT @ pair.m_a, self.method)
+        return d_a, _polar(pair.m_b @ root_a, self.method) @ (root_a * step).mT
 
     def norm_of_product(self, pair: Pair) -> Tensor:
         """‖s B A‖ by eigenvalues of r x r matrices."""
@@ -167,10 +166,10 @@ class ColumnProduct(MaxColumn, Product):
         longest = _longest(_inverse_root(pair.a, guard), pair.a)
         root_a = _inverse_root(pair.a, guard / torch.where(longest > 0, longest, 1).square())
         step = half / pair.scale
-        columns = over_length(root_b.to(pair.m_a.dtype).mT @ pair.m_a, -2)
-        d_b = _polar(pair.m_b.mT, root_a, "auto").mT * step
-        reached = torch.where(longest > 0, longest, torch.inf).to(d_b.dtype)
-        return root_b.to(columns.dtype) @ columns * step, d_b / reached
+        reach = step / torch.where(longest > 0, longest, torch.inf)
+        root_a, root_b = root_a.to(pair.m_b.dtype), root_b.to(pair.m_a.dtype)
+        d_a = (root_b * step) @ over_length(root_b.mT @ pair.m_a, -2)
+        return d_a, _polar(pair.m_b @ root_a) @ (root_a * reach.to(root_a.dtype)).mT
 
     def balance(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """R and R⁻¹ that make the columns of B orthogonal."""
@@ -217,18 +216,18 @@ def _pivots(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).square()
 
 
-def _polar(m: Tensor, root: Tensor, method: str) -> Tensor:
-    """F polar(Fᵀ M) for M (..., r, n), in M's dtype.
+def _polar(x: Tensor, method: str = "auto") -> Tensor:
+    """The polar factor of a momentum times a root.
 
-    F is large where the other factor is small, and M has nothing but rounding there.
+    The root is large where the other factor is small, and a momentum has only rounding there: in
+    float64, whose polar factor is exact, that counts as 0.
     """
-    root = root.to(m.dtype)
-    turned = root.mT @ m
-    if m.dtype != torch.float64:
-        return root @ orthogonalize(turned, method)
-    u, singular, vh = torch.linalg.svd(turned, full_matrices=False)
+    if x.dtype != torch.float64:
+        return orthogonalize(x, method)
+    u, singular, vh = torch.linalg.svd(x, full_matrices=False)
     kept = singular > _NOISE * singular.amax(-1, keepdim=True)
-    return root @ (u * kept[..., None, :]) @ vh
+    polar: Tensor = (u * kept[..., None, :]) @ vh
+    return polar
 
 
 def _longest(root: Tensor, a: Tensor) -> Tensor:
