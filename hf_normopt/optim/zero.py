@@ -339,8 +339,8 @@ def matched_flat(
         if found != own:
             before, now = _first_difference(found, own)
             raise ValueError(
-                f"The optimizer's checkpoint does not fit: its {key.replace('_', ' ')} has {before}"
-                f" where this run has {now}. DeepSpeed's checkpoints go on with the same model, "
+                f"The optimizer's checkpoint does not fit: in {key} it has {before} "
+                f"where this run has {now}. DeepSpeed's checkpoints go on with the same model, "
                 "preset, options and overrides only; start anew from the model's weights otherwise."
             )
     return [
