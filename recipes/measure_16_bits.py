@@ -96,7 +96,7 @@ def measured(x, s, u, v, o):
 def polar(x, by):
     """The iteration for a wide matrix."""
     steps = half.steps_of(len(x))
-    return half.polar(x[None], POLYNOMIALS["polar_express"][:steps], by)[0]
+    return half.in_16_bits(x[None], POLYNOMIALS["polar_express"][:steps], by)[0]
 
 
 def worst(m, n, by):

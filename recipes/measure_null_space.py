@@ -10,7 +10,8 @@ trains a small Llama on Shakespeare, with the same seeds, and with a spectral or
 * or `float16` itself with emulated products, see `measure_16_bits.py`.
 
 With the usual momentum, and without one, where a gradient of few tokens leaves most of a matrix
-without a gradient. The loss is that on validation text after the last step. Ten minutes on a core.
+without a gradient. The loss is that on validation text after the last step. Some ten minutes on an
+idle core.
 """
 
 import argparse

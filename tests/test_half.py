@@ -1,5 +1,6 @@
 """Polar factors by products in 16 bits, as GPUs find them; here the products are emulated."""
 
+import importlib
 import logging
 import math
 import sys
@@ -246,7 +247,8 @@ def test_without_the_package_nothing_is_said(monkeypatch, caplog):
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_devices_wait_for_nothing_and_compile_it_as_one_graph(monkeypatch):
     """Tensors on meta have no values: whoever asked for one would fail."""
-    monkeypatch.setattr(half, "device_of", lambda device: DEVICES["9.0"])
+    module = importlib.import_module("hf_normopt.norms.orthogonalize")
+    monkeypatch.setattr(module, "device_of", lambda device: DEVICES["9.0"])
     plan.cache_clear()
     compiled = torch.compile(orthogonalize, backend="eager", fullgraph=True)
     for shape in ((3, 96, 300), (500, 80), (128, 128)):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..norms import half
+from ..norms.half import device_of
 from ..norms.operators import Spectral
 from ..norms.orthogonalize import Plan, plan
 from ..optim.batches import ACCELERATED, PART, SMALL
@@ -75,7 +75,7 @@ def predict(
     specs: Sequence[ParamSpec], rules: Sequence[Rule], tokens: int, device: str
 ) -> Prediction | None:
     """Seconds of a step with float32 weights; None for a device of which nothing is known."""
-    known = half.device_of(device)
+    known = device_of(device)
     if known is None:
         return None
     products = 0.0

@@ -137,7 +137,9 @@ def work(m: int, n: int) -> float:
     return starts * 4.0 * m * m * n + (steps + 3 * (steps - starts)) * 2.0 * m**3
 
 
-def polar(x: Tensor, polynomials: Sequence[tuple[float, float, float]], by: Products) -> Tensor:
+def in_16_bits(
+    x: Tensor, polynomials: Sequence[tuple[float, float, float]], by: Products
+) -> Tensor:
     """Polar factors of wide matrices (k, m, n) in float32, m >= 2.
 
     Efficiency is 0.98 where all singular values are 1e-3 of the largest or more, or are 0; none

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .half import NULL, Products, polar
+from .half import NULL, Products, in_16_bits
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def _complaint(by: Products, device: torch.device, polynomials: Polynomials) -> 
         u = torch.linalg.qr(torch.randn(m, m, generator=generator))[0]
         v = torch.linalg.qr(torch.randn(n, m, generator=generator))[0]
         x = (u * spectrum) @ v.T
-        found = polar(x[None].to(device), polynomials, by).float().cpu()[0]
+        found = in_16_bits(x[None].to(device), polynomials, by).float().cpu()[0]
         if not found.isfinite().all():
             return f"{name} give NaN or infinity"
         largest = torch.linalg.matrix_norm(found, 2).item()

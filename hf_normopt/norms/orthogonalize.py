@@ -28,7 +28,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import half
+from .half import LEAST, device_of, in_16_bits, steps_of
+from .half import work as work_in_16_bits
 from .kernels import products_on
 
 Polynomial = tuple[float, float, float]
@@ -140,12 +141,12 @@ def plan(
     *batch, rows, columns = shape
     m, n, count = min(rows, columns), max(rows, columns), math.prod(batch)
     on_cpu = str(device).startswith("cpu")
-    known = half.device_of(device)
+    known = device_of(device)
     is_faster = known is not None and known.is_faster_in_16_bits and dtype != torch.float64
-    if method == "auto" and is_faster and accuracy is None and m >= half.LEAST:
+    if method == "auto" and is_faster and accuracy is None and m >= LEAST:
         method = "float16"
     if method == "float16":
-        return Plan(method, half.steps_of(m), count * half.work(m, n))
+        return Plan(method, steps_of(m), count * work_in_16_bits(m, n))
     if method not in ("auto", "float32"):
         steps = len(POLYNOMIALS.get(method, ()))
         return Plan(method, steps, count * _work(method, m, n, steps, on_cpu))
@@ -393,7 +394,7 @@ def _in_16_bits(x: Tensor, steps: int) -> Tensor:
     flat = x.reshape(-1, *x.shape[-2:])
     polynomials = POLYNOMIALS["polar_express"][:steps]
     by = products_on(x.device, polynomials)
-    return half.polar(flat, polynomials, by).reshape(x.shape)
+    return in_16_bits(flat, polynomials, by).reshape(x.shape)
 
 
 def _iterate(x: Tensor, chosen: Plan) -> Tensor:
