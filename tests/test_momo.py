@@ -133,8 +133,8 @@ def test_without_the_loss_it_says_what_to_do():
 
 
 def test_roles_of_different_momenta_are_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"one momentum for all roles, found 0.9, 0.95 \(nest"):
-        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
         create_normopt_optimizer(model, lr=0.1, preset="muon", step_size="momo")
 
 
