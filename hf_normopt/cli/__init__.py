@@ -1,4 +1,4 @@
-"""The command `hf-normopt`: presets, inspect with its picture and cost, card, run.
+"""The command `hf-normopt`: presets, inspect with its picture and cost, card, run, find-rate.
 
 A new command is a function in `commands.py`. Nothing imports this room.
 """

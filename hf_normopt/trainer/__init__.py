@@ -1,7 +1,7 @@
 """The doors to `transformers.Trainer`: arguments, callback, telemetry, registration.
 
 `arguments.py` reads options, `door.py` is the class that transformers gets, `trainer.py` registers
-it; `publish.py` is the end of a script: weights, metrics, card. Imports `optim` and `cards`. A new
+it; `publish.py` is the end of a script: weights, metrics, card; `trial.py` a run of `find-rate`. Imports `optim` and `cards`. A new
 option is a field of `NormOptArguments`.
 """
 
