@@ -20,11 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 LAYOUT = dict(vocab_size=16, hidden_size=16, intermediate_size=32)
 config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **LAYOUT)
 data = [{"input_ids": (x := (torch.arange(8) + i).remainder(16)), "labels": x} for i in range(40)]
-args = TrainingArguments(
-    "mine", num_train_epochs=20, per_device_train_batch_size=4, dataloader_pin_memory=False, %s
-)
+usual = dict(per_device_train_batch_size=4, dataloader_pin_memory=False)
+args = TrainingArguments("mine", num_train_epochs=20, **usual, %s)
 set_seed(args.seed)
-assert os.listdir(args.output_dir if os.path.isdir(args.output_dir) else os.curdir) is not None
+assert not os.path.exists(args.output_dir)  # or a script would refuse, or resume
 args.save_strategy = "steps"
 optimizers = (None, None)
 model = LlamaForCausalLM(config)

@@ -259,7 +259,7 @@ def _table(search: Search) -> str:
     for power in sorted(search.tried):
         tried = search.tried[power]
         losses = tried.outcome.losses
-        notes = {search.chosen: "use this", search.best: "least loss"}
+        notes = {search.best: "least loss", search.chosen: "use this"}
         note = notes.get(power) or (f"within {NEAR:.0%}" if power in search.near else "")
         first = f"{losses[0]:.4g}" if losses else ""
         rows.append((f"{tried.outcome.rate:.4g}", first, _loss_text(tried), note))

@@ -116,7 +116,8 @@ PRESETS: dict[str, Preset] = {
         policy=_with_products(_by_role(partial(Rule, momentum=0.95, nesterov=True))),
     ),
     "free": Preset(
-        description="The norms and scale of normopt, at a rate that the first steps find.",
+        description="normopt at a rate that the first steps find: 1 % better to 16 % worse than "
+        "the best rate of a grid on two small tasks.",
         source=f"{_PAPER}, Epilogue; a line search on the cosine of steps and gradients",
         learning_rate=(0.2, 5.0),
         policy=_with_products(_by_role(partial(Rule, scale="adamw", momentum=0.95, nesterov=True))),

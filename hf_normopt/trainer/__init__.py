@@ -1,7 +1,7 @@
 """The doors to `transformers.Trainer`: arguments, callback, telemetry, registration.
 
 `arguments.py` reads options, `door.py` is the class that transformers gets, `trainer.py` registers
-it. `finish.py` stands apart: scripts such as the recipes end with it, no trainer calls it. Imports
+it. `trial.py` is a run of `find-rate`. `finish.py` stands apart: scripts such as the recipes end with it, no trainer calls it. Imports
 `optim` and `cards`. A new option is a field of `NormOptArguments`.
 """
 
