@@ -129,12 +129,13 @@ def test_a_killed_comparison_goes_on_and_processes_share_the_work(tmp_path):
     script.write_text(
         textwrap.dedent(
             """
-            import os, sys
+            import os, sys, time
             from tests.test_arena import PLAN, TASK, Results, compare, made
 
             def make(task, run, results):
                 if sys.argv[2] == "die" and len(results.rows()) == 3:
                     os._exit(9)
+                time.sleep(0.1)
                 return {**made(task, run, results), "by": os.getpid()}
 
             compare(PLAN, TASK, Results(sys.argv[1]), "loss", make)

@@ -141,15 +141,14 @@ class Results:
                 )
 
     def claim(self, run):
-        """The lock of a run that is held until its process ends; None if another one has it."""
+        """A context that holds a run, at most as long as this process; None if another has it."""
         folder = self.file.parent / "locks"
         folder.mkdir(exist_ok=True)
         lock = FileLock(folder / re.sub(r"[^\w.=-]+", "_", "-".join(map(str, run.key()))))
         try:
-            lock.acquire(timeout=0)
+            return lock.acquire(timeout=0)
         except Timeout:
             return None
-        return lock
 
 
 def value_of(row, quantity):
