@@ -1,8 +1,9 @@
 """The doors to `transformers.Trainer`: arguments, callback, telemetry, registration.
 
 `arguments.py` reads options, `door.py` is the class that transformers gets, `trainer.py` registers
-it. `trial.py` is a run of `find-rate`. `finish.py` stands apart: scripts such as the recipes end with it, no trainer calls it. Imports
-`optim` and `cards`. A new option is a field of `NormOptArguments`.
+it. `trial.py` is a run of `find-rate`. `finish.py` stands apart: scripts such as the recipes end
+with it, no trainer calls it. Imports `optim` and `cards`. A new option is a field of
+`NormOptArguments`.
 """
 
 from .trainer import _known_name as _known_name  # pickles of earlier versions name it here
