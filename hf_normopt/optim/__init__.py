@@ -2,6 +2,6 @@
 
 `presets.py` gives every role its rule (`rules.py`); `optimizer.py` keeps groups and state;
 `moves.py` is the step of one tensor, `exchange.py` shares it among ranks, `step_sizes.py` says how
-far it goes, `guard.py` whether it is made. Imports `norms` and
-`roles`. A new preset is an entry of `presets.PRESETS`.
+far it goes, `guard.py` whether it is made. Imports `norms` and `roles`. A new preset
+is an entry of `presets.PRESETS`.
 """

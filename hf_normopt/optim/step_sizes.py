@@ -362,7 +362,7 @@ class LineSearch(StepSize):
         """⟨g, w_0 - w⟩ and the squares over the last step; the rate, and the schedule's first."""
         way = torch.stack(move.way_inplace(1, True))
         rates = (move.group["lr"], move.group.get("initial_lr", move.group["lr"]))
-        return torch.cat([way, *(way.new_tensor([float(rate)]) for rate in rates)]), None
+        return torch.cat([way, *(torch.as_tensor(rate).to(way).reshape(1) for rate in rates)]), None
 
     def advance_inplace(self, memory: dict[str, Any], dual: Tensor, sums: Tensor) -> Tensor:
         """Take a step of the search; its η is such that the schedule cancels."""
