@@ -19,7 +19,7 @@ from hf_normopt import (
     operator_norm,
 )
 from hf_normopt.norms.operators import parse_norm
-from hf_normopt.optim import moves
+from hf_normopt.optim import batches as batching
 from hf_normopt.optim.groups import parameter_groups
 from hf_normopt.optim.presets import PRESETS
 from hf_normopt.optim.rules import ADAMW_RMS, SCALES
@@ -602,8 +602,8 @@ def test_tensors_that_move_together_or_in_parts_move_as_alone(preset, monkeypatc
     """Stacks of equal shapes, and parts of large tensors, change nothing but rounding."""
     ends = []
     for small, part in ((0, 2**30), (2**16, 2**30), (0, 100), (2**8, 100)):
-        monkeypatch.setattr(moves, "SMALL", small)
-        monkeypatch.setattr(moves, "PART", part)
+        monkeypatch.setattr(batching, "SMALL", small)
+        monkeypatch.setattr(batching, "PART", part)
         torch.manual_seed(0)
         model = llama()
         optimizer = create_normopt_optimizer(model, lr=1e-2, preset=preset, weight_decay=0.1)
@@ -621,9 +621,9 @@ def test_what_moves_at_a_time(monkeypatch):
             p.grad = torch.randn(shape)
         optimizer = NormOpt([{"params": params, "role": role, **options}], policy, lr=0.1)
         group = optimizer.param_groups[0]
-        many = moves.moves_of(group, optimizer.rule_of(group), optimizer.state)
+        many = batching.moves_of(group, optimizer.rule_of(group), optimizer.state)
         return [
-            [tuple(p.shape) for p in part.params] for move in many for part in moves.parts(move)
+            [tuple(p.shape) for p in part.params] for move in many for part in batching.parts(move)
         ]
 
     assert shapes("linear", (64, 64), 200) == [[(64, 64)] * 64] * 3 + [[(64, 64)] * 8]
@@ -708,7 +708,7 @@ def test_a_compiled_step_is_the_step():
 
 def test_who_is_watched_moves_as_who_is_not(monkeypatch):
     """Bit for bit, also where the one moves in parts and the other whole."""
-    monkeypatch.setattr(moves, "PART", 2**10)
+    monkeypatch.setattr(batching, "PART", 2**10)
     for shape, role, layout in (
         ((6, 40, 70), "linear", "expert out in"),
         ((100, 30), "embedding", "in out"),

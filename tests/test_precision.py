@@ -19,7 +19,7 @@ from hf_normopt import (
     create_normopt_optimizer,
     operator_norm,
 )
-from hf_normopt.optim import moves
+from hf_normopt.optim import batches as batching
 from hf_normopt.optim.precision import MOMENTUM_DTYPES, ROUNDINGS, warn_once
 
 from .test_optimizer import batches, llama, train
@@ -92,12 +92,12 @@ def test_a_step_in_parts_is_the_whole_step(momentum_dtype, rounding, monkeypatch
     gradients = [torch.randn(3000, 384).bfloat16() for _ in range(3)]
     runs = []
     for size in (2**15, 2**30):
-        monkeypatch.setattr(moves, "PART", size)
+        monkeypatch.setattr(batching, "PART", size)
         options = {"momentum_dtype": momentum_dtype, "rounding": rounding}
         p, optimizer = one(start, rule, "embedding", lr=0.01, weight_decay=0.1, **options)
         for p.grad in gradients:
-            (move,) = moves.moves_of(optimizer.param_groups[0], rule, optimizer.state)
-            assert (len(list(moves.parts(move))) > 30) == (size == 2**15)
+            (move,) = batching.moves_of(optimizer.param_groups[0], rule, optimizer.state)
+            assert (len(list(batching.parts(move))) > 30) == (size == 2**15)
             optimizer.step()
         runs.append((p, optimizer.state[p]))
     (a, kept), (b, whole) = runs
@@ -427,8 +427,8 @@ def test_rows_that_were_not_asked_for_do_not_pay(shape):
     layer, optimizer = table(True, VECTORS, shape=shape)
     start = layer.weight.detach().clone()
     layer(IDS[0]).square().sum().backward()
-    (move,) = moves.moves_of(optimizer.param_groups[0], VECTORS, optimizer.state)
-    (part,) = moves.parts(move)
+    (move,) = batching.moves_of(optimizer.param_groups[0], VECTORS, optimizer.state)
+    (part,) = batching.parts(move)
     assert part.param.shape == (3, shape[1])
     optimizer.step()
     moved = (layer.weight != start).any(dim=1).nonzero().flatten()
@@ -455,8 +455,8 @@ def test_statistics_of_stacked_tensors_are_those_of_each(preset, monkeypatch):
     start = nn.Sequential(*(nn.Linear(12, 12) for _ in range(8))).state_dict()
     data = [torch.randn(5, 12) for _ in range(4)]
     runs = []
-    for small in (moves.SMALL, 0):
-        monkeypatch.setattr(moves, "SMALL", small)
+    for small in (batching.SMALL, 0):
+        monkeypatch.setattr(batching, "SMALL", small)
         model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(8)))
         model.load_state_dict(start)
         optimizer = create_normopt_optimizer(model, preset=preset, lr=1e-2, weight_decay=0.1)
@@ -466,7 +466,7 @@ def test_statistics_of_stacked_tensors_are_those_of_each(preset, monkeypatch):
             layers = model[: 8 if i % 2 else 5]  # some come to be later than others
             layers(x).square().sum().backward()
             for group in optimizer.param_groups:
-                found = moves.moves_of(group, optimizer.rule_of(group), optimizer.state)
+                found = batching.moves_of(group, optimizer.rule_of(group), optimizer.state)
                 counts.append(len(list(found)))
             optimizer.step()
         runs.append((model, optimizer, sum(counts)))
