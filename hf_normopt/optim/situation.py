@@ -27,11 +27,11 @@ from ..roles.graph import canonical_name
 from .checkpoints import some
 
 # Multipliers of the learning rate by what a parameter was before, and its role; 1 where nothing
-# stands here. They are chosen by validation loss at the best rate of each; the numbers, and what
-# did not help (pretrained matrices, pretrained embeddings), are in docs/results.md.
+# stands here, which means that nothing was measured. Validation loss at the best rate of each, the
+# same with 1 in parentheses; runs are short, and the measurement is in docs/results.md.
 MULTIPLIERS: dict[tuple[str, str], float] = {
-    ("new", "head"): 10.0,
-    ("scratch", "embedding"): 16.0,
+    ("new", "head"): 10.0,  # MiniLM, 77 intents, 60 steps: 1.33 (2.23)
+    ("scratch", "embedding"): 16.0,  # a small Llama, 4096 tokens, 200 steps: 4.89 (5.06)
 }
 
 SITUATIONS = ("auto", "scratch", "pretrained", "neutral")
