@@ -118,6 +118,7 @@ def test_inspect_as_json(capsys, tmp_path):
         "layout": str,
         "reason": str,
         "tied_to": list,
+        "product": type(None),
         "norm": str,
         "rule": str,
     }

@@ -563,12 +563,13 @@ def test_state_is_float32_under_bf16(tmp_path, kind):
     trainer = Trainer(model, args, train_dataset=rows())
     run = trained(trainer)
     assert {p.dtype for p in run.values()} == {torch.float32 if mixed else torch.bfloat16}
-    assert state_dtypes(trainer) == {torch.float32}
+    kept = {torch.float32} if mixed else {torch.float32, torch.int16}  # with compensations
+    assert state_dtypes(trainer) == kept
     assert all(p.isfinite().all() for p in run.values())
     again = bert() if mixed else bert().to(torch.bfloat16)
     resumed = Trainer(again, args, train_dataset=rows())
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert state_dtypes(resumed) == {torch.float32}
+    assert state_dtypes(resumed) == kept
     assert equal(weights(resumed.model), run)
 
 

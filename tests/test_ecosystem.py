@@ -55,6 +55,7 @@ from hf_normopt import (
     create_normopt_optimizer,
 )
 from hf_normopt.cards.report import read_report
+from hf_normopt.optim.situation import MULTIPLIERS
 
 from .test_trainer import arguments, bert, equal, inner, rows, weights
 
@@ -153,7 +154,8 @@ def test_a_classifier_in_the_loss_moves_as_a_head(cls, tmp_path):
     loss = SoftmaxLoss(model, WIDTH, 3)
     data = Dataset.from_dict(LABELLED)
     trainer, moves, grads = trained(cls, model, loss, data, tmp_path)
-    assert is_step_of_a_head(moves["classifier.weight"], grads["classifier.weight"])
+    move = moves["classifier.weight"] / MULTIPLIERS["new", "head"]  # of an encoder that was loaded
+    assert is_step_of_a_head(move, grads["classifier.weight"])
     found = roles(inner(trainer))
     assert found["classifier.weight"] == "head"
     assert found["classifier.bias"] == "bias"
@@ -336,7 +338,8 @@ def test_the_class_takes_models_parameters_and_groups(given, tmp_path):
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_lora_plus(decay, tmp_path):
-    plain = stepped(model := adapted(), create_normopt_optimizer(model, lr=1e-3))
+    by_factors = {"norm_product": "rms->rms"}
+    plain = stepped(model := adapted(), create_normopt_optimizer(model, lr=1e-3, **by_factors))
     model = adapted()
     cls, kwargs = asked(tmp_path, model, weight_decay=0.1)
     before = weights(model)
@@ -397,7 +400,7 @@ def test_groups_are_what_is_trained_and_say_how(tmp_path):
 def test_a_plain_loop_and_the_factory_take_groups_too():
     model = llama()
     groups = [{"params": model.lm_head.weight, "lr": 2e-3}, {"params": [*model.model.parameters()]}]
-    options = {"lr": 1e-3, "weight_decay": 0.1, "params": groups}
+    options = {"lr": 1e-3, "weight_decay": 0.1, "params": groups, "situation": "neutral"}
     found = by_name(create_normopt_optimizer(model, **options))
     assert found["lm_head.weight"] == ("head", 2e-3, 0.1)
     assert found["model.embed_tokens.weight"] == ("embedding", 1e-3, 0.1)

@@ -112,7 +112,8 @@ def test_momenta_in_few_bits_train_as_float32():
     for momentum_dtype in MOMENTUM_DTYPES:
         model = few_bits()
         model.load_state_dict(start)
-        optimizer = create_normopt_optimizer(model, lr=1e-3, momentum_dtype=momentum_dtype)
+        options = {"momentum_dtype": momentum_dtype, "situation": "neutral"}
+        optimizer = create_normopt_optimizer(model, lr=1e-3, **options)
         losses[momentum_dtype] = train(model, optimizer, batches(4) * 10)
     assert losses["float32"][-1] < losses["float32"][0] / 2
     assert losses["bfloat16"] != losses["float32"] != losses["8bit"]
@@ -148,7 +149,8 @@ def test_a_model_in_16_bits_learns_small_steps():
     def loss(dtype, rounding):
         model = few_bits().to(dtype)
         model.load_state_dict(start)
-        optimizer = create_normopt_optimizer(model, lr=1e-4, rounding=rounding)
+        options = {"rounding": rounding, "situation": "neutral"}
+        optimizer = create_normopt_optimizer(model, lr=1e-4, **options)
         losses = train(model, optimizer, batches(2) * 15)
         return losses[0] - losses[-1]
 

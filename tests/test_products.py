@@ -517,3 +517,17 @@ def test_escape_velocity_finds_its_rate_from_b_zero():
         optimizer.zero_grad()
     assert float(optimizer.param_groups[0]["memory"]["eta"]) > 1e-4
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_no_step_waits_for_the_device(monkeypatch):
+    """Meta tensors have no values: whoever asked for one, or branched on one, would fail."""
+    monkeypatch.setattr(products, "PERIOD", 1)
+    model = adapted(Zoo(), target_modules=["table", "conv", "out"])
+    optimizer = create_normopt_optimizer(model, lr=1e-2, weight_decay=0.1)
+    model.to("meta")
+    for group in optimizer.param_groups:
+        group["params"] = [model.get_parameter(name) for name in group["param_names"]]
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()

@@ -169,7 +169,8 @@ FIT = [name for name, of in PRESETS.items() if of.step_size == Fixed() and name 
 RATE = {"lr": 1e-2, "weight_decay": 0.1}
 MODELS = [
     (llama33, {**RATE, "heads": True}),
-    *((make, RATE) for make in (gpt2, lora)),
+    (gpt2, RATE),
+    (lora, {**RATE, "norm_product": "rms->rms"}),
     (odd, {"weight_decay": 0.1}),
 ]
 

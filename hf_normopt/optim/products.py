@@ -97,7 +97,10 @@ class ProductMove(Move):
             factor.stacked_layout.to_operators(tensor)[0]
             for factor, tensor in ((self.a, a), (self.b, b), (self.a, m_a), (self.b, m_b))
         ]
-        scale = operators[2].new_tensor(self.scales).reshape(-1, *[1] * (operators[2].ndim - 1))
+        like = operators[2]
+        is_one = len(set(self.scales)) == 1  # then no number travels to the device
+        scale = like.new_full((1,), self.scales[0]) if is_one else like.new_tensor(self.scales)
+        scale = scale.reshape(-1, *[1] * (like.ndim - 1))
         return Pair(operators[0], operators[1], scale, operators[2], operators[3])
 
     def size(self, pair: Pair) -> float:

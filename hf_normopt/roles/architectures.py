@@ -263,6 +263,7 @@ HEADS: tuple[Head, ...] = (
     Head("PPDocLayoutV2.*", r"reading_order\.relative_head\.dense", "compared", is_head=False),
     Head("BrosSpade.*", r"subsequent_token_classifier\.key", "compared", is_head=False),
     Head("VitsResidualCouplingLayer", "conv_post", "mean inside the flow", is_head=False),
+    Head("VitsTextEncoder", "project", "mean and variance of the prior", is_head=False),
     Head("ConditionalDetrDecoder", r"ref_point_head\..*", "points to look at", is_head=False),
     Head("DeformableDetrModel", "reference_points", "points to look at", is_head=False),
     Head("ZoeDepthAttractorLayer.*", "conv2", "moves the bins", is_head=False),
