@@ -67,6 +67,7 @@ def train(folder, batch_size, kind, fault="none"):
         per_device_train_batch_size=int(batch_size),
         learning_rate=1e-2,
         optim="normopt",
+        optim_args="situation=neutral",  # one is made, the other loaded
         report_to=[],
         save_strategy="no",
         logging_steps=2,

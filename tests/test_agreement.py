@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_normopt import DualNorm, create_normopt_optimizer
-from hf_normopt.optim import optimizer as package
+from hf_normopt.optim import ranks as package
 from hf_normopt.optim.agreement import first_difference
 from hf_normopt.optim.sharding import gathered
 from tests.test_sharding import _all, assert_same, spawn

@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"w{i}" for i in range(28))]
-OPTIONS = {"lr_head": 2.0, "momentum": 0.9, "schedule_head": "constant"}
+OPTIONS = {"lr_head": 2.0, "momentum": 0.9, "schedule_head": "constant", "situation": "neutral"}
 TEXT = ",".join(f"{key}={value}" for key, value in OPTIONS.items())
 LR, DECAY = 1e-3, 0.1
 

@@ -79,13 +79,13 @@ def _routed(moves: Sequence[Move], full: bool = False) -> tuple[list[Move], list
     shared, exchanged, own = [], [], []
     for move in moves:
         p, rule = move.param, move.rule
+        if not rule.norm.independent:  # a product, whose factors stay together
+            own.append(move)
+            continue
         shard = None if full else _localized(move)
         is_spectral = isinstance(rule.norm, Spectral) and rule.statistic is None
         has_one_shard = isinstance(p, DTensor) and one_shard(p) is not None
-        is_joint = not rule.norm.independent  # a product, whose factors stay together
-        if is_joint:
-            own.append(move)
-        elif is_spectral and (shard or move).copies is not None:
+        if is_spectral and (shard or move).copies is not None:
             shared.append(shard or move)
         elif shard is None and not full and rule.statistic is None and has_one_shard:
             exchanged.append(move)

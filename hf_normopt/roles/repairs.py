@@ -85,7 +85,7 @@ def _same(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
 def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
     """A size changes as one that the error names should: by the same factor or difference."""
     for old, new in pairs:
-        for size in dict.fromkeys(reversed(value.shape)):
+        for size in dict.fromkeys(reversed(value.shape) if old else ()):
             for other in (size * new // old if size * new % old == 0 else 0, size + new - old):
                 if old != size and 0 < other <= _LARGEST:
                     yield from _resized(value, size, other)
