@@ -17,6 +17,7 @@ from hf_normopt import classify, create_normopt_optimizer
 from hf_normopt.norms.operators import parse_norm as parse_plain
 from hf_normopt.norms.product import GUARD, parse_norm
 from hf_normopt.optim import products
+from hf_normopt.trainer.gauge import Gauge
 from tests.test_sharding import spawn
 
 pytestmark = [
@@ -531,3 +532,21 @@ def test_no_step_waits_for_the_device(monkeypatch):
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         optimizer.step()
+
+
+def test_telemetry_measures_the_product():
+    model = with_b(adapted())
+    optimizer, gauge = create_normopt_optimizer(model, lr=1e-6), Gauge()  # the guard is off
+    before = {n: m.get_delta_weight("default").detach() for n, m in layers(model).items()}
+    (x, y) = next(iter(batches(1)))
+    nn.functional.mse_loss(model(x), y).backward()
+    optimizer.observer = gauge.observe
+    optimizer.step()
+    seen = gauge.read(optimizer)
+    rms = lambda w: torch.linalg.matrix_norm(w, 2) * math.sqrt(w.shape[1] / w.shape[0])
+    weight = max(map(rms, before.values()))
+    assert seen["weight_norm/linear/product"] == pytest.approx(float(weight), rel=1e-4)
+    moved = [rms(m.get_delta_weight("default") - before[n]) for n, m in layers(model).items()]
+    update = seen["relative_update/linear/product"] * weight
+    assert 0.5 * update < max(moved) < 1.05 * update
+    assert seen["certificate/linear/product"] == pytest.approx(1, abs=1e-6)
