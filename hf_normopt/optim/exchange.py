@@ -293,7 +293,7 @@ def _by_owners_inplace(moves: Sequence[Move], weight: Tensor | float, keep: bool
                 for shard, momentum in zip(shards, smooth, strict=True):
                     shard.smooth = momentum
         if sent is not None:
-            sent[0].answer([_direction(move, full) for move, full in sent[0].received()])
+            sent[0].answer([direction_of(move, full) for move, full in sent[0].received()])
         if answered is not None:
             for i, direction in answered[0].returned():
                 answered[1][i].direction = direction
@@ -301,10 +301,12 @@ def _by_owners_inplace(moves: Sequence[Move], weight: Tensor | float, keep: bool
         answered, sent = sent, None if exchange is None else (exchange, shards)
 
 
-def _direction(move: Move, smooth: Tensor) -> Tensor:
-    operators = move.layout.to_operators(smooth)
+def direction_of(move: Move, smooth: Tensor) -> Tensor:
+    """The LMO at what the norm receives, without a statistic."""
+    layout = move.stacked_layout
+    operators = layout.to_operators(smooth)
     directions = tuple(move.rule.norm.lmo(o, move.scale(o.shape)) for o in operators)
-    return move.layout.from_operators(directions, tuple(smooth.shape))
+    return layout.from_operators(directions, tuple(smooth.shape))
 
 
 def _exchanges(moves: Sequence[Move]) -> Iterator[_AllToAll]:

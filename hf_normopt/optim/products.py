@@ -117,21 +117,23 @@ class ProductMove(Move):
         if r.is_cpu and not (r != torch.eye(r.shape[-1], dtype=r.dtype)).any():
             return pair
         balanced = pair.balanced(r, inverse)  # before what it is made of changes in place
-        for factor, left, right in ((self.a, r, None), (self.b, None, inverse)):
+        sides = ((self.a, (r, None), (inverse.mT, None)), (self.b, (None, inverse), (None, r.mT)))
+        for factor, of_factor, of_gradient in sides:
             for i, p in enumerate(factor.params):
-                one = [x if x is None or factor.alone else x[i] for x in (left, right)]
+                one, dual = (
+                    [x if x is None or factor.alone else x[i] for x in side]
+                    for side in (of_factor, of_gradient)
+                )
                 _turn_inplace(factor, i, p, *one)
-                dual = [None if x is None else torch.linalg.inv(x).mT for x in one]
                 gradient = _turned(factor, factor.gradients[i], *dual).to(state_dtype(p))
                 factor.gradients[i] = sharded_like(gradient, p)
-                kept(factor, i)
-                for key, sides in (
+                for key, turn in (
                     ("momentum_buffer", dual),
                     ("gradient_sum", dual),
                     ("anchor", one),
                 ):
                     if (value := factor.states[i].get(key)) is not None:
-                        wide = _turned(factor, widened(value, state_dtype(p)), *sides)
+                        wide = _turned(factor, widened(value, state_dtype(p)), *turn)
                         value.copy_(sharded_like(wide.to(state_dtype(p)), value))
         return balanced
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..norms.layouts import Layout
 from .batches import PART, SMALL
-from .exchange import buckets, costs, operator_shapes
+from .exchange import buckets, costs, direction_of, operator_shapes
 from .moves import Move, kept, smooth_inplace
 from .precision import is_low, state_dtype
 from .rules import Rule
@@ -93,7 +93,7 @@ def _parts_inplace(move: Move, weight: Tensor | float) -> Iterator[tuple[list[sl
         part, places = _part(move, pieces)
         shape = pieces[0].shape if part.alone else (len(pieces), *pieces[0].shape)
         part.smooth = smooth_inplace(part, weight)[0]
-        part.direction = _direction(part, part.smooth.reshape(shape)).reshape(part.smooth.shape)
+        part.direction = direction_of(part, part.smooth.reshape(shape)).reshape(part.smooth.shape)
         yield places, part
     while ahead is not None:
         now, ahead = ahead, next(trades, None)
@@ -175,12 +175,6 @@ def _part(move: Move, pieces: Sequence[Piece]) -> tuple[Move, list[slice]]:
     return part, places
 
 
-def _direction(move: Move, smooth: Tensor) -> Tensor:
-    layout = move.stacked_layout
-    found = tuple(move.rule.norm.lmo(o, move.scale(o.shape)) for o in layout.to_operators(smooth))
-    return layout.from_operators(found, tuple(smooth.shape))
-
-
 class _Trade:
     """Pieces that go to their owners, and the directions that come back."""
 
@@ -216,7 +210,7 @@ class _Trade:
         for i, piece in enumerate(self.owned):
             smooth = torch.cat(arrived[i :: len(self.owned)]).reshape(piece.shape)
             one = replace(self.move, layout=_layout(piece.layout))
-            found = _direction(one, smooth).flatten()
+            found = direction_of(one, smooth).flatten()
             for rank, (start, stop) in enumerate(piece.spans):
                 parts[rank].append(found[start:stop])
         self._travel([one for some in parts for one in some], self.gone, self.come)
