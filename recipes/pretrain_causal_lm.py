@@ -58,10 +58,11 @@ class Arguments(MetricArguments):
         None, "Default: the model's; without a model it is trained."
     )
     vocab_size: int = option(1024, "Of the tokenizer that is trained.")
-    hidden_size: int = option(128, "Of the Llama, as the next three.")
+    hidden_size: int = option(128, "Of the Llama, as the next four.")
     intermediate_size: int = option(352, "Width of the MLP.")
     num_hidden_layers: int = option(4, "Layers.")
     num_attention_heads: int = option(4, "Attention heads.")
+    tie_word_embeddings: bool = option(False, "Whether the head is the embedding.")
     block_size: int = option(128, "Tokens in a training sequence.")
     dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
     dataset_config_name: str | None = option(None, "Its configuration.")
@@ -152,6 +153,7 @@ def load_model(args, data):
             intermediate_size=args.intermediate_size,
             num_hidden_layers=args.num_hidden_layers,
             num_attention_heads=args.num_attention_heads,
+            tie_word_embeddings=args.tie_word_embeddings,
             max_position_embeddings=max(1024, args.block_size),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
