@@ -130,28 +130,8 @@ def test_the_step_does_not_depend_on_the_scale(factor):
     assert_same(train(plain, 25), train(scaled, 25))
 
 
-@pytest.mark.parametrize("rank", [1, 4, 10])
-def test_all_singular_values_of_both_halves_are_half_of_the_rate(rank):
-    model = with_b(adapted(r=rank, lora_alpha=rank))
-    before = {
-        n: (m.lora_A["default"].weight.clone(), m.lora_B["default"].weight.clone())
-        for n, m in layers(model).items()
-    }
-    lr = 1e-7  # the guard is off
-    train(model, 1, lr=lr)
-    for name, layer in layers(model).items():
-        (a, b), s = before[name], layer.scaling["default"]
-        half = lr * math.sqrt(max(len(b), a.shape[1])) / 2
-        for change in (
-            s * (layer.lora_B["default"].weight - b) @ a,
-            s * b @ (layer.lora_A["default"].weight - a),
-        ):
-            values = torch.linalg.svdvals(change.detach())[:rank] / half
-            torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-6, atol=0)
-
-
-def geometric_step(a, b, s, m_a, m_b, eta):
-    """The rule as a geometric mean, by eigendecompositions."""
+def by_halves(a, b, s, m_a, m_b, eta):
+    """LoRA-Muon's steps, which give D_A and D_B a half of the length each."""
 
     def kernel(gram, other):
         values, q = torch.linalg.eigh(gram)
@@ -159,10 +139,60 @@ def geometric_step(a, b, s, m_a, m_b, eta):
         inner, p = torch.linalg.eigh(root.T @ other @ root)
         return root @ p @ torch.diag(inner**-0.5) @ p.T @ root.T
 
-    guard = (eta / (2 * s * GUARD)) ** 2 * torch.linalg.inv(a @ a.T)
     return (
-        -eta / (2 * s) * kernel(b.T @ b + guard, m_a @ m_a.T) @ m_a,
-        -eta / (2 * s) * m_b @ kernel(a @ a.T, m_b.T @ m_b),
+        eta / (2 * s) * kernel(b.T @ b, m_a @ m_a.T) @ m_a,
+        eta / (2 * s) * m_b @ kernel(a @ a.T, m_b.T @ m_b),
+    )
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_change_is_as_long_as_was_asked_and_better_than_by_halves(rank):
+    model = with_b(adapted(r=rank, lora_alpha=rank))
+    factors = {
+        n: (m.lora_A["default"].weight, m.lora_B["default"].weight)
+        for n, m in layers(model).items()
+    }
+    before = {n: [p.detach().clone() for p in pair] for n, pair in factors.items()}
+    lr = 1e-7  # the guard is off
+    x, y = next(batches(1))
+    nn.functional.mse_loss(model(x), y).backward()
+    grads = {n: [p.grad.clone() for p in pair] for n, pair in factors.items()}
+    create_normopt_optimizer(model, lr=lr).step()
+    for name, (a, b) in before.items():
+        s, (g_a, g_b) = layers(model)[name].scaling["default"], grads[name]
+        eta = lr * math.sqrt(max(len(b), a.shape[1]))
+
+        def of(d_a, d_b, a=a, b=b, s=s, g_a=g_a, g_b=g_b):
+            size = torch.linalg.matrix_norm(s * (d_b @ a + b @ d_a), 2)
+            return size, (g_a * d_a).sum() + (g_b * d_b).sum()
+
+        after_a, after_b = (p.detach() for p in factors[name])
+        size, gain = of(a - after_a, b - after_b)
+        assert math.sqrt(3) / 2 - 1e-6 <= size / eta <= 1 + 1e-6
+        halves, usual = of(*by_halves(a, b, s, g_a, g_b, eta))
+        assert gain / size > 1.05 * usual / halves
+
+
+def tangent_step(a, b, s, m_a, m_b, eta):
+    """The rule by QR decompositions, with the guard as more rows of B."""
+    d = math.sqrt(3) / 2 * eta / s
+    q_a, r_a = torch.linalg.qr(a.T)
+    guard = d / GUARD * torch.linalg.inv(r_a)  # guardᵀ guard = δ² S_A⁻¹
+    q_b, r_b = torch.linalg.qr(torch.cat([b, guard.T]))
+    h_a = torch.linalg.inv(r_b).T @ m_a
+    h_b = torch.cat([m_b @ torch.linalg.inv(r_a), torch.zeros_like(r_a)])
+    q_1, r_1 = torch.linalg.qr((h_a - h_a @ q_a @ q_a.T).T)
+    q_2, r_2 = torch.linalg.qr(h_b - q_b @ q_b.T @ h_b)
+    inner = (h_a @ q_a + q_b.T @ h_b) / 2
+    core = torch.cat(
+        [torch.cat([inner, r_1.T], 1), torch.cat([r_2, torch.zeros_like(inner)], 1)], 0
+    )
+    u, _, vh = torch.linalg.svd(core)
+    polar, r = u @ vh, len(a)
+    both = polar[:r, :r] / 2
+    return (
+        -d * torch.linalg.inv(r_b) @ (both @ q_a.T + polar[:r, r:] @ q_1.T),
+        -d * (q_b @ both + q_2 @ polar[r:, :r])[: len(b)] @ torch.linalg.inv(r_a).T,
     )
 
 
@@ -181,7 +211,7 @@ def test_steps_are_those_of_a_slow_reference():
                     m = momenta.setdefault(p, torch.zeros_like(p)).lerp_(p.grad, 1 - beta)
                     smooth.append(p.grad.lerp(m, beta))
                 eta = lr * math.sqrt(max(len(b), a.shape[1]))
-                d_a, d_b = geometric_step(a, b, layer.scaling["default"], *smooth, eta)
+                d_a, d_b = tangent_step(a, b, layer.scaling["default"], *smooth, eta)
                 a += d_a
                 b += d_b
         reference.zero_grad()
