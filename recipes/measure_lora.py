@@ -16,11 +16,11 @@ rank, and the same rule for a new head and biases:
 
 * `adamw`: betas 0.9 and 0.999;
 * `factors`: rms -> rms for A and for B;
-* `product`: what the package does, see `hf_normopt/norms/product.py`;
-* `renormalised`: B's half of it is lengthened, at the most twice, until the whole has the asked
-  norm;
-* `tangent`: the norm of the whole over the tangent space, by one iteration on the core of
-  2 r x 2 r;
+* `halves`: half of the length for D_A and for D_B each, so that all singular values of both halves
+  are equal (LoRA-Muon);
+* `renormalised`: B's half is lengthened, at the most twice, until the whole has the asked norm;
+* `product`: what the package does, the whole change over the tangent space, see
+  `hf_normopt/norms/product.py`;
 * `NAME+metric`: the same under ‖P^(1/2) D Q^(1/2)‖, where P and Q are fourth roots of the
   momentum's row and column energies over their means, within 1/2 and 2.
 """
@@ -30,12 +30,11 @@ import functools
 import gzip
 import io
 import itertools
-import os
 import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -55,8 +54,8 @@ from transformers import (
 from arena.plan import Plan
 from arena.report import rows, table
 from arena.runs import ROOT, Results, Task, compare
-from hf_normopt import create_normopt_optimizer
-from hf_normopt.norms.product import Pair, SpectralProduct, _inverse_root, _polar
+from hf_normopt import create_normopt_optimizer, orthogonalize
+from hf_normopt.norms.product import GUARD, Pair, SpectralProduct, _inverse_root
 from text_classification import bundled_minilm
 
 DATA = Path(__file__).parent / "data"
@@ -64,7 +63,22 @@ ALPHA, WARMUP, LENGTH = 16, 0.1, 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Renormalised(SpectralProduct):
+class Halves(SpectralProduct):
+    """Each of D_A and D_B has half of the length."""
+
+    def factor_lmos(self, pair, size, reach):
+        half = size / self.unit(pair.b.shape[-2], pair.a.shape[-1]) / 2
+        root_a = _inverse_root(pair.a)
+        delta = reach * half / (pair.scale.double() * GUARD)
+        root_b = _inverse_root(pair.b.mT, delta.square() * (root_a @ root_a.mT))
+        step = half / pair.scale
+        root_a, root_b = root_a.to(pair.m_b.dtype), (root_b * step).to(pair.m_a.dtype)
+        d_a = root_b @ orthogonalize(root_b.mT @ pair.m_a)
+        return d_a, orthogonalize(pair.m_b @ root_a) @ (root_a * step).mT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renormalised(Halves):
     """B's half is lengthened until the whole change has the asked norm."""
 
     def factor_lmos(self, pair, size, reach):
@@ -76,33 +90,6 @@ class Renormalised(SpectralProduct):
         asked = size / self.unit(pair.b.shape[-2], pair.a.shape[-1])
         factor = torch.where(norm > 0, asked / norm, 1).clamp(1, 2)
         return d_a, d_b * factor.to(d_b.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tangent(SpectralProduct):
-    """The norm of the whole change, not of its halves."""
-
-    def factor_lmos(self, pair, size, reach):
-        asked = size / self.unit(pair.b.shape[-2], pair.a.shape[-1])
-        scale, rank = pair.scale.double(), pair.a.shape[-2]
-        root_a = _inverse_root(pair.a)
-        delta = reach * asked / 2 / (scale * 0.05)
-        root_b = _inverse_root(pair.b.mT, delta.square() * (root_a @ root_a.mT))
-        q_a, q_b = pair.a.double().mT @ root_a, pair.b.double() @ root_b
-        h_a, h_b = root_b.mT @ pair.m_a.double(), pair.m_b.double() @ root_a
-        q_1, r_1 = torch.linalg.qr(h_a.mT - q_a @ (q_a.mT @ h_a.mT))
-        q_2, r_2 = torch.linalg.qr(h_b - q_b @ (q_b.mT @ h_b))
-        both = (h_a @ q_a + q_b.mT @ h_b) / 2
-        core = torch.cat(
-            [torch.cat([both, r_1.mT], -1), torch.cat([r_2, torch.zeros_like(both)], -1)], -2
-        )
-        core = _polar(core)
-        core[..., rank:, rank:] = 0
-        core = core * (asked / torch.linalg.matrix_norm(core, 2).clamp_min(1e-30))[..., None, None]
-        inner = core[..., :rank, :rank] / 2
-        d_b = (q_b @ inner + q_2 @ core[..., rank:, :rank]) @ root_a.mT / scale
-        d_a = root_b @ (inner @ q_a.mT + core[..., :rank, rank:] @ q_1.mT) / scale
-        return d_a.to(pair.m_a.dtype), d_b.to(pair.m_b.dtype)
 
 
 def metric(momentum, dim):
@@ -126,7 +113,7 @@ def under_metric(kind):
     return UnderMetric
 
 
-NORMS = {"product": SpectralProduct, "renormalised": Renormalised, "tangent": Tangent}
+NORMS = {"product": SpectralProduct, "halves": Halves, "renormalised": Renormalised}
 NORMS |= {f"{name}+metric": under_metric(kind) for name, kind in NORMS.items()}
 
 
@@ -265,7 +252,12 @@ class Clothes:
     def fresh():
         sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
         config = ViTConfig(
-            image_size=28, patch_size=7, num_channels=1, num_attention_heads=4, num_labels=5, **sizes
+            image_size=28,
+            patch_size=7,
+            num_channels=1,
+            num_attention_heads=4,
+            num_labels=5,
+            **sizes,
         )
         return ViTForImageClassification(config)
 
@@ -371,7 +363,9 @@ def main():
             rule: task.rates.get(rule.partition(":")[0], task.usual_rate) for rule in args.rules
         }
         plan = Plan(name, starts, tuple(args.tune), tuple(args.fresh), fine=not args.coarse)
-        compare(plan, Task(name, "measure_lora"), results, "loss", functools.partial(make, rank=rank))
+        compare(
+            plan, Task(name, "measure_lora"), results, "loss", functools.partial(make, rank=rank)
+        )
         known = results.values(name, "loss")
         print(f"{name}\n\n{table(rows(plan, known, {}))}\n", flush=True)
 
