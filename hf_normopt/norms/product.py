@@ -83,11 +83,6 @@ class Pair:
     m_a: Tensor
     m_b: Tensor
 
-    @property
-    def transposed(self) -> Pair:
-        """The product s Aᵀ Bᵀ."""
-        return Pair(self.b.mT, self.a.mT, self.scale, self.m_b.mT, self.m_a.mT)
-
     def balanced(self, r: Tensor, inverse: Tensor) -> Pair:
         """The same product and the same gradient of it, with R A and B R⁻¹ for factors."""
         r, inverse = r.to(self.m_a.dtype), inverse.to(self.m_a.dtype)
@@ -134,30 +129,27 @@ class SpectralProduct(Spectral, Product):
         return f"product {super().__str__()}"
 
     def factor_lmos(self, pair: Pair, size: float, reach: Tensor | float) -> tuple[Tensor, Tensor]:
-        """D_A and D_B, see [`Product`]: they share C, and what is left of polar(C)."""
+        """D_A and D_B, see [`Product`], as sums of the factors and their momenta."""
         a, b, m_a, m_b = (x.double() for x in (pair.a, pair.b, pair.m_a, pair.m_b))
         step = _SHARE * size / self.unit(b.shape[-2], a.shape[-1]) / pair.scale.double()
         root_a = _inverse_root(a)
         has_guard = isinstance(reach, Tensor) or reach > 0
         guard = (reach * step / GUARD).square() * (root_a @ root_a.mT) if has_guard else None
         root_b = _inverse_root(b.mT, guard)
-        seen_a, seen_b = root_b.mT @ (m_a @ a.mT) @ root_a, root_b.mT @ (b.mT @ m_b) @ root_a
-        whole_a, whole_b = _square(root_b.mT, m_a), _square(root_a.mT, m_b.mT)
-        other_a = _root(whole_a - seen_a @ seen_a.mT, whole_a)
-        other_b = _root(whole_b - seen_b.mT @ seen_b, whole_b)
-        zero = other_a.new_zeros(*seen_a.shape[:-2], seen_a.shape[-1], seen_a.shape[-2])
-        top = torch.cat([(seen_a + seen_b) / 2, other_a], -1)
-        polar = _polar(torch.cat([top, torch.cat([other_b.mT, zero], -1)], -2), pair.m_a.dtype)
-        ranks = root_b.shape[-1], root_a.shape[-1]
-        both = polar[..., : ranks[0], : ranks[1]] / 2
-        by_a = _solve(other_a.mT, polar[..., : ranks[0], ranks[1] :].mT).mT
-        by_b = _solve(other_b.mT, polar[..., ranks[0] :, : ranks[1]])
+        from_a = root_b.mT @ (m_a @ a.mT) @ root_a  # C_11, as M_A knows it
+        from_b = root_b.mT @ (b.mT @ m_b) @ root_a  # and as M_B does
+        c_12 = _besides(root_b.mT @ (m_a @ m_a.mT) @ root_b, from_a @ from_a.mT)
+        c_21 = _besides(root_a.mT @ (m_b.mT @ m_b) @ root_a, from_b.mT @ from_b).mT
         low = pair.m_a.dtype
+        p_11, p_12, p_21 = _polar_blocks((from_a + from_b) / 2, c_12, c_21, self.method, low)
+        of_a = torch.linalg.solve_triangular(c_12, p_12, upper=False, left=False)
+        of_b = torch.linalg.solve_triangular(c_21, p_21, upper=True)
         left, right = root_b * step, (root_a * step).mT
-        d_a = (left @ (both - by_a @ seen_a) @ root_a.mT).to(low) @ pair.a.to(low)
-        d_b = pair.b.to(low) @ (root_b @ (both - seen_b @ by_b) @ right).to(low)
-        d_a = d_a + (left @ by_a @ root_b.mT).to(low) @ pair.m_a
-        return d_a, d_b + pair.m_b @ (root_a @ by_b @ right).to(low)
+        along_a = left @ (p_11 / 2 - of_a @ from_a) @ root_a.mT
+        along_b = root_b @ (p_11 / 2 - from_b @ of_b) @ right
+        d_a = along_a.to(low) @ pair.a.to(low) + (left @ of_a @ root_b.mT).to(low) @ pair.m_a
+        d_b = pair.b.to(low) @ along_b.to(low) + pair.m_b @ (root_a @ of_b @ right).to(low)
+        return d_a, d_b
 
     def norm_of_product(self, pair: Pair) -> Tensor:
         """‖s B A‖ by eigenvalues of r x r matrices."""
@@ -194,7 +186,7 @@ class ColumnProduct(MaxColumn, Product):
         reach = step / torch.where(longest > 0, longest, torch.inf)
         root_a, root_b = root_a.to(pair.m_b.dtype), root_b.to(pair.m_a.dtype)
         d_a = (root_b * step) @ over_length(root_b.mT @ pair.m_a, -2)
-        return d_a, _polar(pair.m_b @ root_a, root_a.dtype) @ (root_a * reach.to(root_a.dtype)).mT
+        return d_a, _polar(pair.m_b @ root_a) @ (root_a * reach.to(root_a.dtype)).mT
 
     def balance(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """R and R⁻¹ that make the columns of B orthogonal."""
@@ -241,35 +233,37 @@ def _pivots(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).square()
 
 
-def _square(left: Tensor, x: Tensor) -> Tensor:
-    """L X (L X)ᵀ."""
-    return left @ (x @ x.mT) @ left.mT
+def _besides(whole: Tensor, seen: Tensor) -> Tensor:
+    """E, lower triangular, with E Eᵀ = whole - seen + ε: what a momentum has besides what is seen.
 
-
-def _root(square: Tensor, whole: Tensor) -> Tensor:
-    """E with E Eᵀ = S + ε, for the part S of a Gram matrix, with ε for rounding.
-
-    Where S is but rounding, E⁻¹ times what S is made of is then shorter than 1.
+    ε is for rounding: where nothing else is left, E⁻¹ times it is shorter than 1.
     """
     size = whole.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    eye = torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)
     size = torch.where(size > 0, size, 1)
-    factor, failed = torch.linalg.cholesky_ex(square + _NOISE**2 * size * eye)
+    eye = torch.eye(whole.shape[-1], dtype=whole.dtype, device=whole.device)
+    factor, failed = torch.linalg.cholesky_ex(whole - seen + _NOISE**2 * size * eye)
     return torch.where((failed == 0)[..., None, None], factor, size.sqrt() * eye)
 
 
-def _solve(upper: Tensor, x: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(upper, x, upper=True)
+def _polar_blocks(
+    c_11: Tensor, c_12: Tensor, c_21: Tensor, method: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three blocks of polar(C), found in `dtype`."""
+    zero = c_11.new_zeros(*c_11.shape[:-2], c_21.shape[-2], c_12.shape[-1])
+    rows = (torch.cat([c_11, c_12], -1), torch.cat([c_21, zero], -1))
+    polar = _polar(torch.cat(rows, -2).to(dtype), method).to(c_11.dtype)
+    m, n = c_11.shape[-2:]
+    return polar[..., :m, :n], polar[..., :m, n:], polar[..., m:, :n]
 
 
-def _polar(x: Tensor, dtype: torch.dtype = torch.float64, method: str = "auto") -> Tensor:
+def _polar(x: Tensor, method: str = "auto") -> Tensor:
     """The polar factor of a momentum times a root.
 
     The root is large where the other factor is small, and a momentum has only rounding there: in
     float64, whose polar factor is exact, that counts as 0.
     """
-    if dtype != torch.float64:
-        return orthogonalize(x.to(dtype), method).to(x.dtype)
+    if x.dtype != torch.float64:
+        return orthogonalize(x, method)
     u, singular, vh = torch.linalg.svd(x, full_matrices=False)
     kept = singular > _NOISE * singular.amax(-1, keepdim=True)
     polar: Tensor = (u * kept[..., None, :]) @ vh
