@@ -96,7 +96,7 @@ class Product(Norm):
     independent: ClassVar[tuple[str, ...]] = ()
 
     def factor_lmos(self, pair: Pair, size: float, reach: Tensor | float) -> tuple[Tensor, Tensor]:
-        """D_A and D_B, each for half of `size`; 0 for a factor without gradient.
+        """D_A and D_B; 0 for a factor without gradient.
 
         Args:
             pair: the factors.
