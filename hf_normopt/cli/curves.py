@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..roles import ROLES
+from .coordinates import PLACES
 from .slopes import Run
 
 _QUANTITIES = (
@@ -48,7 +48,7 @@ def save_curves(file: str, title: str, runs: Sequence[Run]) -> None:
 
     runs = [run for run in runs if (run.rate, run.depth) == (runs[0].rate, runs[0].depth)]
     present = {reading.role for reading in runs[0].found.readings}
-    roles = [role for role in ROLES if role in present]
+    roles = [role for role in PLACES if role in present]
     steps = max(reading.step for reading in runs[0].found.readings)
     figure = Figure(figsize=(3 * len(roles) + 1, 9), layout="constrained")
     figure.suptitle(f"{title}, rate {runs[0].rate:g}")
