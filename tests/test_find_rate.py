@@ -202,6 +202,26 @@ def test_a_search_goes_on_where_it_was_cut(runs, tmp_path, capsys):
     assert "of another search (command" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "file", "words"),
+    [
+        ("--plot", "rates.jpg", "found 'rates.jpg'"),
+        ("--plot", "nowhere/rates.png", "There is no folder nowhere"),
+        ("--state", "nowhere/rates.json", "There is no folder nowhere"),
+        ("--state", ".", ". is a folder"),
+    ],
+)
+def test_files_are_looked_at_before_the_search(runs, capsys, option, file, words):
+    assert find_rate([option, file, "script.py"]) == 2
+    assert words in capsys.readouterr().err
+    assert not runs
+
+
+def test_the_picture_is_drawn(runs, tmp_path):
+    assert find_rate(["--plot", str(tmp_path / "rates.svg"), "script.py"]) == 0
+    assert "<svg" in (tmp_path / "rates.svg").read_text()
+
+
 def test_a_file_of_the_users_own_is_no_state(tmp_path, capsys):
     file = tmp_path / "notes.json"
     file.write_text("{}")

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from ..cards.files import check_picture
 from ..norms.half import NAMES
 from ..optim.groups import kind_of, kind_of_product, products
 from ..optim.presets import PRESETS
@@ -17,7 +18,7 @@ from ..tables import fold_names, format_table
 from ..trainer.arguments import parse_roles
 from .cost import cost_report
 from .outline import Total, count_roles, tied_names
-from .picture import check_file, save_picture
+from .picture import SUFFIXES, save_picture
 
 FORMATS = ("table", "json", "markdown")
 
@@ -68,7 +69,7 @@ def inspect(args: argparse.Namespace) -> int:
         0, or 1 when `--strict` finds a parameter whose role is `other`.
     """
     if args.plot:
-        check_file(args.plot)
+        check_picture(args.plot, SUFFIXES)
     policy = PRESETS[args.preset].policy
     model = skeleton(args.model, trust_remote_code=args.trust_remote_code)
     specs = classify(model, parse_roles(args.roles), heads=args.heads)
