@@ -23,6 +23,8 @@ from .curves import SUFFIXES
 NEAR = 0.02  # of the best loss: rates whose loss is no further are as good
 LAST = 0.25  # of the steps: their mean loss is what a rate is judged by
 FORMAT_VERSION = 1
+# For scripts that begin a report before they make a trainer.
+_SILENT = dict.fromkeys(("WANDB_MODE", "COMET_MODE", "SWANLAB_MODE"), "disabled")
 
 _DESCRIPTION = """Run SCRIPT for a few per cent of its steps at several learning rates, each in a
 process of its own with the same seed and data, and name the one to use. The script is not edited.
@@ -227,7 +229,7 @@ def _outcome(trial: Trial, command: Sequence[str], factor: float, search: Search
         ValueError: if it did not train, at a rate that is not above all others.
     """
     log = Path(f"{trial.folder}.log")
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "WANDB_MODE": "disabled"}
+    environment = {**os.environ, "PYTHONHASHSEED": "0", **_SILENT}
     with log.open("wb") as file:
         done = subprocess.run(
             [sys.executable, "-m", "hf_normopt", "run", *command],
