@@ -147,6 +147,13 @@ def test_heads_keep_their_size_and_layers_their_kinds():
         Family(tf.Gemma3ForCausalLM, config).scaled(48)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_a_width_at_which_a_part_is_empty_is_told():
+    models = family("RegNetForImageClassification")  # a sixteenth of a stage is squeezed
+    with pytest.raises(ValueError, match="at width 8; larger --widths have"):
+        models.build(8, 1)
+
+
 def test_special_tokens_stay_in_a_smaller_vocabulary():
     config = tf.LlamaConfig(vocab_size=50_000, pad_token_id=49_999, eos_token_id=[2, 40_000])
     config = Family(tf.LlamaForCausalLM, config).scaled(128, 2)
