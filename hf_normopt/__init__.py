@@ -14,7 +14,16 @@ Importing the package makes `TrainingArguments(optim="normopt")` known to transf
 
 from .cards.model_card import update_model_card
 from .norms.layouts import Layout
-from .norms.operators import Frobenius, MaxColumn, MaxEntry, MaxRow, Norm, Spectral, operator_norm
+from .norms.operators import (
+    Frobenius,
+    MaxColumn,
+    MaxEntry,
+    MaxRow,
+    Norm,
+    Spectral,
+    TiedTable,
+    operator_norm,
+)
 from .norms.orthogonalize import orthogonalize
 from .optim.initialization import init_by_fan_in_inplace
 from .optim.optimizer import NormOpt
@@ -56,6 +65,7 @@ __all__ = [
     "Rule",
     "Spectral",
     "StepSize",
+    "TiedTable",
     "__version__",
     "classify",
     "create_normopt_optimizer",

@@ -30,8 +30,8 @@ FIELDS = ("optimizer", "init", "tied", "steps", "batch", "width", "depth", "rate
 
 MAKERS = {
     "modular": lambda model, lr: create_normopt_optimizer(model, lr=lr, preset="modular"),
-    "modular_tied_head": lambda model, lr: create_normopt_optimizer(
-        model, lr=lr, preset="modular", overrides={"embed_tokens": "head"}
+    "modular_tied_embedding": lambda model, lr: create_normopt_optimizer(
+        model, lr=lr, preset="modular", overrides={"embed_tokens": "embedding"}
     ),
     "normopt": lambda model, lr: create_normopt_optimizer(model, lr=lr),
     "adamw": lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0),
@@ -39,7 +39,7 @@ MAKERS = {
 DEFAULTS = ["modular", "normopt", "adamw"]  # the other one is for --tied
 RATES = {
     "modular": [0.01, 0.025, 0.06, 0.15, 0.4],
-    "modular_tied_head": [0.01, 0.025, 0.06, 0.15, 0.4],
+    "modular_tied_embedding": [0.01, 0.025, 0.06, 0.15, 0.4],
     "normopt": [0.0004, 0.001, 0.0025, 0.006, 0.015],
     "adamw": [0.001, 0.0025, 0.006, 0.015, 0.04],
 }

@@ -167,7 +167,10 @@ def test_inspect_as_markdown(capsys, llama):
 def test_inspect_shows_all_names_of_a_tied_tensor(capsys, tmp_path):
     config = T5Config(num_layers=1, architectures=["T5ForConditionalGeneration"])
     _, out, _ = run(capsys, "inspect", saved(config, tmp_path))
-    assert "shared = encoder.embed_tokens = decoder.embed_tokens = lm_head " in out
+    names = "shared = encoder.embed_tokens = decoder.embed_tokens = lm_head "
+    assert re.search(rf"{names} +embedding +l1->rms ", out)
+    _, out, _ = run(capsys, "inspect", tmp_path, "--preset", "modular")
+    assert re.search(rf"{names} +embedding/tied +tied rms->linf ", out)
 
 
 @pytest.mark.parametrize("given", ["", "adapter_config.json"])

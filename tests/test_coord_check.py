@@ -147,6 +147,13 @@ def test_heads_keep_their_size_and_layers_their_kinds():
         Family(tf.Gemma3ForCausalLM, config).scaled(48)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_a_width_at_which_a_part_is_empty_is_told():
+    models = family("RegNetForImageClassification")  # a sixteenth of a stage is squeezed
+    with pytest.raises(ValueError, match="at width 8; larger --widths have"):
+        models.build(8, 1)
+
+
 def test_special_tokens_stay_in_a_smaller_vocabulary():
     config = tf.LlamaConfig(vocab_size=50_000, pad_token_id=49_999, eos_token_id=[2, 40_000])
     config = Family(tf.LlamaForCausalLM, config).scaled(128, 2)
@@ -336,9 +343,28 @@ def test_rates_for_four_times_the_width(preset, linear, head):
     assert factors["embedding"] == factors["norm"] == 1
 
 
-def test_a_tied_table_is_scaled_as_a_head():
+@pytest.mark.parametrize(("preset", "tied"), [("modular", 1), ("normopt", 0.25), ("scion", 0.25)])
+def test_a_tied_table_is_scaled_as_a_head(preset, tied):
     small, large = (specs_at(w, tie_word_embeddings=True) for w in (64, 256))
-    assert rate_factors(PRESETS["modular"].policy, small, large)["embedding"] == 0.25
+    factors = rate_factors(PRESETS[preset].policy, small, large)
+    assert factors["tied"] == pytest.approx(tied)
+    assert not {"embedding", "head"} & factors.keys()
+
+
+def test_a_tied_table_moves_its_logits_by_the_rate_and_says_so(capsys, tmp_path):
+    config = tf.LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": True})
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    words = (tmp_path, "--widths", 64, 256, "--depths", 1, "--init", "--preset", "modular")
+    status, out, _ = check(capsys, *words, "--json")
+    report = json.loads(out)
+    own = {row["name"]: row["own"] for row in report["parameters"]}
+    assert status == 0
+    assert own["lm_head.weight"] == pytest.approx(0, abs=0.15)
+    assert own["model.embed_tokens.weight"] == pytest.approx(-1, abs=0.15)
+    steps = conclusion(report).splitlines()[1]
+    assert "does not depend on width" in steps
+    assert "The table that is the head too moves as the head may" in steps
 
 
 def test_scale_rate_says_what_to_pass(capsys, llama, tmp_path):

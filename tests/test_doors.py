@@ -16,6 +16,7 @@ import optuna
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -39,6 +40,7 @@ from hf_normopt import (
 from hf_normopt.cli.launch import run
 from hf_normopt.trainer.callback import warn_of_deepspeed
 
+from .test_optimizer import llama
 from .test_trainer import arguments, bert, equal, inner, rows, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -605,6 +607,41 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         for on in (False, True)
     ]
     assert equal(*runs)
+
+
+def causal_lm(lora):
+    """A Llama with a tied table, or one with adapters."""
+    torch.manual_seed(0)
+    model = llama(tie_word_embeddings=not lora)
+    if not lora:
+        return model
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    ("lora", "options"), [(False, REENTRANT), (True, REENTRANT), (False, COMPILED)], ids=str
+)
+def test_checkpointed_and_compiled_causal_lms_train_alike(tmp_path, lora, options):
+    """Same weights, and the same roles of the same names, as tied tables and products have."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 33, (16, 12), generator=generator)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    runs, groups = [], []
+    for changes in ({}, {"gradient_checkpointing": True, **options}):
+        args = arguments(tmp_path, optim="normopt_modular", max_steps=3, **changes)
+        trainer = Trainer(causal_lm(lora), args, train_dataset=data)
+        runs.append(trained(trainer))
+        groups.append([(g["label"], g["param_names"]) for g in inner(trainer).param_groups])
+    assert furthest(*runs) < ROUNDING * 1e-3
+    assert groups[0] == groups[1]
+    assert ("linear/product" if lora else "embedding/tied") in [label for label, _ in groups[1]]
 
 
 class ShortOfMemory(Trainer):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hf_normopt.trainer.trial import Outcome, Trial
 
 SCRIPT = """
 import os
+from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 LAYOUT = dict(vocab_size=16, hidden_size=16, intermediate_size=32)
@@ -202,6 +204,26 @@ def test_a_search_goes_on_where_it_was_cut(runs, tmp_path, capsys):
     assert "of another search (command" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "file", "words"),
+    [
+        ("--plot", "rates.jpg", "found 'rates.jpg'"),
+        ("--plot", "nowhere/rates.png", "There is no folder nowhere"),
+        ("--state", "nowhere/rates.json", "There is no folder nowhere"),
+        ("--state", ".", ". is a folder"),
+    ],
+)
+def test_files_are_looked_at_before_the_search(runs, capsys, option, file, words):
+    assert find_rate([option, file, "script.py"]) == 2
+    assert words in capsys.readouterr().err
+    assert not runs
+
+
+def test_the_picture_is_drawn(runs, tmp_path):
+    assert find_rate(["--plot", str(tmp_path / "rates.svg"), "script.py"]) == 0
+    assert "<svg" in (tmp_path / "rates.svg").read_text()
+
+
 def test_a_file_of_the_users_own_is_no_state(tmp_path, capsys):
     file = tmp_path / "notes.json"
     file.write_text("{}")
@@ -228,3 +250,33 @@ def test_without_a_script_it_says_what_it_needs(words, capsys):
         find_rate(words)
     assert stopped.value.code == 2
     assert "name a script" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_script_as_transformers_examples_are(tmp_path, monkeypatch, capsys):
+    """Its rate is found, and what it would save, resume, evaluate and push stays untouched."""
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("train", 240), ("dev", 16)):
+        texts = torch.randint(0, 8, (count, 6), generator=generator).tolist()
+        rows = [f"{''.join('abcdefgh'[i] for i in t)},{int(sum(t) > 21)}" for t in texts]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *rows]))
+    for folder in ("out/checkpoint-7", "final"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("precious")
+    script = Path(__file__).parent / "example_script.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(script.parent.parent))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    words = (
+        "--train_file train.csv --validation_file dev.csv --output_dir out --do_train --do_eval "
+        "--per_device_train_batch_size 16 --num_train_epochs 20 --learning_rate 3e-4 "
+        "--eval_strategy epoch --save_strategy epoch --load_best_model_at_end true "
+        "--metric_for_best_model accuracy --resume_from_checkpoint out/checkpoint-7 "
+        "--push_to_hub true --report_to none --optim normopt --warmup_steps 0.1"
+    )
+    search = ["--points", "2", "--most", "2", "--factor", "10", "--steps", "20"]
+    assert find_rate([*search, str(script), *words.split()]) == 0
+    said = capsys.readouterr().out
+    assert "Use a learning rate of 0.003 with normopt (NormOpt)." in said
+    assert "20 steps (300 in the script)" in said
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

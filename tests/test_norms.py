@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from hf_normopt import Frobenius, MaxColumn, MaxRow, Norm, Spectral, operator_norm
-from hf_normopt.norms.operators import parse_norm
+from hf_normopt.norms.operators import TiedTable, parse_norm
 from tests.tolerances import TOLERANCE
 
 NORMS = {
@@ -25,6 +25,7 @@ NORMS = {
     "l1->l2": operator_norm("l1", "l2"),
     "l1->l7": operator_norm("l1", 7),
     "l1->linf": operator_norm("l1", "linf"),
+    "tied rms->linf": TiedTable(),
     "rms->linf": operator_norm("rms", "linf"),
     "l1.1->linf": operator_norm(1.1, "linf"),
     "l2->linf": operator_norm("l2", "linf"),
@@ -117,7 +118,18 @@ def test_norm_is_a_norm(norm: Norm):
     assert norm.norm(torch.zeros(7, 5)) == 0
 
 
-INDUCED = {name: norm for name, norm in NORMS.items() if norm.input is not None}
+INDUCED = {
+    name: norm
+    for name, norm in NORMS.items()
+    if norm.input is not None and not isinstance(norm, TiedTable)
+}
+
+
+def test_a_tied_table_has_the_larger_norm_of_its_two_uses():
+    w = torch.randn(5, 40, dtype=torch.float64)  # width, tokens
+    uses = operator_norm("l1", "rms").norm(w), operator_norm("rms", "linf").norm(w.mT)
+    close(TiedTable().norm(w), max(uses), torch.float64)
+    close(TiedTable().lmo(w), operator_norm("rms", "linf").lmo(w.mT).mT, torch.float64)
 
 
 @pytest.mark.parametrize("norm", INDUCED.values(), ids=INDUCED.keys())

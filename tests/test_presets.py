@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -208,6 +209,81 @@ def test_a_change_of_a_kind_makes_its_rule_from_its_role():
     policy = changed(PRESETS["normopt"].policy, lr_adapter_b=4.0)
     assert policy["adapter_b"].multiplier == 4.0
     assert policy["adapter_b"].norm == policy["linear"].norm
+
+
+def after_steps(count=3, **options):
+    torch.manual_seed(0)
+    model = gpt2()
+    optimizer = create_normopt_optimizer(model, lr=0.01, **options)
+    train(model, optimizer, batches(count))
+    return dict(model.named_parameters()), optimizer
+
+
+def assert_same(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **tolerance, msg=name)
+
+
+EXACT = {"rtol": 0, "atol": 0}
+
+
+def test_modular_gives_a_tied_table_the_rule_of_a_head():
+    tied, optimizer = after_steps(preset="modular")
+    assert "embedding/tied" in [group["label"] for group in optimizer.param_groups]
+    head, _ = after_steps(preset="modular", overrides={"wte": "head"})
+    assert_same(tied, head, rtol=1e-5, atol=1e-7)
+    table, _ = after_steps(preset="modular", overrides={"wte": "embedding"})
+    assert not torch.allclose(tied["transformer.wte.weight"], table["transformer.wte.weight"])
+
+
+def test_no_other_preset_has_a_rule_for_tied_tables():
+    assert [name for name, preset in PRESETS.items() if "tied" in preset.policy] == ["modular"]
+    _, optimizer = after_steps(1)
+    assert "embedding/tied" not in [group["label"] for group in optimizer.param_groups]
+
+
+def test_options_of_embeddings_reach_tied_tables():
+    usual = PRESETS["modular"].policy
+    policy = changed(usual, lr_embedding=3, momentum_embedding=0.5)
+    assert policy["tied"] == replace(usual["tied"], multiplier=3.0, momentum=0.5)
+    assert changed(usual, norm_embedding="l1->rms")["tied"] == usual["embedding"]
+    assert changed(usual, norm_linear="l2->l2")["product"] == usual["product"]
+    assert changed(usual, lr_embedding=3, lr_tied=2)["tied"].multiplier == 2
+    assert changed(usual, lr_tied=2)["embedding"] == usual["embedding"]
+
+
+def test_a_kind_of_its_own_for_tied_tables_goes_with_every_preset():
+    one, optimizer = after_steps(lr_tied=1.0)
+    assert "embedding/tied" in [group["label"] for group in optimizer.param_groups]
+    assert_same(one, after_steps()[0], **EXACT)
+    faster, _ = after_steps(lr_tied=2.0)
+    assert_same(faster, after_steps(lr_embedding=2.0, lr_position=1.0)[0], **EXACT)
+    scion = {"preset": "scion", "norm_tied": "tied rms->linf", "lr_tied": 3000.0}
+    assert_same(
+        after_steps(**scion)[0],
+        after_steps(preset="scion", overrides={"wte": "head"})[0],
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_a_checkpoint_without_a_rule_for_tied_tables():
+    """It is refused with a reason, and goes on with an override that says what wrote it."""
+    torch.manual_seed(0)
+    model, data = gpt2(), batches(4)
+    before = {"lr": 0.01, "preset": "modular", "overrides": {"wte": "embedding"}}
+    optimizer = create_normopt_optimizer(model, **before)
+    train(model, optimizer, data[:2])
+    again, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, data[2:])
+    changed_rule = r"wte\.weight was trained under .*l1->rms.* go on under .*tied rms->linf"
+    with pytest.raises(ValueError, match=changed_rule):
+        create_normopt_optimizer(again, lr=0.01, preset="modular").load_state_dict(state)
+    optimizer = create_normopt_optimizer(again, **before)
+    optimizer.load_state_dict(state)
+    train(again, optimizer, data[2:])
+    assert_same(dict(again.named_parameters()), dict(model.named_parameters()), **EXACT)
 
 
 def test_a_change_that_concerns_no_parameter_gives_a_notice(caplog):

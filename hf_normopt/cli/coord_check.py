@@ -10,10 +10,11 @@ import argparse
 import json
 import sys
 
+from ..cards.files import check_picture
 from ..optim.presets import PRESETS, optimizer_names
 from ..trainer.arguments import parse_optim_args
 from .coordinates import Measurement
-from .curves import check_picture, save_curves
+from .curves import SUFFIXES, save_curves
 from .slopes import Run, results
 from .trials import Choice, Trial
 from .verdicts import as_text
@@ -46,7 +47,7 @@ def add_coord_check_arguments(parser: argparse.ArgumentParser) -> None:
 def coord_check(args: argparse.Namespace) -> int:
     """Train a few steps at each width, and print what depends on it."""
     if args.picture:
-        check_picture(args.picture)
+        check_picture(args.picture, SUFFIXES)
     if args.steps < 1 or min(args.depths) < 1:
         raise ValueError("--steps and --depths are numbers from 1.")
     models = family(args.model, trust_remote_code=args.trust_remote_code)

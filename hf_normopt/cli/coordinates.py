@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..norms.operators import Norm
-from ..optim.rules import Policy, policy_key
-from ..roles import ParamSpec
+from ..optim.groups import kind_of
+from ..optim.rules import Policy
+from ..roles import ROLES, ParamSpec
 from ..roles.follow import tensors_of
 from ..roles.inputs import candidates
 from ..roles.makers import Case
@@ -35,6 +36,10 @@ from ..trainer.gauge import singular
 
 Batch = dict[str, Any]
 _MATRICES = ("linear", "conv", "head")  # act on activations, whose size counts
+# What a parameter does in one place. A table that is the head too is a head where it is that, and
+# has a place of its own where it is looked up: no step is right in both.
+TIED = "embedding/tied"
+PLACES = (*ROLES, TIED)
 _TRIES = 20
 
 
@@ -142,7 +147,7 @@ class _Watch:
         for path, module in model.named_modules():
             for local, param in module.named_parameters(recurse=False, remove_duplicate=False):
                 if spec := by_param.get(id(param)):
-                    norm = policy[policy_key(policy, spec.role, spec.kind)].norm
+                    norm = policy[kind_of(spec, policy) or spec.role].norm
                     name = f"{path}.{local}".lstrip(".")
                     self._uses.append(_Use(name, local, module, spec, norm))
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
@@ -183,8 +188,8 @@ class _Watch:
                     change = rms(y - start) if y.shape == start.shape else None
                 read.add(id(use.module))
                 x = next((t for t in tensors_of((args, kwargs)) if t.is_floating_point()), None)
-                if use.spec.tied_to and role in ("embedding", "head"):
-                    role = "embedding" if x is None else "head"  # what it is here
+                if use.spec.also_head or (use.spec.tied_to and role == "head"):
+                    role = TIED if x is None else "head"
                 if before is not None:
                     matrix = role in _MATRICES and x is not None
                     own = self._own(use, before) / (rms(x) if matrix and x is not None else 1.0)

@@ -5,36 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ..roles import ROLES
+from ..cards.files import check_picture
+from .coordinates import PLACES
 from .slopes import Run
 
+SUFFIXES = (".png", ".svg", ".pdf")
 _QUANTITIES = (
     ("output", "RMS of the outputs"),
     ("change", "RMS of their change"),
     ("own", "RMS of the own step's part"),
 )
-
-
-def check_picture(file: str) -> None:
-    """Complain early about a file that [`save_curves`] cannot write.
-
-    Raises:
-        ValueError: if it is no .png, .svg or .pdf.
-        OSError: if its folder does not exist.
-        ImportError: without matplotlib.
-    """
-    path = Path(file)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"A picture is a file .png, .svg or .pdf, found {file!r}.")
-    if not path.parent.is_dir():
-        raise OSError(f"There is no folder {path.parent} for the picture {path.name}.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ImportError("A picture needs matplotlib: pip install hf_normopt[recipes].") from None
 
 
 def save_curves(file: str, title: str, runs: Sequence[Run]) -> None:
@@ -43,12 +25,12 @@ def save_curves(file: str, title: str, runs: Sequence[Run]) -> None:
     Raises:
         ValueError, OSError, ImportError: see [`check_picture`].
     """
-    check_picture(file)
+    check_picture(file, SUFFIXES)
     from matplotlib.figure import Figure
 
     runs = [run for run in runs if (run.rate, run.depth) == (runs[0].rate, runs[0].depth)]
     present = {reading.role for reading in runs[0].found.readings}
-    roles = [role for role in ROLES if role in present]
+    roles = [role for role in PLACES if role in present]
     steps = max(reading.step for reading in runs[0].found.readings)
     figure = Figure(figsize=(3 * len(roles) + 1, 9), layout="constrained")
     figure.suptitle(f"{title}, rate {runs[0].rate:g}")

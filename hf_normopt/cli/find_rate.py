@@ -15,13 +15,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..cards.files import write_whole
+from ..cards.files import check_picture, check_place, write_whole
 from ..tables import format_table
 from ..trainer.trial import Outcome, Trial
+from .curves import SUFFIXES
 
 NEAR = 0.02  # of the best loss: rates whose loss is no further are as good
 LAST = 0.25  # of the steps: their mean loss is what a rate is judged by
 FORMAT_VERSION = 1
+# For scripts that begin a report before they make a trainer.
+_SILENT = dict.fromkeys(("WANDB_MODE", "COMET_MODE", "SWANLAB_MODE"), "disabled")
 
 _DESCRIPTION = """Run SCRIPT for a few per cent of its steps at several learning rates, each in a
 process of its own with the same seed and data, and name the one to use. The script is not edited.
@@ -128,9 +131,13 @@ def find_rate(argv: Sequence[str]) -> int:
     if not command or (command[0].startswith("-") and command[0] != "-m"):
         parser.error("name a script, or -m and a module, after the options of find-rate")
     try:
+        if args.plot:
+            check_picture(args.plot, SUFFIXES)
+        if args.state:
+            check_place(args.state)
         search = _loaded(args, command)
         return _search(args, command, search)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"hf-normopt find-rate: {error}", file=sys.stderr)
         return 2
 
@@ -151,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--optim", default="", help="train with it, such as normopt; default: the script's own")
     add("--optim_args", "--optim-args", default="", help="for --optim")
     add("--state", metavar="FILE", help="keep what was found; with the file of before, go on")
-    add("--plot", metavar="FILE", help="draw it, as a .png")
+    add("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
     return parser
 
 
@@ -222,7 +229,7 @@ def _outcome(trial: Trial, command: Sequence[str], factor: float, search: Search
         ValueError: if it did not train, at a rate that is not above all others.
     """
     log = Path(f"{trial.folder}.log")
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "WANDB_MODE": "disabled"}
+    environment = {**os.environ, "PYTHONHASHSEED": "0", **_SILENT}
     with log.open("wb") as file:
         done = subprocess.run(
             [sys.executable, "-m", "hf_normopt", "run", *command],
@@ -295,17 +302,9 @@ def _verdict(search: Search) -> str:
 
 
 def _draw(search: Search, path: str) -> None:
-    """Losses over rates, and over steps.
+    """Losses over rates, and over steps."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        ValueError: without matplotlib, or if the file is no .png.
-    """
-    if Path(path).suffix != ".png":
-        raise ValueError(f"--plot takes a .png, found {path!r}.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib.") from None
     figure = Figure(figsize=(10, 4), layout="constrained")
     over_rates, over_steps = figure.subplots(1, 2)
     stable = [t for _, t in sorted(search.tried.items()) if math.isfinite(t.loss)]

@@ -7,17 +7,18 @@ import json
 import sys
 from collections.abc import Sequence
 
+from ..cards.files import check_picture
 from ..norms.half import NAMES
-from ..optim.groups import kind_of_product, products
+from ..optim.groups import kind_of, kind_of_product, products
 from ..optim.presets import PRESETS
-from ..optim.rules import Rule, policy_key
+from ..optim.rules import Rule
 from ..roles import KINDS, ROLES, ParamSpec, classify
 from ..roles.skeletons import skeleton
 from ..tables import fold_names, format_table
 from ..trainer.arguments import parse_roles
 from .cost import cost_report
 from .outline import Total, count_roles, tied_names
-from .picture import check_file, save_picture
+from .picture import SUFFIXES, save_picture
 
 FORMATS = ("table", "json", "markdown")
 
@@ -68,14 +69,14 @@ def inspect(args: argparse.Namespace) -> int:
         0, or 1 when `--strict` finds a parameter whose role is `other`.
     """
     if args.plot:
-        check_file(args.plot)
+        check_picture(args.plot, SUFFIXES)
     policy = PRESETS[args.preset].policy
     model = skeleton(args.model, trust_remote_code=args.trust_remote_code)
     specs = classify(model, parse_roles(args.roles), heads=args.heads)
     pairs = products(specs, policy)
     joined = {spec.name: kind_of_product(spec) for pair in pairs for spec in pair}
-    keys = [joined.get(spec.name) or policy_key(policy, spec.role, spec.kind) for spec in specs]
-    rules = [policy[key] for key in keys]
+    kinds = [joined.get(spec.name) or kind_of(spec, policy) for spec in specs]
+    rules = [policy[kind or spec.role] for kind, spec in zip(kinds, specs, strict=True)]
     norms = [str(rule.norm) for rule in rules]
     totals = count_roles(specs, norms)
     if args.plot:
@@ -85,7 +86,8 @@ def inspect(args: argparse.Namespace) -> int:
         print(json.dumps(_report(args, type(model).__name__, specs, rules, totals), indent=1))
     else:
         header = ("role", "norm", "tensors", "parameters")
-        print(_table(specs, norms, pairs, args.why, markdown), end="\n\n")
+        roles = [_role(spec, kind) for spec, kind in zip(specs, kinds, strict=True)]
+        print(_table(specs, roles, norms, pairs, args.why, markdown), end="\n\n")
         print(format_table(header, [total.cells for total in totals], markdown))
         if args.cost:
             print("", cost_report(specs, rules, args.tokens, args.device, markdown), sep="\n")
@@ -116,6 +118,7 @@ def _others(specs: Sequence[ParamSpec]) -> list[tuple[str, str]]:
 
 def _table(
     specs: Sequence[ParamSpec],
+    roles: Sequence[str],
     norms: Sequence[str],
     pairs: Sequence[tuple[ParamSpec, ParamSpec]],
     why: bool,
@@ -124,21 +127,21 @@ def _table(
     """A row for each parameter, and one for the two factors of a product."""
     of_factor = {spec.name: pair for pair in pairs for spec in pair}
     shown = [
-        (spec, norm)
-        for spec, norm in zip(specs, norms, strict=True)
+        (spec, role, norm)
+        for spec, role, norm in zip(specs, roles, norms, strict=True)
         if spec.name not in of_factor or spec is of_factor[spec.name][0]
     ]
-    specs = [spec for spec, _ in shown]
+    specs = [spec for spec, _, _ in shown]
     cells = [
         (
             *(
-                _of_product(*of_factor[spec.name], norm)
+                _of_product(*of_factor[spec.name], role, norm)
                 if spec.name in of_factor
-                else _of(spec, norm)
+                else _of(spec, role, norm)
             ),
             *([spec.reason] if why else []),
         )
-        for spec, norm in shown
+        for spec, role, norm in shown
     ]
     labels = [
         spec.factor.product if spec.factor and spec.name in of_factor else _short(spec.name)
@@ -153,17 +156,21 @@ def _table(
     return format_table(header, rows, markdown)
 
 
-def _of(spec: ParamSpec, norm: str) -> tuple[str, ...]:
-    role = f"{spec.role}/{spec.kind}" if spec.kind else spec.role
+def _role(spec: ParamSpec, kind: str) -> str:
+    """A parameter's role and what it is refined to: by the policy, or by itself."""
+    kind = kind or spec.kind
+    return f"{KINDS[kind]}/{kind}" if kind else spec.role
+
+
+def _of(spec: ParamSpec, role: str, norm: str) -> tuple[str, ...]:
     return role, norm, " x ".join(map(str, spec.shape)) or "1", str(spec.layout)
 
 
-def _of_product(a: ParamSpec, b: ParamSpec, norm: str) -> tuple[str, ...]:
+def _of_product(a: ParamSpec, b: ParamSpec, role: str, norm: str) -> tuple[str, ...]:
     """What is shown of a product s B A in place of its two factors."""
     shapes = (" x ".join(map(str, spec.shape)) for spec in (b, a))
     assert a.factor is not None
-    kind = kind_of_product(a)
-    return f"{KINDS[kind]}/{kind}", norm, " · ".join(shapes), f"scale {a.factor.scale:g}"
+    return role, norm, " · ".join(shapes), f"scale {a.factor.scale:g}"
 
 
 def _report(

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 from ..norms.operators import MaxColumn, MaxEntry, MaxRow, Norm
+from ..optim.groups import kind_of
 from ..optim.presets import PRESETS, changed
-from ..optim.rules import SCALES, Policy, policy_key
-from ..roles import ROLES, ParamSpec, classify
+from ..optim.rules import SCALES, Policy
+from ..roles import KINDS, ROLES, ParamSpec, classify
 from ..roles.skeletons import skeleton
 from ..tables import format_table
 from ..trainer.arguments import parse_optim_args, parse_roles
 
-_NORMS = PRESETS["normopt"].policy
+_NORMS = PRESETS["modular"].policy
 
 
 def add_scale_rate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +78,7 @@ def scale_rate(args: argparse.Namespace) -> int:
 def rate_factors(
     policy: Policy, small: Sequence[ParamSpec], large: Sequence[ParamSpec]
 ) -> dict[str, float]:
-    """What the rate of each role is multiplied by: the median over its parameters.
+    """What the rate of each role, and of tied tables, is multiplied by: the median over them.
 
     Args:
         policy: a rule for every role.
@@ -90,7 +91,7 @@ def rate_factors(
     sizes = [_sizes(policy, specs) for specs in (small, large)]
     factors = {
         role: statistics.median(sizes[0][role]) / statistics.median(sizes[1][role])
-        for role in ROLES
+        for role in (*ROLES, *KINDS)
         if role in sizes[0] and role in sizes[1]
     }
     if not factors:
@@ -99,20 +100,19 @@ def rate_factors(
 
 
 def _sizes(policy: Policy, specs: Sequence[ParamSpec]) -> dict[str, list[float]]:
-    """The sizes of all steps by role, at rate 1."""
+    """The sizes of all steps at rate 1, by role, or by kind where it has a norm of its own."""
     sizes: dict[str, list[float]] = {}
     for spec in specs:
-        rule = policy[policy_key(policy, spec.role, spec.kind)]
+        rule = policy[kind_of(spec, policy) or spec.role]
+        key = kind_of(spec, _NORMS) or spec.role
+        norm = _NORMS[key].norm
         operator = spec.layout.to_operators(torch.empty(spec.shape, device="meta"))[0]
         fan_out, fan_in = operator.shape[-2:]
         taps = spec.layout.taps
         step = SCALES[rule.scale](rule.norm, fan_out, fan_in, taps)
         step /= norm_of_ones(rule.norm, fan_out, fan_in)
-        norm = _NORMS[spec.role].norm
-        if spec.role == "embedding" and spec.tied_to:  # as a head it does most
-            norm, fan_out, fan_in = _NORMS["head"].norm, fan_in, fan_out
         size = step * norm_of_ones(norm, fan_out, fan_in) * norm.weight(taps)
-        sizes.setdefault(spec.role, []).append(size)
+        sizes.setdefault(key, []).append(size)
     return sizes
 
 

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from ..roles import ROLES
-from .coordinates import Measurement, Reading
+from .coordinates import PLACES, Measurement, Reading
 
 TOLERANCE = 0.15  # of an exponent that counts as 0: what three steps on one batch can tell
 QUANTITIES = ("initial", "own", "change", "size")
@@ -92,7 +91,7 @@ def parameter_slopes(found: Mapping[int, Measurement]) -> list[Slopes]:
 def role_slopes(slopes: Sequence[Slopes], quantity: str) -> dict[str, Spread]:
     """The spread of one quantity's exponents, by role."""
     found = {}
-    for role in ROLES:
+    for role in PLACES:
         members = [(s.name, getattr(s, quantity)) for s in slopes if s.role == role]
         known = [(name, value) for name, value in members if value is not None]
         if known:

@@ -19,7 +19,7 @@ from ..trainer.arguments import parse_roles
 from .coordinates import Measurement, example_batch, measure
 from .widths import Family
 
-_NORMS = PRESETS["normopt"].policy  # measure a step by role, whatever made it
+_NORMS = PRESETS["modular"].policy  # measure a step by role, whatever made it
 _OTHERS = PRESETS["adam"].learning_rate
 
 

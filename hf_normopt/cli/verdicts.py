@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..tables import fold_names, format_table
+from .coordinates import TIED
 from .slopes import QUANTITIES, TOLERANCE
 
 _HEADINGS = {
@@ -57,17 +58,12 @@ def conclusion(report: Mapping[str, Any]) -> str:
         if own
         else "Steps: their effect does not depend on width, so a learning rate holds."
     )
-    return f"{begin}{odd_initial}\n{steps}{odd_own}"
+    return f"{begin}{odd_initial}\n{steps}{odd_own}{_of_tied_tables(report)}"
 
 
 def _dependent(report: Mapping[str, Any], quantity: str) -> tuple[str, str]:
     """The roles that depend on width at the first rate, and a sentence on others' parameters."""
-    rows = [
-        row
-        for row in report["roles"]
-        if (row["over"], row["quantity"]) == ("width", quantity)
-        and row["rate"] == report["rates"][0]
-    ]
+    rows = [row for row in _rows(report, quantity) if not _is_slower_table(row)]
     roles = [row for row in rows if abs(row["median"]) > TOLERANCE]
     odd = [
         f"{row['worst_name'].removesuffix('.weight')} {row['worst']:+.2f}"
@@ -76,6 +72,26 @@ def _dependent(report: Mapping[str, Any], quantity: str) -> tuple[str, str]:
     ]
     said = ", ".join(f"{row['role']} {row['median']:+.2f}" for row in roles)
     return said, f" Farthest from their role: {', '.join(odd)}." if odd else ""
+
+
+def _rows(report: Mapping[str, Any], quantity: str) -> list[Mapping[str, Any]]:
+    """What was found of the roles over width at the first rate."""
+    where = ("width", quantity, report["rates"][0])
+    return [row for row in report["roles"] if (row["over"], row["quantity"], row["rate"]) == where]
+
+
+def _is_slower_table(row: Mapping[str, Any]) -> bool:
+    return row["quantity"] == "own" and row["role"] == TIED and row["median"] < -TOLERANCE
+
+
+def _of_tied_tables(report: Mapping[str, Any]) -> str:
+    """What is no fault: a step that suits the head is a small one where rows are looked up."""
+    if not any(map(_is_slower_table, _rows(report, "own"))):
+        return ""
+    return (
+        " The table that is the head too moves as the head may: less, in a wide model, where it is "
+        "looked up."
+    )
 
 
 def _role_rows(report: Mapping[str, Any], over: str, quantity: str) -> list[tuple[str, ...]]:

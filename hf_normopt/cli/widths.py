@@ -122,12 +122,19 @@ class Family:
         config = self.scaled(width, depth)
         torch.manual_seed(seed)
         try:
-            return self.model_class(config).float()
+            model = self.model_class(config).float()
         except Exception as error:  # foreign code raises anything
             raise ValueError(
                 f"{self.model_class.__name__} cannot be built at width {width}. "
                 f"{type(error).__name__}: {error}"
             ) from error
+        empty = [name for name, p in model.named_parameters() if not p.numel()]
+        if empty:  # a part that is a fraction of the width
+            raise ValueError(
+                f"{self.model_class.__name__} has nothing in {empty[0]} at width {width}; larger "
+                "--widths have."
+            )
+        return model
 
 
 def family(name: str, *, trust_remote_code: bool = False) -> Family:

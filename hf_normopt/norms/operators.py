@@ -245,6 +245,26 @@ class MaxColumn(Norm):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TiedTable(MaxColumn):
+    """The norm of a table W that embeds tokens and, as Wᵀ, scores them: the larger of its two uses.
+
+    norm(W)      = max(‖W‖_{l1→rms}, ‖Wᵀ‖_{rms→linf}) = √fan_out · max_j ‖W_{:,j}‖_2
+    dual_norm(G) = Σ_j ‖G_{:,j}‖_2 / √fan_out
+    lmo(G)       = g / ‖g‖_2 / √fan_out for each column g
+
+    The second of the two is fan_out times the first, so it is always the larger one. W is read as
+    a table is: fan_out is the width, and a column the vector of one token.
+    """
+
+    def unit(self, fan_out: int, fan_in: int) -> float:
+        """√fan_out: that of rms inputs of Wᵀ."""
+        return math.sqrt(fan_out)
+
+    def __str__(self) -> str:
+        return "tied rms->linf"
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaxRow(Norm):
     """The largest lq norm of a row: lp → linf, rms → linf, 1/p + 1/q = 1 (Prop. 8).
 
@@ -388,8 +408,9 @@ def _family(input: Vector, output: Vector) -> type[Norm]:
 
 def parse_norm(text: str) -> Norm:
     """The norm that `str(norm)` names, such as `"rms->rms"`, `"l2->l2 (muon)"`, `"frobenius"`."""
-    if text == "frobenius":
-        return Frobenius()
+    for named in (Frobenius(), TiedTable()):
+        if text == str(named):
+            return named
     pair, _, method = text.replace(" ", "").rstrip(")").partition("(")
     names = pair.split("->")
     if len(names) != 2:

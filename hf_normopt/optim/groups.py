@@ -265,7 +265,7 @@ def parameter_groups(
     joined = {spec.name for pair in pairs for spec in pair}
     for spec in specs:
         if spec.name not in joined:
-            add(spec.role, spec.kind if spec.kind in policy else "", spec, spec.layout)
+            add(spec.role, kind_of(spec, policy), spec, spec.layout)
     for pair in pairs:
         for spec in pair:
             kind = kind_of_product(spec)
@@ -275,6 +275,12 @@ def parameter_groups(
             if spec.factor.side == "B":
                 scales.append(spec.factor.scale)
     return [group for _, group in sorted(groups.items())]
+
+
+def kind_of(spec: ParamSpec, policy: Policy) -> str:
+    """The kind whose rule a parameter gets by itself; "" if it gets its role's."""
+    kind = "tied" if spec.also_head else spec.kind
+    return kind if kind in policy else ""
 
 
 def kind_of_product(spec: ParamSpec) -> str:

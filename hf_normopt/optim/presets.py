@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from ..norms.operators import Frobenius, Norm, Spectral, operator_norm
-from ..norms.product import parse_norm, product_norm
+from ..norms.operators import Frobenius, Norm, Spectral, TiedTable, operator_norm
+from ..norms.product import Product, parse_norm, product_norm
 from ..roles import KINDS, ROLES, classify
 from .groups import asked_groups, factors_apart, parameter_groups, read_groups
 from .guard import parse_guard
@@ -95,6 +95,11 @@ def _with_products(policy: Policy) -> Policy:
     }
 
 
+def _with_tied_tables(policy: Policy) -> Policy:
+    """The same, and a table that is the head too moves no further than a head may."""
+    return {**policy, "tied": replace(policy["embedding"], norm=TiedTable())}
+
+
 _ADAM = Rule(_ENTRY, momentum=0.9, statistic=EMA(0.999))
 _MUON = Rule(Spectral(method="muon"), scale="muon", momentum=0.95, nesterov=True)
 _SHAMPOO = Rule(operator_norm("l2", "l2"), momentum=0.9, statistic=EMA(0.99, 1e-12))
@@ -113,7 +118,9 @@ PRESETS: dict[str, Preset] = {
         description="The same norms in their own unit: the rate transfers over width.",
         source=f"{_PAPER}, Epilogue; Large et al. 2024, arXiv 2405.14813",
         learning_rate=(1e-3, 1e-1),
-        policy=_with_products(_by_role(partial(Rule, momentum=0.95, nesterov=True))),
+        policy=_with_tied_tables(
+            _with_products(_by_role(partial(Rule, momentum=0.95, nesterov=True)))
+        ),
     ),
     "free": Preset(
         description="normopt at a rate that the first steps find: 1 % better to 16 % worse than "
@@ -374,8 +381,13 @@ def changed(policy: Policy, **changes: Any) -> Policy:
             )
         attribute, kind = _FIELDS[field]
         targets = [role] if role else list(policy)
-        if role and field != "norm":  # kinds that the preset has a rule for follow their role
-            targets += [kind for kind, of in KINDS.items() if of == role and kind in policy]
+        # Kinds that the preset has a rule for follow their role; a product needs a norm of its own.
+        targets += [
+            kind
+            for kind, of in KINDS.items()
+            if of == role and kind in policy
+            if field != "norm" or not isinstance(policy[kind].norm, Product)
+        ]
         for target in targets:
             rule = policy.get(target) or policy[KINDS[target]]
             policy[target] = replace(rule, **{attribute: read_option(name, value, kind)})

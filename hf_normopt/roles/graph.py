@@ -53,6 +53,7 @@ class Finding:
     reason: str
     layout: Layout | None = None
     kind: str = ""
+    also_head: bool = False  # of an embedding: whether it is the head too
 
 
 @dataclass(frozen=True)

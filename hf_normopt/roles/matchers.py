@@ -52,9 +52,10 @@ def _table(view: View) -> Finding | None:
     if not isinstance(view.owner, (nn.Embedding, nn.EmbeddingBag)) or len(view.shape) != 2:
         return None
     reason = f"table of {view.owner_class}"
-    if view.head is not None and "get_output" not in view.head:
-        reason += f", and the head: a tied tensor takes the embedding's rule ({view.head})"
-    return Finding("embedding", reason, Layout("in out"), _position(view.name))
+    also_head = view.head is not None and "get_output" not in view.head
+    if also_head:
+        reason += f", and the head ({view.head})"
+    return Finding("embedding", reason, Layout("in out"), _position(view.name), also_head)
 
 
 def _position(name: str) -> str:
@@ -213,8 +214,8 @@ def _raw_matrix(view: View) -> Finding | None:
     if layout is None or len(view.shape) < 2 or "kernel" in view.uses:
         return None
     if looked_up is not None:
-        reason = "rows looked up by an index, and multiplied by: a tied tensor takes the "
-        return Finding("embedding", f"{reason}embedding's rule", looked_up, _position(view.leaf))
+        reason, also_head = "rows looked up by an index, and multiplied by", view.head is not None
+        return Finding("embedding", reason, looked_up, _position(view.leaf), also_head)
     if view.head is not None:
         return Finding("head", view.head, layout)
     return Finding("linear", f"{view.owner_class} multiplies by it", layout, _kind(view))

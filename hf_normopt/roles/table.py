@@ -45,6 +45,7 @@ KINDS: dict[str, str] = {
     "position": "embedding",
     "product": "linear",
     "table_product": "embedding",
+    "tied": "embedding",
 }
 
 
@@ -61,6 +62,8 @@ class ParamSpec:
         reason: why, for a person to read.
         tied_to: the other names of the same tensor, or None.
         factor: of which product it is a factor, such as LoRA's B A, or None.
+        also_head: of an embedding: whether it is the head too, as tied tables are. A policy may
+            have a rule for the kind `tied`.
     """
 
     name: str
@@ -71,6 +74,7 @@ class ParamSpec:
     reason: str
     tied_to: str | None = None
     factor: Factor | None = None
+    also_head: bool = False
 
 
 def classify(
@@ -148,8 +152,17 @@ def _spec(
     found = _overridden(settled, names, overrides)
     layout = found.layout or usual_layout(found.role, shape)
     factor = factor_of(views[0]) if found is settled and tied_to is None else None
-    reason = found.reason
-    return ParamSpec(names[0], shape, found.role, found.kind, layout, reason, tied_to, factor)
+    return ParamSpec(
+        names[0],
+        shape,
+        found.role,
+        found.kind,
+        layout,
+        found.reason,
+        tied_to,
+        factor,
+        found.also_head,
+    )
 
 
 def _checked(overrides: Mapping[str, str]) -> dict[str, str]:
@@ -176,8 +189,7 @@ def _settled(findings: Iterable[Finding]) -> Finding:
     findings = list(findings)
     best = min(findings, key=lambda found: {"embedding": 0, "head": 1}.get(found.role, 2))
     if best.role == "embedding" and any(found.role == "head" for found in findings):
-        tie = "and the head: a tied tensor takes the embedding's rule"
-        return replace(best, reason=f"{best.reason}, {tie}")
+        return replace(best, reason=f"{best.reason}, and the head", also_head=True)
     return best
 
 
@@ -191,6 +203,7 @@ def _overridden(found: Finding, names: list[str], overrides: Mapping[str, str]) 
                 # a table is stored as a head is, not as it is looked up
                 layout=None if found.role == "embedding" != new else found.layout,
                 kind=role if role in KINDS else "",
+                also_head=role == "tied",
             )
     return found
 

@@ -7,6 +7,7 @@ not happen.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -36,6 +38,8 @@ from .telemetry import NormTelemetry
 VARIABLE = "HF_NORMOPT_TRIAL"
 # Steps of a short run, unless the script's has fewer: the loss of fewer says little.
 FEWEST = 20
+# What trainers, models and tokenizers have.
+_SAVING = ("save", "save_model", "save_pretrained", "save_state", "push_to_hub")
 _REPORTERS = "transformers.integrations.integration_utils"
 
 
@@ -131,8 +135,16 @@ def _quiet_inplace(args: TrainingArguments, trial: Trial) -> None:
     args.logging_nan_inf_filter = False
 
 
+class _Enough(BaseException):
+    """The run is over; not to be caught by who catches errors."""
+
+
 class _Losses(TrainerCallback):
-    """Keeps the loss of each step; ends the run where it is not finite."""
+    """Keeps the loss of each step; ends the run after the last, or where one is not finite.
+
+    It stands before the script's own callbacks, which may save what they find at the end of an
+    epoch or a training.
+    """
 
     def __init__(self, outcome: Outcome) -> None:
         self._outcome = outcome
@@ -149,7 +161,21 @@ class _Losses(TrainerCallback):
         if "loss" in (logs or {}):
             loss = float(logs["loss"])  # type: ignore[index]
             self._outcome.losses.append(loss)
-            control.should_training_stop |= not math.isfinite(loss)
+            if not math.isfinite(loss) or len(self._outcome.losses) >= self._outcome.steps:
+                raise _Enough
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End a run that somebody else has ended."""
+        if control.should_training_stop:
+            raise _Enough
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the run."""
+        raise _Enough
 
 
 def _run(trainer: Any, train: Any, trial: Trial) -> None:
@@ -162,8 +188,10 @@ def _run(trainer: Any, train: Any, trial: Trial) -> None:
         for callback in list(trainer.callback_handler.callbacks):
             if isinstance(callback, NormTelemetry) or type(callback).__module__ == _REPORTERS:
                 trainer.remove_callback(callback)
-        trainer.add_callback(_Losses(outcome))
-        train()
+        trainer.callback_handler.callbacks.insert(0, _Losses(outcome))
+        _save_nothing_inplace(trainer)
+        with contextlib.suppress(_Enough):
+            train()
         trainer.accelerator.wait_for_everyone()
     except Exception as error:  # the user's code: a rate may be too large for it
         traceback.print_exc()
@@ -174,6 +202,19 @@ def _run(trainer: Any, train: Any, trial: Trial) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(bool(outcome.error))
+
+
+def _save_nothing_inplace(trainer: Any) -> None:
+    """Let callbacks of the script's own, too, save and push nothing between the steps."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    for owner in map(type, (trainer, trainer.model, trainer.processing_class)):
+        for name in _SAVING:
+            if hasattr(owner, name):
+                setattr(owner, name, nothing)
+    torch.save = nothing
 
 
 def _take_rate_inplace(trainer: Any, trial: Trial, outcome: Outcome) -> None:
