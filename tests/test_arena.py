@@ -202,3 +202,38 @@ def test_muon_with_adamw_is_both_each_on_its_own_and_follows_a_schedule():
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         # the iteration is in float32 here, and in bfloat16 there
         torch.testing.assert_close(p, q, atol=2e-3 if ".layers." in name else 1e-6, rtol=1e-4)
+
+
+TINY = """
+import torch
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32, vocab_size=50))
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+row = {"input_ids": torch.arange(8), "labels": torch.arange(8)}
+trainer = Trainer(model, args, train_dataset=[row] * 16)
+trainer.train()
+print(trainer.optimizer.optimizer.__class__.__mro__)
+"""
+CALLS = """
+import sys
+from arena.launch import launch
+script, folder, rows = sys.argv[1:]
+for optim, args in (("arena_muon", "aux=2"), ("arena_prodigy", "d_coef=0.5")):
+    own = ["--optim", optim, "--optim_args", args, "--max_steps", "2", "--report_to", "none"]
+    launch(script, [*own, "--output_dir", folder, "--use_cpu", "True"], rows)
+"""
+
+
+def test_optimizers_of_its_own_train_a_script(tmp_path):
+    script, rows = tmp_path / "tiny.py", tmp_path / "rows.json"
+    script.write_text(TINY)
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS, str(script), str(tmp_path / "out"), str(rows)],
+        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "MuonAndAdamW" in done.stdout
+    assert "Prodigy" in done.stdout
+    assert [row["step"] for row in json.loads(rows.read_text()) if "loss" in row] == [2, 2]

@@ -5,7 +5,6 @@ be `arena_muon` or `arena_prodigy`, with options in `optim_args`. Whatever the t
 into the file, with the wall and processor seconds of training up to then, evaluations left out.
 """
 
-import functools
 import json
 import runpy
 import sys
@@ -76,9 +75,16 @@ def _muon(context):
     options = {
         key: float(value) for key, value in parse_optim_args(context.args.optim_args).items()
     }
-    make = functools.partial(MuonAndAdamW, context.model, **options)
+    model = context.model
+
+    class OfModel(MuonAndAdamW):
+        """A class, as the trainer expects, which is given groups and takes the model."""
+
+        def __init__(self, params, **settings):
+            super().__init__(model, **settings)
+
     settings = {"lr": context.args.learning_rate, "weight_decay": context.args.weight_decay}
-    return lambda params, **given: make(**settings), {}
+    return OfModel, {**settings, **options}
 
 
 def _prodigy(context):
