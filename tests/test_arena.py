@@ -236,4 +236,4 @@ def test_optimizers_of_its_own_train_a_script(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "MuonAndAdamW" in done.stdout
     assert "Prodigy" in done.stdout
-    assert [row["step"] for row in json.loads(rows.read_text()) if "loss" in row] == [2, 2]
+    assert {row["step"] for row in json.loads(rows.read_text()) if "loss" in row} == {2}
