@@ -131,7 +131,7 @@ def _matrix(view: View) -> Finding | None:
     layout = owner_layout(view)
     if layout is None:
         return None
-    if view.head is not None:
+    if view.head is not None and "transposed" not in view.uses:
         return Finding("head", view.head, layout)
     if isinstance(view.owner, nn.modules.conv._ConvNd):
         return Finding("conv", f"weight of {view.owner_class}", layout)
@@ -210,12 +210,12 @@ _MAYBE_TOKEN = re.compile(r"position|(^|_)pos(_|$)|quer(y|ies)(_|$)|newline|sepa
 def _raw_matrix(view: View) -> Finding | None:
     """Raw parameters that the module multiplies by, or convolves with."""
     layout, looked_up = _stored(view), view.uses.get("lookup")
-    if layout is None or len(view.shape) < 2 or "kernel" in view.uses:
+    if layout is None or not view.shape or "kernel" in view.uses:
         return None
     if looked_up is not None:
         reason = "rows looked up by an index, and multiplied by: a tied tensor takes the "
         return Finding("embedding", f"{reason}embedding's rule", looked_up, _position(view.leaf))
-    if view.head is not None:
+    if view.head is not None and "transposed" not in view.uses:
         return Finding("head", view.head, layout)
     return Finding("linear", f"{view.owner_class} multiplies by it", layout, _kind(view))
 
@@ -263,6 +263,8 @@ _DECAY = re.compile(r"^A$|A_log|(^|_)decay|log_delta")
 
 def _decay(view: View) -> Finding | None:
     """Rates of state-space models and other recurrences."""
+    if "rate" in view.uses:
+        return Finding("other", f"a rate or frequency over positions in {_where(view)}")
     if not _DECAY.search(view.leaf) or isinstance(view.owner, MATRIX):
         return None
     if "product" in view.uses:

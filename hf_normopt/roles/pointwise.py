@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from .follow import Follower, expanded_to, mixture, tensors_of
+from .follow import Follower, expanded_to, mixture, selection_of, tensors_of
 from .notes import NONE, Note, Shown, essential, is_batch
 from .views import table_layout
 
 _SUMS_OF = frozenset(("add", "sub", "rsub", "addcmul", "addcdiv", "subtract"))
 _PRODUCTS_OF = frozenset(("mul", "div", "multiply", "addcmul"))
-_SQUASHES = frozenset(("sigmoid", "hardsigmoid", "softmax"))
+_REPEATS = _PRODUCTS_OF | {"pow"}
+_RATES_OF = frozenset(("exp", "pow", "sin", "cos"))  # of what is multiplied by positions
+_SQUASHES = frozenset(("sigmoid", "hardsigmoid", "softmax", "exp"))
 
 _CHOICES = frozenset(("where", "masked_fill", "fill", "maximum", "minimum", "masked_scatter"))
 
@@ -32,7 +35,8 @@ class Pointwise(Follower):
             notes = [n for n in notes if not n.fixed]
         active = [n for n in notes if not n.fixed]
         if not active:
-            return self._combined(name, notes, output)
+            constants = [v for v in operands if self.noted(v) is None and v.numel() > 1]
+            return self._combined(name, notes, output, constants)
         summed = name in _SUMS_OF
         for position, value in enumerate(operands):
             its = self.noted(value)
@@ -40,16 +44,36 @@ class Pointwise(Follower):
                 how = "sum" if summed and not (name.startswith("addc") and position) else "gain"
                 self._beside(its, how, active, output)
         found = self._active(name, active, output, summed)
-        if name in ("mul", "div"):
+        if name in ("mul", "multiply", "div"):
             largest = max(v.numel() for v in operands if self._is_active(v))
             modulated = output.numel() > largest or any(n.shown for n in active)
-            shown = [s.spread(output.shape) for n in notes for s in n.shown] if modulated else []
-            return replace(
-                found, shown=tuple(s for s in shown if s is not None and s.picked == NONE)
-            )
+            spread = [s.spread(output.shape) for n in notes for s in n.shown]
+            shown = tuple(s for s in spread if s is not None and s.picked == NONE)
+            times = self._times(operands, output) if name != "div" else ()
+            return replace(found, shown=shown if modulated else (), times=times)
         if len(operands) == 1 and active[0].shown:
             return replace(found, shown=active[0].shown)
         return found
+
+    def _times(
+        self, operands: list[Tensor], output: Tensor
+    ) -> tuple[tuple[Shown, frozenset[int]], ...]:
+        """The parameters among factors, and their axes along which the other one is repeated."""
+        if len(operands) != 2:
+            return ()
+        found = []
+        for one, other in (operands, operands[::-1]):
+            note = self.noted(one)
+            if note is None or not note.fixed or not self._is_active(other):
+                continue
+            sizes = [1] * (output.ndim - other.ndim) + list(other.shape)
+            for shown in note.shown:
+                view = shown.spread(output.shape)
+                if view is None or view.start is not None or view.given is not None or view.how:
+                    continue
+                repeated = (js for js, n in zip(view.axes(), sizes, strict=True) if n == 1)
+                found.append((view, frozenset(j for js in repeated for j in js)))
+        return tuple(found)
 
     def _is_active(self, value: Tensor) -> bool:
         note = self.noted(value)
@@ -110,8 +134,14 @@ class Pointwise(Follower):
             head_size=max(n.head_size for n in active),
         )
 
-    def _combined(self, name: str, notes: list[Note], output: Tensor) -> Note:
-        """A function of parameters alone; the smaller of two is a gain or offset of the other."""
+    def _combined(
+        self, name: str, notes: list[Note], output: Tensor, constants: Sequence[Tensor] = ()
+    ) -> Note:
+        """A function of parameters alone; the smaller of two is a gain or offset of the other.
+
+        One that constants repeat is a gain of these, as of distances, or a token at the places that
+        a mask chooses.
+        """
         shown: list[Shown] = []
         for note in notes:
             for one in note.shown:
@@ -121,6 +151,11 @@ class Pointwise(Follower):
         most = max((s.entries() for s in shown), default=0)
         how = "sum" if name in _SUMS_OF else "gain"
         found: dict[str, Shown] = {}
+        if constants and most < output.numel() and name in _REPEATS:
+            how_repeated = "place" if any(map(selection_of, constants)) else "gain"
+            shown = [one if one.how else replace(one, how=how_repeated) for one in shown]
+        if name in _RATES_OF and len(notes) == 1:
+            shown = [replace(one, how="rate") if one.how == "gain" else one for one in shown]
         for one in shown:
             smaller = one.entries() < most and not one.inner  # factors cover what they multiply to
             if len(notes) > 1 and smaller and not one.how and one.start is None:

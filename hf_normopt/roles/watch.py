@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from ..norms.layouts import usual_layout
-from .follow import is_plain, mixture, note_of, tensors_of
+from .follow import choice, is_plain, mixture, note_of, selection_of, tensors_of
 from .mixing import GAINS, Mixing
 from .notes import Note, Shown
 from .operations import evaluate, is_real
@@ -136,6 +136,7 @@ class Watch(Mixing):
                 note = self.noted(tensor)
                 if note is not None:
                     makers |= note.last
+                    self.not_summed(note)
                     if not path and note.fixed:
                         self.record(note, "return")
             fields[key] = fields.get(key, frozenset()) | makers
@@ -158,11 +159,16 @@ class Watch(Mixing):
         base = name.rstrip("_") if func._schema.is_mutable else name
         if base.endswith("_like") or base.startswith("new_"):
             return
-        if not self.notes_of(tensors_of((args, kwargs))):
+        self.select(func, base, args, result)
+        notes = self.notes_of(tensors_of((args, kwargs)))
+        if not notes:
             return
         if func.is_view or base in _SAME:
             return self.view(func, args, kwargs, result)
         method = _NOTED.get(base)
+        if method is not Watch.reduced:
+            for note in notes:
+                self.not_summed(note)
         if method is not None:
             found = method(self, base, args, kwargs, result)
         elif torch.Tag.pointwise in func.tags or base in _POINTWISE:
@@ -176,6 +182,20 @@ class Watch(Mixing):
                 output._note = part  # type: ignore[attr-defined]
         if func._schema.is_mutable and outputs and found is not None and args:
             self.write(args[0], found)
+
+    def select(self, func: Any, base: str, args: tuple[Any, ...], result: Any) -> None:
+        """Mark constants that choose rows, as floats: masks, and one-hot vectors."""
+        if base == "_to_copy" and not is_real(args[0]):
+            chosen = choice(args[0])
+        elif base == "scatter" and isinstance(args[3], (int, float)):
+            last = args[1] % args[0].ndim == args[0].ndim - 1
+            chosen = "one_hot" if last and args[2].shape[-1] == 1 else "mask"
+        elif func.is_view or base in _SAME or base in ("add", "sub", "rsub"):
+            chosen = next(filter(None, map(selection_of, args)), "")
+        else:
+            chosen = "mask" if base == "mul" and any(map(selection_of, args)) else ""
+        if chosen and is_real(result):
+            result._selection = chosen
 
     def write(self, target: Tensor, note: Note) -> None:
         """Something was written into a tensor's memory; others that share it show it."""
@@ -192,6 +212,7 @@ class Watch(Mixing):
             if len({self._source(int(piece.min())) for piece in pieces}) == len(pieces):
                 for piece in pieces:
                     self._receive(piece)
+        self._finish_sums()
         for (name, axis), rows in self.covered.items():
             shape = self.twin.shapes[name]
             size = shape[axis] if axis < len(shape) else 0  # a flat shard tells nothing
@@ -203,6 +224,18 @@ class Watch(Mixing):
         uses = list(self.received.values())
         for name, source in self.sources.items():
             self.seen.matrices[name] = divided(source, uses)
+
+
+    def _finish_sums(self) -> None:
+        """What multiplies features entry by entry only to be summed with them is a matrix."""
+        matrices = self.summed.keys() - self.gains
+        for name in matrices:
+            self.seen.uses[name].pop("gain", None)
+            self._use(name, "product", self.summed[name])
+        for fields in self.seen.fields.values():
+            for key, makers in fields.items():
+                above = self._above(makers & matrices)
+                fields[key] = makers - above - (self.summed.keys() & self.gains)
 
 
 def _fields(output: Any) -> Iterator[tuple[str, Any]]:
