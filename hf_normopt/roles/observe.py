@@ -31,6 +31,7 @@ _ALONE = 60  # kinds of modules that run alone
 _TRIES = 16  # inputs of such a module
 _FARTHEST = 6  # refused inputs that are changed
 _CHANGES = 12  # that are tried in turn
+_MOST = 3000  # operations of all passes, after which no module is tried on other inputs
 
 
 def observe(model: nn.Module, inputs: Any = None) -> Seen:
@@ -93,6 +94,8 @@ class _Attempts:
             if mended is None:
                 break
             kwargs = mended
+        if self.twin.spent > _MOST:
+            return True
         self.tried.add(described((args, kwargs)))
         # an axis too many adds an operation or two, by which it does not lead farther
         cost = 2 * axes_of((args, kwargs)) - seen.operations
@@ -141,6 +144,7 @@ def _run(
         watch.ended()
     watch.finish()
     watch.seen.operations = watch.operations
+    twin.spent += watch.operations
     return watch.seen
 
 

@@ -6,6 +6,7 @@ one argument at a time accordingly; a search over these changes is in `observe.p
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from itertools import chain, permutations, repeat, zip_longest
@@ -23,6 +24,7 @@ _PLACES = re.compile(r"\b(dim|dimension|axis|index|argument|operand|entry|at)\b:
 _MATRICES = re.compile(r"\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+")
 _NUMBERS = 6  # of an error that are looked at
 _LARGEST = 4096  # size of an axis
+_MOST = 1 << 24  # entries of an argument
 
 
 def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
@@ -41,6 +43,8 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
     kinds += [_same, _shaped, _scaled] if _AXES.search(said) else [_same, _scaled]
     changes = [zip(repeat(i), kind(values[i], pairs)) for kind in kinds for i in places]
     for i, other in filter(None, chain.from_iterable(zip_longest(*changes))):
+        if other is None:
+            continue
         new = [other if j == i else value for j, value in enumerate(values)]
         yield tuple(new[: len(args)]), dict(zip(kwargs, new[len(args) :], strict=True))
 
@@ -69,20 +73,23 @@ def _pairs(said: str) -> list[Pair]:
     return list(permutations(list(sizes)[:_NUMBERS], 2))
 
 
-def _filled(shape: tuple[int, ...], like: Tensor, is_real: bool | None = None) -> Tensor:
+def _filled(shape: tuple[int, ...], like: Tensor, is_real: bool | None = None) -> Tensor | None:
+    """An argument of another shape or type; None if it were larger than any that is needed."""
     real = like.is_floating_point() if is_real is None else is_real
+    if math.prod(shape) > _MOST:
+        return None
     if real:
         return torch.empty(shape, device="meta")
     return torch.zeros(shape, dtype=torch.int64 if is_real is False else like.dtype)
 
 
-def _same(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+def _same(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     """A size that the error names becomes another one that it names."""
     for old, new in pairs:
         yield from _resized(value, old, new)
 
 
-def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     """A size changes as one that the error names should: by the same factor or difference."""
     for old, new in pairs:
         for size in dict.fromkeys(reversed(value.shape) if old else ()):
@@ -91,7 +98,7 @@ def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
                     yield from _resized(value, size, other)
 
 
-def _resized(value: Tensor, old: int, new: int) -> Iterator[Tensor]:
+def _resized(value: Tensor, old: int, new: int) -> Iterator[Tensor | None]:
     """An axis of some size with another one; both sides of a square image at once."""
     first = min(1, value.ndim - 1)  # after the rows
     axes = [(d,) for d in reversed(range(first, value.ndim)) if value.shape[d] == old]
@@ -100,7 +107,7 @@ def _resized(value: Tensor, old: int, new: int) -> Iterator[Tensor]:
         yield _filled(tuple(new if d in change else n for d, n in enumerate(value.shape)), value)
 
 
-def _shaped(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+def _shaped(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     """One axis more or less."""
     shape = tuple(value.shape)
     if len(shape) > 1:
@@ -111,7 +118,7 @@ def _shaped(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
         yield _filled((*shape, shape[-1] if shape else 2), value)
 
 
-def _typed(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+def _typed(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     """Numbers of classes for activations, and the reverse."""
     shape = tuple(value.shape)
     if value.is_floating_point():

@@ -32,7 +32,7 @@ from .twin import Twin
 from .views import COPIES, table_layout
 
 _SMALL = 3  # matrices of a module whose features go on to the one that called it
-_MOST = 40_000  # operations of one pass
+_MOST = 20_000  # operations of one pass
 _SAME = COPIES | {"_unsafe_view", "repeat", "_reshape_alias", "_conj", "view_as_real_copy"}
 _POINTWISE = frozenset(
     ("complex", "polar", "real", "imag", "native_dropout", "dropout", "addcmul", "addcdiv", "lerp")
@@ -52,14 +52,22 @@ class Watch(Mixing):
 
     def __init__(self, twin: Twin) -> None:
         super().__init__(twin)
-        self.sizes: dict[int, int] = {}
         self.operations = 0
-        for tensor in [*twin.module.parameters()]:
-            name = twin.names.get(id(tensor))
+        self.aside = False  # whether operations are not the twin's, but our own
+        if not twin.notes:
+            twin.notes.extend(self._parameters())
+        for tensor, note in twin.notes:
+            tensor._note = note
+
+    def _parameters(self) -> list[tuple[Any, Note]]:
+        """The parameters as they show themselves."""
+        found = []
+        for tensor in self.twin.module.parameters():
+            name = self.twin.names.get(id(tensor))
             if name is not None and is_real(tensor):
                 view = torch.empty(tensor.shape, device="meta")
-                shown = (Shown(name, tuple(tensor.shape), view),)
-                tensor._note = Note(shown=shown, fixed=True)  # type: ignore[attr-defined]
+                found.append((tensor, Note((), (Shown(name, tuple(tensor.shape), view),), True)))
+        return found
 
     def given(self, values: Any) -> None:
         """Mark floating inputs as activations."""
@@ -69,10 +77,21 @@ class Watch(Mixing):
 
     def hooks(self) -> Any:
         """A context in which every call of a module is known."""
+
+        def aside(hook: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                self.aside = True
+                try:
+                    return hook(*args)
+                finally:
+                    self.aside = False
+
+            return call
+
         stack = ExitStack()
         for handle in (
-            register_module_forward_pre_hook(self._enter),  # type: ignore[arg-type]
-            register_module_forward_hook(self._leave),
+            register_module_forward_pre_hook(aside(self._enter)),
+            register_module_forward_hook(aside(self._leave)),
         ):
             stack.callback(handle.remove)
         return stack
@@ -123,9 +142,9 @@ class Watch(Mixing):
             self.seen.partly |= {name for name in self.seen.uses if name.startswith(below)}
 
     def _count(self, module: nn.Module) -> int:
-        if id(module) not in self.sizes:
-            self.sizes[id(module)] = sum(p.ndim > 1 for p in module.parameters())
-        return self.sizes[id(module)]
+        if id(module) not in self.twin.sizes:
+            self.twin.sizes[id(module)] = sum(p.ndim > 1 for p in module.parameters())
+        return self.twin.sizes[id(module)]
 
     def returned(self, path: str, output: Any) -> None:
         """Note what made the fields of a model's output."""
@@ -145,6 +164,8 @@ class Watch(Mixing):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.aside:
+            return func(*args, **kwargs)
         self.operations += 1
         if self.operations > _MOST:  # a loop until something converges, which nothing does here
             raise EndlessError(f"forward went on after {_MOST} operations")
