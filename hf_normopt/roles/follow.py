@@ -234,18 +234,29 @@ def note_of(value: Any) -> Note | None:
     return getattr(value, "_note", None) if isinstance(value, Tensor) else None
 
 
-def selection_of(value: Any) -> str:
-    """Whether a tensor of constants chooses among rows: "mask", "one_hot", or "" if it does not."""
-    return getattr(value, "_selection", "")
+def selection_of(value: Any) -> Tensor | None:
+    """Of constants that choose rows a tensor that has a stride along an axis of one-hot vectors.
+
+    That of a mask has none.
+    """
+    return getattr(value, "_selection", None)
 
 
-def choice(values: Tensor) -> str:
-    """Of numbers that are known: "one_hot" vectors along the last axis, a "mask", or ""."""
+def selection(shape: torch.Size, axis: int | None = None) -> Tensor:
+    """The same for one-hot vectors along an axis, or a mask."""
+    sizes = [size if d == axis else 1 for d, size in enumerate(shape)]
+    return torch.empty(sizes, device="meta").expand(shape)
+
+
+def choice(values: Tensor) -> Tensor | None:
+    """The same for integers and booleans; None if they are no choice."""
     if values.is_meta or not values.ndim or not 0 < values.numel() <= LARGEST:
-        return ""
+        return None
     if values.dtype != torch.bool and bool(((values != 0) & (values != 1)).any()):
-        return ""
-    return "one_hot" if values.shape[-1] > 1 and bool((values.sum(-1) == 1).all()) else "mask"
+        return None
+    last = values.ndim - 1
+    one_hot = values.shape[last] > 1 and bool((values.sum(last) == 1).all())
+    return selection(values.shape, last if one_hot else None)
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -234,15 +234,16 @@ def _token(view: View) -> Finding | None:
     if math.prod(view.shape) == 1 or re.fullmatch(r"b(_?\d+|_[a-z]+)?", view.leaf):
         return None
     kind = _position(view.leaf)
+    several = sum(size > 1 for size in view.shape) > 1
     if "lookup" in uses and len(view.shape) > 1:
         return Finding("embedding", "rows looked up by an index", uses["lookup"], kind)
     if (
         (_TOKEN.search(view.leaf) and uses.keys() <= {"sum", "place", "return"})
-        or uses.keys() & {"place", "return"}
+        or "place" in uses
+        or ("return" in uses and several)
         or (kind and "gain" not in uses)
     ):
         return Finding("embedding", "a learned vector placed into the sequence", None, kind)
-    several = sum(size > 1 for size in view.shape) > 1
     if uses.keys() == {"sum"} and several:
         reason = "a table of vectors that is added to the sequence"
         return Finding("embedding", reason, uses["sum"])
@@ -276,6 +277,9 @@ def _vector(view: View) -> Finding | None:
     """Raw vectors that multiply, or are added."""
     uses = _uses(view)
     leaf = view.leaf.rpartition(".")[2]
+    if "outer" in uses:
+        reason = f"{_where(view)} multiplies numbers by it, which become vectors"
+        return Finding("linear", reason, uses["outer"])
     if "gain" in uses:
         return Finding("norm", f"{view.owner_class} multiplies by it, entry by entry")
     if uses.keys() & {"sum", "offset"}:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import re
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -30,7 +32,8 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _ALONE = 60  # kinds of modules that run alone
 _TRIES = 16  # inputs of such a module
 _FARTHEST = 6  # refused inputs that are changed
-_CHANGES = 12  # that are tried in turn
+_CHANGES = 6  # that are tried in turn
+_ALIKE = 4  # inputs that were refused for one reason, before others that were for the same
 _MOST = 3000  # operations of all passes, after which no module is tried on other inputs
 
 
@@ -77,6 +80,7 @@ class _Attempts:
         self.tried: set[str] = set()
         self.number = itertools.count()  # of the runs, where two led equally far
         self.refused: list[tuple[int, tuple[int, ...], int, Iterator[Inputs]]] = []
+        self.errors: Counter[str] = Counter()
 
     def run(self, inputs: Inputs) -> bool:
         """Run on some inputs; whether no others need to be tried."""
@@ -98,8 +102,10 @@ class _Attempts:
             return True
         self.tried.add(described((args, kwargs)))
         # an axis too many adds an operation or two, by which it does not lead farther
-        cost = 2 * axes_of((args, kwargs)) - seen.operations
-        progress = (-len(seen.uses), cost, next(self.number))
+        cost = 2 * axes_of((args, kwargs), seen.failure) - seen.operations
+        error = re.sub(r"\d+", "", seen.failure)
+        self.errors[error] += 1
+        progress = (-len(seen.uses), self.errors[error] // _ALIKE, cost, next(self.number))
         heapq.heappush(self.refused, (0, progress, 0, repaired((args, kwargs), seen.failure)))
         return False
 

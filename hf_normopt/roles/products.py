@@ -41,7 +41,8 @@ class Products(Pointwise):
             right, b = right.unsqueeze(-1), unsqueezed(b, -1)
         if left.ndim == 1:
             left, a = left.unsqueeze(0), unsqueezed(a, 0)
-        if b.fixed and selection_of(left) == "one_hot":
+        chosen = selection_of(left)
+        if b.fixed and chosen is not None and chosen.stride(left.ndim - 1):
             return self._chosen(b, right.ndim - 2)
         if a.fixed and b.fixed:
             a, b = self._settled(a, b)

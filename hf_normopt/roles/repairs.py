@@ -19,6 +19,7 @@ from .inputs import ROWS, Inputs
 Pair = tuple[int, int]
 
 _AXES = re.compile(r"unpack|size|axes|[Dd]imension|[Dd]ims|\dD|subscripts|indices|shape|batch")
+_UNPACKED = re.compile(r"values to unpack \(expected (\d+), got (\d+)\)")
 _TYPES = re.compile(r"type|Long|[Ii]ndices|[Ii]ntegers?|index|iterable|scalar")
 _PLACES = re.compile(r"\b(dim|dimension|axis|index|argument|operand|entry|at)\b:? [#-]?\d+")
 _MATRICES = re.compile(r"\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+")
@@ -56,8 +57,10 @@ def described(inputs: Inputs) -> str:
     return str([(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in values])
 
 
-def axes_of(inputs: Inputs) -> int:
-    """The number of axes of all arguments."""
+def axes_of(inputs: Inputs, said: str) -> int:
+    """The number of axes of all arguments; how many are wrong, if the error says that."""
+    if asked := _UNPACKED.search(said):
+        return abs(int(asked[1]) - int(asked[2]))
     args, kwargs = inputs
     return sum(v.ndim for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
 
@@ -90,8 +93,14 @@ def _same(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
 
 
 def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
-    """A size changes as one that the error names should: by the same factor or difference."""
+    """A size changes as one that the error names should: by the same factor or difference.
+
+    Sides of a square image change by the root of the factor.
+    """
     for old, new in pairs:
+        if value.ndim > 3 and value.shape[-1] == value.shape[-2]:
+            side = value.shape[-1]
+            yield from _resized(value, side, max(1, round(side * math.sqrt(new / old))))
         for size in dict.fromkeys(reversed(value.shape) if old else ()):
             for other in (size * new // old if size * new % old == 0 else 0, size + new - old):
                 if old != size and 0 < other <= _LARGEST:
@@ -112,9 +121,12 @@ def _shaped(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     shape = tuple(value.shape)
     if len(shape) > 1:
         yield _filled((*shape[:-2], shape[-1]), value)
+    if len(shape) < 5:  # frames come before channels and sides
+        at = 1 if len(shape) == 4 else max(len(shape) - 1, 0)
+        yield _filled((*shape[:at], 4 if len(shape) > 1 else ROWS, *shape[at:]), value)
+    if len(shape) > 1:
         yield _filled(shape[:-1], value)
     if len(shape) < 5:
-        yield _filled((*shape[:-1], 4 if len(shape) > 1 else ROWS, *shape[-1:]), value)
         yield _filled((*shape, shape[-1] if shape else 2), value)
 
 

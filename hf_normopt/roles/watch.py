@@ -22,7 +22,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from ..norms.layouts import usual_layout
-from .follow import choice, is_plain, mixture, note_of, selection_of, tensors_of
+from .follow import (
+    choice,
+    is_plain,
+    mixture,
+    note_of,
+    selection,
+    selection_of,
+    tensors_of,
+)
 from .mixing import GAINS, Mixing
 from .notes import Note, Shown
 from .operations import evaluate, is_real
@@ -180,7 +188,8 @@ class Watch(Mixing):
         base = name.rstrip("_") if func._schema.is_mutable else name
         if base.endswith("_like") or base.startswith("new_"):
             return
-        self.select(func, base, args, result)
+        with suppress(RuntimeError):
+            self.select(func, base, args, result)
         notes = self.notes_of(tensors_of((args, kwargs)))
         if not notes:
             return
@@ -206,16 +215,22 @@ class Watch(Mixing):
 
     def select(self, func: Any, base: str, args: tuple[Any, ...], result: Any) -> None:
         """Mark constants that choose rows, as floats: masks, and one-hot vectors."""
+        known = [chosen for arg in args if (chosen := selection_of(arg)) is not None]
+        chosen = None
         if base == "_to_copy" and not is_real(args[0]):
             chosen = choice(args[0])
         elif base == "scatter" and isinstance(args[3], (int, float)):
-            last = args[1] % args[0].ndim == args[0].ndim - 1
-            chosen = "one_hot" if last and args[2].shape[-1] == 1 else "mask"
-        elif func.is_view or base in _SAME or base in ("add", "sub", "rsub"):
-            chosen = next(filter(None, map(selection_of, args)), "")
-        else:
-            chosen = "mask" if base == "mul" and any(map(selection_of, args)) else ""
-        if chosen and is_real(result):
+            axis = args[1] % args[0].ndim
+            chosen = selection(args[0].shape, axis if args[2].shape[axis] == 1 else None)
+        elif not known or not isinstance(result, Tensor):
+            return
+        elif func.is_view or base in _SAME:
+            chosen = known[0] if base in COPIES else func(known[0], *args[1:])
+        elif base in ("add", "sub", "rsub") and known[0].shape == result.shape:
+            chosen = known[0]
+        elif base in ("add", "sub", "rsub", "mul"):
+            chosen = selection(result.shape)
+        if chosen is not None and is_real(result):
             result._selection = chosen
 
     def write(self, target: Tensor, note: Note) -> None:
@@ -251,7 +266,8 @@ class Watch(Mixing):
         """What multiplies features entry by entry only to be summed with them is a matrix."""
         matrices = self.summed.keys() - self.gains
         for name in matrices:
-            self.seen.uses[name].pop("gain", None)
+            for how in ("gain", "outer"):
+                self.seen.uses[name].pop(how, None)
             self._use(name, "product", self.summed[name])
         for fields in self.seen.fields.values():
             for key, makers in fields.items():
