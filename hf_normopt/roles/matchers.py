@@ -265,7 +265,7 @@ _DECAY = re.compile(r"^A$|A_log|(^|_)decay|log_delta")
 def _decay(view: View) -> Finding | None:
     """Rates of state-space models and other recurrences."""
     if "rate" in view.uses:
-        return Finding("other", f"a rate or frequency over positions in {_where(view)}")
+        return Finding("other", f"a rate, of a recurrence or over positions, in {_where(view)}")
     if not _DECAY.search(view.leaf) or isinstance(view.owner, MATRIX):
         return None
     if "product" in view.uses:

@@ -202,7 +202,9 @@ class Mixing(Products):
         is_matrix = any(shown.shape[j] > 1 for j in outs)
         if not into or shown.picked or not (is_matrix or set(features) & set(dims)):
             return None
-        words = ["in" if j in into else "out" if j in outs else "stack" for j in range(len(shown.shape))]
+        words = [
+            "in" if j in into else "out" if j in outs else "stack" for j in range(len(shown.shape))
+        ]
         return shown.name, Layout(" ".join(numbered(words)))
 
     def _contracted(self, note: Note, factors: list[tuple[str, Layout]]) -> Note:

@@ -107,6 +107,7 @@ class Pointwise(Follower):
         decayed = frozenset().union(*(n.decayed for n in active))
         if name == "exp":
             rates |= {shown.name for n in active for shown, _ in n.times}
+            decayed = frozenset()
         elif name in _SQUASHES:
             return found
         if name in ("mul", "multiply"):

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from itertools import chain, permutations, repeat, zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ _MOST = 1 << 24  # entries of an argument
 
 
 def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
-    """Inputs with one argument of another shape or type: of each kind of change one after another.
+    """Inputs with arguments of another shape or type: of each kind of change one after another.
 
     Args:
         inputs: what was refused.
@@ -37,17 +38,32 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
     """
     args, kwargs = inputs
     values = [*args, *kwargs.values()]
-    # of the first argument most is known, of the last least
-    places = [i for i, value in reversed(list(enumerate(values))) if isinstance(value, Tensor)]
     pairs = _pairs(said.rpartition(" (")[0] or said)
     kinds = [_typed] if _TYPES.search(said) else []
     kinds += [_same, _shaped, _scaled] if _AXES.search(said) else [_same, _scaled]
-    changes = [zip(repeat(i), kind(values[i], pairs)) for kind in kinds for i in places]
-    for i, other in filter(None, chain.from_iterable(zip_longest(*changes))):
+    changes = [
+        zip(repeat(places), kind(values[places[0]], pairs))
+        for kind in kinds
+        for places in _together(values)
+    ]
+    for places, other in filter(None, chain.from_iterable(zip_longest(*changes))):
         if other is None:
             continue
-        new = [other if j == i else value for j, value in enumerate(values)]
+        new = [other if i in places else value for i, value in enumerate(values)]
         yield tuple(new[: len(args)]), dict(zip(kwargs, new[len(args) :], strict=True))
+
+
+def _together(values: list[Any]) -> list[tuple[int, ...]]:
+    """Which arguments are changed at once: those of one shape and type, then each alone."""
+    alike: dict[Any, tuple[int, ...]] = {}
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor):
+            key = (value.shape, value.dtype)
+            alike[key] = (*alike.get(key, ()), i)
+    # of the first argument most is known, of the last least
+    alone = [(i,) for places in alike.values() if len(places) > 1 for i in places]
+    alone += [places for places in alike.values() if len(places) == 1]
+    return [p for p in alike.values() if len(p) > 1] + sorted(alone, reverse=True)
 
 
 def described(inputs: Inputs) -> str:
@@ -98,8 +114,8 @@ def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     Sides of a square image change by the root of the factor.
     """
     for old, new in pairs:
-        if value.ndim > 3 and value.shape[-1] == value.shape[-2]:
-            side = value.shape[-1]
+        side = value.shape[-1] if value.ndim else 1
+        if value.ndim > 3 and value.shape[-2] == side and max(old, new) >= 2 * side:
             yield from _resized(value, side, max(1, round(side * math.sqrt(new / old))))
         for size in dict.fromkeys(reversed(value.shape) if old else ()):
             for other in (size * new // old if size * new % old == 0 else 0, size + new - old):
@@ -112,7 +128,7 @@ def _resized(value: Tensor, old: int, new: int) -> Iterator[Tensor | None]:
     first = min(1, value.ndim - 1)  # after the rows
     axes = [(d,) for d in reversed(range(first, value.ndim)) if value.shape[d] == old]
     sides = tuple(d for d in range(2, value.ndim) if value.shape[d] == old)
-    for change in [sides, *axes] if len(sides) > 1 else axes:
+    for change in [sides] if len(sides) > 1 else axes:
         yield _filled(tuple(new if d in change else n for d, n in enumerate(value.shape)), value)
 
 

@@ -261,7 +261,6 @@ class Watch(Mixing):
         for name, source in self.sources.items():
             self.seen.matrices[name] = divided(source, uses)
 
-
     def _finish_sums(self) -> None:
         """What multiplies features entry by entry only to be summed with them is a matrix."""
         matrices = self.summed.keys() - self.gains
