@@ -36,7 +36,7 @@ _GUESSES = 12  # of these before those that were refused are changed
 _FARTHEST = 6  # refused inputs that are changed
 _CHANGES = 6  # that are tried in turn
 _TURNS = 20
-_FARTHER = 2  # turns later come changes that led no farther
+_FARTHER = 1  # turns later come changes that led no farther
 _ALIKE = 4  # inputs that were refused for one reason, before others that were for the same
 _MOST = 3000  # operations of all passes, after which no module is tried on other inputs
 

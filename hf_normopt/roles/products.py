@@ -45,7 +45,7 @@ class Products(Pointwise):
         if b.fixed and chosen is not None and chosen.stride(left.ndim - 1):
             return self._chosen(b, right.ndim - 2)
         if a.fixed and b.fixed:
-            a, b = self._settled(a, b)
+            a, b = self._as_activations(a, b)
         if a.fixed and b.fixed:
             return self._of_parameters(a, b, result)
         for note, kept in ((a, left.ndim - 2), (b, right.ndim - 1)):
@@ -82,7 +82,7 @@ class Products(Pointwise):
         transposed = tuple(s.moved(s.view.mT) for s in plain if s.view.ndim > 1)
         return self._weighted(replace(table, shown=transposed), x, axes, result)
 
-    def _settled(self, a: Note, b: Note) -> tuple[Note, Note]:
+    def _as_activations(self, a: Note, b: Note) -> tuple[Note, Note]:
         """Of two parameters, one may stand for activations: it was looked up, or repeated."""
         for one, other in ((a, b), (b, a)):
             rows = bool(one.shown) and all(s.picked for s in one.shown)
