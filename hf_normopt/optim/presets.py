@@ -279,7 +279,7 @@ def create_normopt_optimizer(
     """
     chosen = _preset(preset)
     own_size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
-    bits = {"momentum_dtype": momentum_dtype, "rounding": rounding}
+    bits: dict[str, Any] = {"momentum_dtype": momentum_dtype, "rounding": rounding}
     policy = changed(chosen.policy, **changes)
     by_heads = read_option("heads", heads, bool)
     if deepspeed_stage() and (apart := factors_apart(policy)) != policy:
@@ -303,7 +303,7 @@ def create_normopt_optimizer(
         found = find_situation(model, situation)
         if chosen.multipliers:
             groups = with_multipliers(groups, found, chosen.multipliers, _decided_roles(changes))
-        rates = {"lr": lr, "weight_decay": weight_decay}
+        rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         optimizer = NormOpt(
             groups,
             policy,

@@ -222,7 +222,9 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
         return None
     if "mask" in name:
         channels = first.ndim == 3 and any(isinstance(m, nn.Conv1d) for m in model.children())
-        shape = (rows, 1, first.shape[-1]) if channels else first.shape[:2]
+        shape: tuple[int, ...] = first.shape[:2]
+        if channels:
+            shape = (rows, 1, first.shape[-1])
         if first.ndim == 4:  # of the patches of an image
             strides = [m.stride[-1] for m in model.modules() if isinstance(m, nn.Conv2d)]
             shape = (rows, (first.shape[-1] // max(strides, default=1)) ** 2)

@@ -18,6 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -37,7 +38,7 @@ _FARTHEST = 6  # refused inputs that are changed
 _CHANGES = 6  # that are tried in turn
 _TURNS = 20
 _FARTHER = 1  # turns later come changes that led no farther
-_ALIKE = 4  # inputs that were refused for one reason, before others that were for the same
+_ALIKE = 2  # inputs that were refused for one reason, before others that were for the same
 _MOST = 3000  # operations of all passes, after which no module is tried on other inputs
 
 
@@ -132,7 +133,8 @@ class _Attempts:
 
         A few changes of each are tried before more of any.
         """
-        self.refused = heapq.nsmallest(_FARTHEST, self.refused)
+        self.refused = heapq.nsmallest(_FARTHEST, self.refused, key=attrgetter("order"))
+        heapq.heapify(self.refused)
         while self.refused and tries:
             refused = heapq.heappop(self.refused)
             for inputs in itertools.islice(refused.changes, _CHANGES):

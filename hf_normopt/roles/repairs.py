@@ -74,11 +74,12 @@ def described(inputs: Inputs) -> str:
 
 
 def axes_of(inputs: Inputs, said: str) -> int:
-    """The number of axes of all arguments; how many are wrong, if the error says that."""
+    """The axes of arguments, those of one shape once; how many are wrong if the error says."""
     if asked := _UNPACKED.search(said):
         return abs(int(asked[1]) - int(asked[2]))
     args, kwargs = inputs
-    return sum(v.ndim for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    return sum(len(shape) for shape, _ in {(v.shape, v.dtype) for v in tensors})
 
 
 def _pairs(said: str) -> list[Pair]:

@@ -74,7 +74,8 @@ class Watch(Mixing):
             name = self.twin.names.get(id(tensor))
             if name is not None and is_real(tensor):
                 view = torch.empty(tensor.shape, device="meta")
-                found.append((tensor, Note((), (Shown(name, tuple(tensor.shape), view),), True)))
+                shown = (Shown(name, tuple(tensor.shape), view),)
+                found.append((tensor, Note(shown=shown, fixed=True)))
         return found
 
     def given(self, values: Any) -> None:
