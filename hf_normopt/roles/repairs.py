@@ -1,7 +1,7 @@
 """Other inputs for a module that refused some, by what its error says.
 
 Errors of torch name what does not fit: two sizes, a number of axes, a type. [`repaired`] changes
-one argument at a time accordingly; a search over these changes is in `observe.py`.
+accordingly arguments of one shape, or one alone; a search over these is in `observe.py`.
 """
 
 from __future__ import annotations
