@@ -39,7 +39,9 @@ _CHANGES = 6  # that are tried in turn
 _TURNS = 20
 _FARTHER = 1  # turns later come changes that led no farther
 _ALIKE = 2  # inputs that were refused for one reason, before others that were for the same
-_MOST = 3000  # operations of all passes, after which no module is tried on other inputs
+# Operations of all passes, after which no module is tried on other inputs. Of those that a config
+# tells there are few, and one of them is right.
+_MOST, _MOST_OF_CONFIG = 3000, 15_000
 
 
 def observe(model: nn.Module, inputs: Any = None) -> Seen:
@@ -111,7 +113,7 @@ class _Attempts:
             if mended is None:
                 break
             kwargs = mended
-        if self.twin.spent > _MOST:
+        if self.twin.spent > (_MOST_OF_CONFIG if hasattr(self.module, "config") else _MOST):
             return True
         self.tried.add(described((args, kwargs)))
         heapq.heappush(self.refused, self.refusal((args, kwargs), seen, before))
