@@ -36,12 +36,17 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import numpy as np
 import torch
+from arena.plan import Plan
+from arena.report import rows, table
+from arena.runs import ROOT, Results, Task, compare
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from text_classification import bundled_minilm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -51,12 +56,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from arena.plan import Plan
-from arena.report import rows, table
-from arena.runs import ROOT, Results, Task, compare
 from hf_normopt import create_normopt_optimizer, orthogonalize
 from hf_normopt.norms.product import GUARD, Pair, SpectralProduct, _inverse_root
-from text_classification import bundled_minilm
 
 DATA = Path(__file__).parent / "data"
 ALPHA, WARMUP, LENGTH = 16, 0.1, 64
@@ -160,7 +161,7 @@ class Intents:
     """MiniLM with a new head, on 77 intents."""
 
     steps, batch, targets, saved = 80, 16, ["query", "key", "value", "dense"], ["classifier"]
-    rates = {"adamw": 4e-3, "factors": 1e-3}
+    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3}
     usual_rate = 2e-3
 
     def __init__(self):
@@ -187,7 +188,7 @@ class Answers:
     """A byte Llama that has read Shakespeare, on worked answers."""
 
     steps, batch, targets, saved = 150, 16, "all-linear", None
-    rates = {"adamw": 8e-3, "factors": 2e-3}
+    rates: ClassVar = {"adamw": 8e-3, "factors": 2e-3}
     usual_rate = 8e-3
 
     def __init__(self):
@@ -226,7 +227,7 @@ class Clothes:
     """A small ViT that knows five kinds of clothes, on five others."""
 
     steps, batch, targets, saved = 150, 32, "all-linear", ["classifier"]
-    rates = {"adamw": 4e-3, "factors": 1e-3}
+    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3}
     usual_rate = 2e-3
 
     def __init__(self):

@@ -22,7 +22,13 @@ from transformers import (
 )
 
 from hf_normopt import PRESETS, create_normopt_optimizer, update_model_card
-from hf_normopt.optim.situation import MULTIPLIERS, find_situation, remember, settled, summary
+from hf_normopt.optim.situation import (
+    MULTIPLIERS,
+    find_situation,
+    remember,
+    summary,
+    with_multipliers,
+)
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 20}
@@ -209,7 +215,7 @@ def test_a_group_has_a_factor_where_it_fits_all(checkpoint):
         (["classifier.weight", "classifier.bias"], 3.0),
     ):
         group["params"] = [(name, params[name]) for name in names]
-        (made,) = settled([group], find_situation(model), multipliers)
+        (made,) = with_multipliers([group], find_situation(model), multipliers)
         assert made == {**group, "factor": factor}
     said = summary(find_situation(model), [made])
     assert said["chosen"] == {"lr_linear": {"factor": 3.0, "parameters": names}}

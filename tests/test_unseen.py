@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tests.unseen_more  # noqa: F401  registers its cases
 from hf_normopt import classify
 from tests.unseen_modules import CASES
 

@@ -132,25 +132,7 @@ class NormOpt(RankedOptimizer):
         group = {"kind": "", **param_group}
         if "role" not in group:
             raise ValueError(f"A group needs a role; found {', '.join(sorted(param_group))}.")
-        params = group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        taken = [name for other in self.param_groups for name in other["param_names"]]
-        pairs = [
-            p if isinstance(p, tuple) else (f"param_{len(taken) + i}", p)
-            for i, p in enumerate(params)
-        ]
-        names = [canonical_name(name) for name in taken] + [canonical_name(n) for n, _ in pairs]
-        twice = {name for name, count in Counter(names).items() if count > 1}
-        if twice:
-            raise ValueError(
-                f"Two parameters are named {some(twice)}. Checkpoints match parameters "
-                "by name: give "
-                "each one its own, as in (f'encoder.{name}', p)."
-            )
-        for name, p in pairs:
-            if p.is_complex():
-                raise ValueError(f"{name} is complex ({p.dtype}); NormOpt takes real parameters.")
-
+        pairs = self._named(group["params"])
         bits = {key: group.get(key, self.defaults[key]) for key in ("momentum_dtype", "rounding")}
         check_precision([p for _, p in pairs], **bits)
         rule = self.rule_of(group)
@@ -184,6 +166,25 @@ class NormOpt(RankedOptimizer):
         group.setdefault("weight_decay", self.defaults["weight_decay"] * rule.decay)
         self._homes = {**self._homes, group["label"]: [weakref.ref(p) for _, p in pairs]}
         super().add_param_group(group)
+
+    def _named(self, params: Any) -> list[tuple[str, Tensor]]:
+        """Parameters of a new group with their names, which no other one has."""
+        params = [params] if isinstance(params, Tensor) else list(params)
+        taken = [name for other in self.param_groups for name in other["param_names"]]
+        pairs = [
+            p if isinstance(p, tuple) else (f"param_{len(taken) + i}", p)
+            for i, p in enumerate(params)
+        ]
+        names = Counter(map(canonical_name, (*taken, *(name for name, _ in pairs))))
+        if twice := {name for name, count in names.items() if count > 1}:
+            raise ValueError(
+                f"Two parameters are named {some(twice)}. Checkpoints match parameters by name: "
+                "give each one its own, as in (f'encoder.{name}', p)."
+            )
+        for name, p in pairs:
+            if p.is_complex():
+                raise ValueError(f"{name} is complex ({p.dtype}); NormOpt takes real parameters.")
+        return pairs
 
     def _label(self, group: Mapping[str, Any]) -> str:
         """What logs and cards call a group: `linear`, `linear/router`; `linear/2` for a second."""

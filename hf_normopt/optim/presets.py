@@ -7,6 +7,7 @@ that it equals.
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import math
 import weakref
@@ -25,7 +26,7 @@ from .guard import parse_guard
 from .optimizer import NormOpt
 from .rules import EMA, Policy, Rule
 from .sharding import check_deepspeed, deepspeed_stage
-from .situation import MULTIPLIERS, find_situation, settled, summary
+from .situation import MULTIPLIERS, find_situation, summary, with_multipliers
 from .step_sizes import EscapeVelocity, Fixed, LineSearch, StepSize, parse_step_size
 from .zero import shown_whole
 
@@ -283,13 +284,9 @@ def create_normopt_optimizer(
     Example:
         >>> optimizer = create_normopt_optimizer(model, lr=1e-3, lr_head=2.0)  # doctest: +SKIP
     """
-    if preset not in PRESETS:
-        raise ValueError(
-            f"Unknown preset {preset!r}; expected one of "
-            f"{', '.join(PRESETS)}.{_near(preset, PRESETS)}"
-        )
-    chosen = PRESETS[preset]
-    size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
+    chosen = _preset(preset)
+    own_size = parse_step_size(step_size) if isinstance(step_size, str) else step_size
+    bits: dict[str, Any] = {"momentum_dtype": momentum_dtype, "rounding": rounding}
     policy = changed(chosen.policy, **changes)
     by_heads = read_option("heads", heads, bool)
     if deepspeed_stage() and (apart := factors_apart(policy)) != policy:
@@ -312,37 +309,22 @@ def create_normopt_optimizer(
             )
         found = find_situation(model, situation)
         if chosen.multipliers:
-            groups = settled(groups, found, chosen.multipliers, _settled_roles(changes))
+            groups = with_multipliers(groups, found, chosen.multipliers, _decided_roles(changes))
+        rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         optimizer = NormOpt(
             groups,
             policy,
-            lr=lr,
-            weight_decay=weight_decay,
-            step_size=size or chosen.step_size,
+            **rates,
+            step_size=own_size or chosen.step_size,
             on_mismatch=on_mismatch,
-            momentum_dtype=momentum_dtype,
-            rounding=rounding,
+            **bits,
         )
-    present = {group["role"] for group in groups} | {group["kind"] for group in groups}
-    for change in changes:
-        role = change.partition("_")[2]
-        if role and role not in present:
-            logger.warning("%s has no effect: no trainable parameter is %r.", change, role)
+    _warn_of_absent_roles(changes, groups)
     optimizer.guard = None if on_spike is None else parse_guard(on_spike)
     check_deepspeed(optimizer.unfit_for_zero, optimizer.may_be_flat)
-    optimizer.origin = {"preset": preset, "lr": lr, "weight_decay": weight_decay, **changes} | {
-        name: value
-        for name, value, usual in (
-            ("overrides", overrides or None, None),
-            ("step_size", size, None),
-            ("heads", heads, False),
-            ("momentum_dtype", momentum_dtype, "float32"),
-            ("rounding", rounding, "kahan"),
-            ("on_spike", on_spike, None),
-            ("situation", situation, "auto"),
-        )
-        if value != usual
-    }
+    given = {"overrides": overrides or None, "step_size": own_size, "heads": heads, **bits}
+    given |= {"on_spike": on_spike, "situation": situation}
+    optimizer.origin = {"preset": preset, **rates, **changes, **_unusual(given)}
     if chosen.multipliers:
         optimizer.situation = summary(found, groups)
         logger.info("The situation: %s.", optimizer.situation["text"])
@@ -351,8 +333,31 @@ def create_normopt_optimizer(
     return optimizer
 
 
-def _settled_roles(changes: Mapping[str, Any]) -> set[str]:
-    """Roles whose rate, norm or scale an option has settled."""
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        expected = ", ".join(PRESETS)
+        raise ValueError(
+            f"Unknown preset {name!r}; expected one of {expected}.{_near(name, PRESETS)}"
+        )
+    return PRESETS[name]
+
+
+def _unusual(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of [`create_normopt_optimizer`] that are not its defaults."""
+    usual = inspect.signature(create_normopt_optimizer).parameters
+    return {name: value for name, value in options.items() if value != usual[name].default}
+
+
+def _warn_of_absent_roles(changes: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    present = {group[key] for group in groups for key in ("role", "kind")}
+    for change in changes:
+        role = change.partition("_")[2]
+        if role and role not in present:
+            logger.warning("%s has no effect: no trainable parameter is %r.", change, role)
+
+
+def _decided_roles(changes: Mapping[str, Any]) -> set[str]:
+    """Roles whose rate, norm or scale an option decides."""
     by_field = {name: name.partition("_") for name in changes}
     if {"norm", "scale"} & by_field.keys():
         return set(ROLES)

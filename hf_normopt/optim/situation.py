@@ -127,7 +127,7 @@ def find_situation(model: nn.Module, asked: str = "auto") -> Situation:
     return Situation("unknown", "from_pretrained loaded nothing")
 
 
-def settled(
+def with_multipliers(
     groups: Sequence[dict[str, Any]],
     situation: Situation,
     multipliers: Mapping[tuple[str, str], float],
@@ -166,7 +166,7 @@ def summary(situation: Situation, groups: Sequence[Mapping[str, Any]]) -> dict[s
 
     Args:
         situation: of the model.
-        groups: from [`settled`].
+        groups: from [`with_multipliers`].
     """
     chosen = {}
     for group in groups:

@@ -41,6 +41,8 @@ class Follower(TorchDispatchMode):
         self.written: dict[int, Note] = {}
         self.covered: dict[tuple[str, int], set[int]] = {}
         self.pieces: dict[int, list[Tensor]] = {}  # written into one memory, by its address
+        self.summed: dict[str, Layout] = {}  # gains whose products were summed along features
+        self.gains: set[str] = set()  # whose products were used otherwise
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.kept: list[Any] = []  # whose storages' addresses are keys of `written`
         self.stack: list[nn.Module] = []
@@ -65,11 +67,13 @@ class Follower(TorchDispatchMode):
             return
         indices = self._moved_index(func, note, args, kwargs, outputs)
         shown = [moved_parameter(s, func, args, kwargs, outputs) for s in note.shown]
+        times = [(moved_parameter(s, func, args, kwargs, outputs), n) for s, n in note.times]
         for i, output in enumerate(outputs):
             if is_real(output):
                 parts = tuple(part for s in shown if (part := s[i]) is not None)
+                factors = tuple((part, n) for s, n in times if (part := s[i]) is not None)
                 index = indices[i] if output.numel() else None
-                output._note = replace(note, shown=parts, index=index)
+                output._note = replace(note, shown=parts, index=index, times=factors)
 
     def _moved_index(
         self, func: Any, note: Note, args: Any, kwargs: Any, outputs: Any
@@ -141,11 +145,17 @@ class Follower(TorchDispatchMode):
 
     def _use(self, name: str, how: str, layout: Layout | None = None) -> None:
         uses = self.seen.uses.setdefault(name, {})
+        if how == "product" and {str(layout), str(uses.get(how))} == {"in out", "out in"}:
+            uses["transposed"] = layout
         if uses.get(how) is None:
             uses[how] = layout
         callers = (m for m in reversed(self.stack) if not is_plain(m))
         if caller := next(callers, None):
             self.seen.where.setdefault(name, type(caller).__name__)
+
+    def not_summed(self, note: Note) -> None:
+        """Something else than a sum along features receives products with these gains."""
+        self.gains |= {shown.name for shown, _ in note.times}
 
     def use(self, note: Note | None) -> None:
         """Something that is no view receives these features."""
@@ -222,6 +232,31 @@ class Follower(TorchDispatchMode):
 def note_of(value: Any) -> Note | None:
     """What is noted of a tensor, if anything."""
     return getattr(value, "_note", None) if isinstance(value, Tensor) else None
+
+
+def selection_of(value: Any) -> Tensor | None:
+    """Of constants that choose rows a tensor that has a stride along an axis of one-hot vectors.
+
+    That of a mask has none.
+    """
+    return getattr(value, "_selection", None)
+
+
+def selection(shape: torch.Size, axis: int | None = None) -> Tensor:
+    """The same for one-hot vectors along an axis, or a mask."""
+    sizes = [size if d == axis else 1 for d, size in enumerate(shape)]
+    return torch.empty(sizes, device="meta").expand(shape)
+
+
+def choice(values: Tensor) -> Tensor | None:
+    """The same for integers and booleans; None if they are no choice."""
+    if values.is_meta or not values.ndim or not 0 < values.numel() <= LARGEST:
+        return None
+    if values.dtype != torch.bool and bool(((values != 0) & (values != 1)).any()):
+        return None
+    last = values.ndim - 1
+    one_hot = values.shape[last] > 1 and bool((values.sum(last) == 1).all())
+    return selection(values.shape, last if one_hot else None)
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -112,13 +112,19 @@ def _from_widths(model: nn.Module, device: str) -> Iterator[Inputs]:
     case = Case(model, device)
     required = [name for name, needed in case.parameters.items() if needed]
     names = required or list(case.parameters)[:1]
+    table = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     for first in _first_arguments(model, names[0] if names else "", device):
         rest = [_further(model, name, first) for name in names[1:]]
         kwargs = {}
         if "position_embeddings" in set(case.parameters) - set(names) and case.config is not None:
             kwargs["position_embeddings"] = _further(model, "position_embeddings", first)
         yield (first, *rest), kwargs
-        if any(value is first for value in rest):  # vectors of other widths: styles, conditions
+        alike = [value is first for value in rest]
+        if any(alike) and first.is_floating_point() and table is not None:  # texts beside images
+            ids = torch.arange(ROWS * 8).view(ROWS, 8) % table.num_embeddings
+            yield (first, *(ids if same else v for v, same in zip(rest, alike, strict=True))), {}
+            yield (ids, *rest), {}
+        if any(alike):  # vectors of other widths: styles, conditions
             widths = {m.in_features: None for m in model.modules() if isinstance(m, nn.Linear)}
             for width in list(widths)[:4]:
                 other = torch.empty(ROWS, width, device=device)
@@ -216,11 +222,16 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
         return None
     if "mask" in name:
         channels = first.ndim == 3 and any(isinstance(m, nn.Conv1d) for m in model.children())
-        shape = (rows, 1, first.shape[-1]) if channels else first.shape[:2]
+        shape: tuple[int, ...] = first.shape[:2]
+        if channels:
+            shape = (rows, 1, first.shape[-1])
+        if first.ndim == 4:  # of the patches of an image
+            strides = [m.stride[-1] for m in model.modules() if isinstance(m, nn.Conv2d)]
+            shape = (rows, (first.shape[-1] // max(strides, default=1)) ** 2)
         return torch.ones(shape, dtype=torch.bool)
     if re.search(r"edge_index|edges", name):  # of a graph: from which node, to which
         return torch.zeros(2, rows, dtype=torch.int64)
-    if re.search(r"label|target|class|^y$|^t$|step|^idx|index|depth|expert|which", name):
+    if re.search(r"label|target|class|^y$|^t$|step|^idx|index|type|depth|expert|which", name):
         return torch.zeros(rows, dtype=torch.int64)
     if re.search(r"length|lens$", name):
         return torch.full((rows,), first.shape[1])

@@ -132,7 +132,7 @@ def _matrix(view: View) -> Finding | None:
     layout = owner_layout(view)
     if layout is None:
         return None
-    if view.head is not None:
+    if view.head is not None and "transposed" not in view.uses:
         return Finding("head", view.head, layout)
     if isinstance(view.owner, nn.modules.conv._ConvNd):
         return Finding("conv", f"weight of {view.owner_class}", layout)
@@ -211,12 +211,12 @@ _MAYBE_TOKEN = re.compile(r"position|(^|_)pos(_|$)|quer(y|ies)(_|$)|newline|sepa
 def _raw_matrix(view: View) -> Finding | None:
     """Raw parameters that the module multiplies by, or convolves with."""
     layout, looked_up = _stored(view), view.uses.get("lookup")
-    if layout is None or len(view.shape) < 2 or "kernel" in view.uses:
+    if layout is None or not view.shape or "kernel" in view.uses:
         return None
     if looked_up is not None:
         reason, also_head = "rows looked up by an index, and multiplied by", view.head is not None
         return Finding("embedding", reason, looked_up, _position(view.leaf), also_head)
-    if view.head is not None:
+    if view.head is not None and "transposed" not in view.uses:
         return Finding("head", view.head, layout)
     return Finding("linear", f"{view.owner_class} multiplies by it", layout, _kind(view))
 
@@ -235,15 +235,16 @@ def _token(view: View) -> Finding | None:
     if math.prod(view.shape) == 1 or re.fullmatch(r"b(_?\d+|_[a-z]+)?", view.leaf):
         return None
     kind = _position(view.leaf)
+    several = sum(size > 1 for size in view.shape) > 1
     if "lookup" in uses and len(view.shape) > 1:
         return Finding("embedding", "rows looked up by an index", uses["lookup"], kind)
     if (
         (_TOKEN.search(view.leaf) and uses.keys() <= {"sum", "place", "return"})
-        or uses.keys() & {"place", "return"}
+        or "place" in uses
+        or ("return" in uses and several)
         or (kind and "gain" not in uses)
     ):
         return Finding("embedding", "a learned vector placed into the sequence", None, kind)
-    several = sum(size > 1 for size in view.shape) > 1
     if uses.keys() == {"sum"} and several:
         reason = "a table of vectors that is added to the sequence"
         return Finding("embedding", reason, uses["sum"])
@@ -264,6 +265,8 @@ _DECAY = re.compile(r"^A$|A_log|(^|_)decay|log_delta")
 
 def _decay(view: View) -> Finding | None:
     """Rates of state-space models and other recurrences."""
+    if "rate" in view.uses:
+        return Finding("other", f"a rate, of a recurrence or over positions, in {_where(view)}")
     if not _DECAY.search(view.leaf) or isinstance(view.owner, MATRIX):
         return None
     if "product" in view.uses:
@@ -275,6 +278,9 @@ def _vector(view: View) -> Finding | None:
     """Raw vectors that multiply, or are added."""
     uses = _uses(view)
     leaf = view.leaf.rpartition(".")[2]
+    if "outer" in uses:
+        reason = f"{_where(view)} multiplies numbers by it, which become vectors"
+        return Finding("linear", reason, uses["outer"])
     if "gain" in uses:
         return Finding("norm", f"{view.owner_class} multiplies by it, entry by entry")
     if uses.keys() & {"sum", "offset"}:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..norms.layouts import Layout
 from .follow import are_same, expanded_to, mixture, resized_to, tensors_of
 from .notes import LARGEST, Note, Shown, essential, is_batch, narrowed
 from .products import Products
-from .views import picked_parameter, table_layout
+from .views import numbered, picked_parameter, table_layout
 
 GAINS = {
     "native_layer_norm": (2, 3),
@@ -163,7 +164,9 @@ class Mixing(Products):
                 if 0 < index.numel() <= LARGEST:
                     key = args[0].untyped_storage()._cdata
                     self.pieces.setdefault(key, []).append(essential(index))
-        return mixture([n for n in notes if not n.fixed])
+        active = [n for n in notes if not n.fixed]
+        squashed = bool(active) and all(n.squashed for n in active)
+        return replace(mixture(active), squashed=squashed)
 
     def reduced(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """Sums, means and norms along axes."""
@@ -175,19 +178,48 @@ class Mixing(Products):
                 self.record(note, "lookup")
                 return Note()
             return Note(fixed=True)
-        index = self._reduced_index(note, args, kwargs, next(tensors_of(result)))
-        return replace(note, index=index, shown=())
+        dims = _reduced_axes(args, kwargs)
+        if name == "sum" and len(dims) < args[0].ndim:
+            factors = [found for s, n in note.times if (found := self._summed(s, n, dims, note))]
+            if factors:
+                return self._contracted(note, factors)
+        self.not_summed(note)
+        index = self._reduced_index(note, dims, next(tensors_of(result)))
+        return replace(note, index=index, shown=(), times=())
 
-    def _reduced_index(self, note: Note, args: Any, kwargs: Any, result: Tensor) -> Tensor | None:
+    def _summed(
+        self, shown: Shown, repeated: frozenset[int], dims: list[int], note: Note
+    ) -> tuple[str, Layout] | None:
+        """A parameter whose products with activations are summed along their features: a matrix."""
+        axes, index = shown.axes(), note.index
+        into = {j for d in dims if d < len(axes) for j in axes[d] if shown.shape[j] > 1}
+        outs = {j for j, size in enumerate(shown.shape) if size == 1 or j in repeated} - into
+        features = (
+            [d for d in range(index.ndim) if not is_batch(index, d)]
+            if index is not None
+            else [len(axes) - 1]
+        )
+        is_matrix = any(shown.shape[j] > 1 for j in outs)
+        if not into or shown.picked or not (is_matrix or set(features) & set(dims)):
+            return None
+        words = [
+            "in" if j in into else "out" if j in outs else "stack" for j in range(len(shown.shape))
+        ]
+        return shown.name, Layout(" ".join(numbered(words)))
+
+    def _contracted(self, note: Note, factors: list[tuple[str, Layout]]) -> Note:
+        """The sum of products with parameters, as a product of matrices gives it."""
+        self.use(note)
+        for name, layout in factors:
+            self.summed.setdefault(name, layout)
+            self.seen.feeds.setdefault(name, set()).update(note.makers)
+        names = {name for name, _ in factors}
+        return Note(makers=note.makers | names, last=note.last | names)
+
+    def _reduced_index(self, note: Note, dims: list[int], result: Tensor) -> Tensor | None:
         index = note.index
         if index is None:
             return None
-        given = next((a for a in args[1:] if isinstance(a, (list, tuple))), None)
-        if given is None and len(args) > 1 and type(args[1]) is int:
-            given = [args[1]]
-        given = given if given is not None else kwargs.get("dim")
-        given = [given] if isinstance(given, int) else given
-        dims = sorted({d % index.ndim for d in given}) if given else list(range(index.ndim))
         if not all(is_batch(index, d) for d in dims):
             self.use(note)
             return None
@@ -246,3 +278,14 @@ class Mixing(Products):
             index=index,
             head_size=max(n.head_size for n in active),
         )
+
+
+def _reduced_axes(args: Any, kwargs: Any) -> list[int]:
+    """The axes along which a reduction goes: all of them, if none is named."""
+    count = args[0].ndim
+    given = next((a for a in args[1:] if isinstance(a, (list, tuple))), None)
+    if given is None and len(args) > 1 and type(args[1]) is int:
+        given = [args[1]]
+    given = given if given is not None else kwargs.get("dim")
+    given = [given] if isinstance(given, int) else given
+    return sorted({d % count for d in given}) if given and count else list(range(count))

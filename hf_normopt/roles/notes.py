@@ -29,7 +29,8 @@ class Shown:
         shape: its stored shape.
         view: a view of its memory, with the axes of the tensor; 0 is the stride of an axis that
             shows none of it.
-        how: what was done with it before, where that decides its role: "gain", "sum", "scatter".
+        how: what was done with it before, where that decides its role: "gain", "sum", "scatter",
+            "place", "rate".
         inner: stored axes that a product with another parameter contracted.
         picked: stored axes that an index went along.
         start: (axis, first position) where a concatenation put it, if one did.
@@ -144,6 +145,10 @@ class Note:
         stacked: whether several independent matrices have just made it.
         patches: whether it holds patches of an image, as of `unfold`.
         head_size: size of the heads of the attention that gave it, 0 if none did.
+        times: parameters that it was just multiplied by, entry by entry, with those of their stored
+            axes along which it was repeated: once summed, that is a product.
+        rates: parameters whose products with activations are its exponents.
+        decayed: parameters, or exponents of them, that multiplied it since the last matrix.
     """
 
     makers: frozenset[str] = frozenset()
@@ -155,6 +160,9 @@ class Note:
     stacked: bool = False
     patches: bool = False
     head_size: int = 0
+    times: tuple[tuple[Shown, frozenset[int]], ...] = ()
+    rates: frozenset[str] = frozenset()
+    decayed: frozenset[str] = frozenset()
 
 
 def is_batch(index: Tensor, d: int) -> bool:

@@ -13,8 +13,12 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import re
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -29,8 +33,15 @@ from .watch import EndlessError, Lists, Watch
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _ALONE = 60  # kinds of modules that run alone
 _TRIES = 16  # inputs of such a module
+_GUESSES = 12  # of these before those that were refused are changed
 _FARTHEST = 6  # refused inputs that are changed
-_CHANGES = 12  # that are tried in turn
+_CHANGES = 6  # that are tried in turn
+_TURNS = 20
+_FARTHER = 1  # turns later come changes that led no farther
+_ALIKE = 2  # inputs that were refused for one reason, before others that were for the same
+# Operations of all passes, after which no module is tried on other inputs. Of those that a config
+# tells there are few, and one of them is right.
+_MOST, _MOST_OF_CONFIG = 3000, 15_000
 
 
 def observe(model: nn.Module, inputs: Any = None) -> Seen:
@@ -59,8 +70,11 @@ def _best(twin: Twin, module: nn.Module, path: str, given: Iterable[Any], tries:
     If it takes none of those that are given, they are changed as its errors ask.
     """
     attempts = _Attempts(twin, module, path)
-    for inputs in itertools.islice(_as_far_as_they_go(given), tries):
-        if attempts.run(inputs):
+    guesses = itertools.islice(_as_far_as_they_go(given), tries)
+    while few := list(itertools.islice(guesses, _GUESSES)):
+        if any(attempts.run(inputs) for inputs in few):
+            return attempts.best
+        if not hasattr(module, "config") and attempts.repair(_GUESSES):
             return attempts.best
     if not hasattr(module, "config"):
         attempts.repair(tries)
@@ -74,11 +88,17 @@ class _Attempts:
         self.twin, self.module, self.path = twin, module, path
         self.best = Seen(failure="no inputs are known for it")
         self.tried: set[str] = set()
+        self.errors: Counter[str] = Counter()
         self.number = itertools.count()  # of the runs, where two led equally far
-        self.refused: list[tuple[int, tuple[int, ...], int, Iterator[Inputs]]] = []
+        self.refused: list[_Refused] = []
 
-    def run(self, inputs: Inputs) -> bool:
-        """Run on some inputs; whether no others need to be tried."""
+    def run(self, inputs: Inputs, before: _Refused | None = None) -> bool:
+        """Run on some inputs; whether no others need to be tried.
+
+        Args:
+            inputs: positional and keyword arguments.
+            before: the refused ones of which these are a change.
+        """
         args, kwargs = inputs
         for _ in range(3):
             seen = _run(self.twin, self.module, self.path, args, kwargs)
@@ -93,30 +113,57 @@ class _Attempts:
             if mended is None:
                 break
             kwargs = mended
+        if self.twin.spent > (_MOST_OF_CONFIG if hasattr(self.module, "config") else _MOST):
+            return True
         self.tried.add(described((args, kwargs)))
-        # an axis too many adds an operation or two, by which it does not lead farther
-        cost = 2 * axes_of((args, kwargs)) - seen.operations
-        progress = (-len(seen.uses), cost, next(self.number))
-        heapq.heappush(self.refused, (0, progress, 0, repaired((args, kwargs), seen.failure)))
+        heapq.heappush(self.refused, self.refusal((args, kwargs), seen, before))
         return False
 
-    def repair(self, tries: int) -> None:
-        """Change what led farthest as the error asks, until the module takes it.
+    def refusal(self, inputs: Inputs, seen: Seen, before: _Refused | None) -> _Refused:
+        """When to change refused inputs: soon, if they led farther than what they changed."""
+        error = re.sub(r"\d+", "", seen.failure)
+        self.errors[error] += 1
+        # an axis too many adds an operation or two, by which it does not lead farther
+        cost = 2 * axes_of(inputs, seen.failure) - seen.operations
+        reached = (len(seen.uses), seen.operations)
+        turn = 0 if before is None else before.turn + (0 if reached > before.reached else _FARTHER)
+        order = (-len(seen.uses), self.errors[error] // _ALIKE, cost, next(self.number))
+        return _Refused(turn, order, reached, repaired(inputs, seen.failure))
+
+    def repair(self, tries: int) -> bool:
+        """Change what led farthest as the error asks; whether no others need to be tried.
 
         A few changes of each are tried before more of any.
         """
-        self.refused = heapq.nsmallest(_FARTHEST, self.refused)
+        self.refused = heapq.nsmallest(_FARTHEST, self.refused, key=attrgetter("order"))
+        heapq.heapify(self.refused)
         while self.refused and tries:
-            _, progress, count, others = heapq.heappop(self.refused)
-            inputs = next(others, None)
-            if inputs is None:
-                continue
-            again = ((count + 1) // _CHANGES, progress, count + 1, others)
-            heapq.heappush(self.refused, again)
-            if described(inputs) not in self.tried:
-                tries -= 1
-                if self.run(inputs):
-                    return
+            refused = heapq.heappop(self.refused)
+            for inputs in itertools.islice(refused.changes, _CHANGES):
+                if tries and described(inputs) not in self.tried:
+                    tries -= 1
+                    if self.run(inputs, refused):
+                        return True
+            if refused.turn < _TURNS:
+                heapq.heappush(self.refused, replace(refused, turn=refused.turn + 1))
+        return False
+
+
+@dataclass(frozen=True, order=True)
+class _Refused:
+    """Inputs that were refused.
+
+    Attributes:
+        turn: when they are changed next.
+        order: which of those of one turn come first.
+        reached: the parameters and operations that they led to.
+        changes: of them.
+    """
+
+    turn: int
+    order: tuple[int, ...]
+    reached: tuple[int, int] = field(compare=False)
+    changes: Iterator[Inputs] = field(compare=False)
 
 
 def _as_far_as_they_go(given: Iterable[Any]) -> Iterator[Any]:
@@ -141,6 +188,7 @@ def _run(
         watch.ended()
     watch.finish()
     watch.seen.operations = watch.operations
+    twin.spent += watch.operations
     return watch.seen
 
 

@@ -81,8 +81,15 @@ def _to_meta(value: Any) -> Any:
 
 def _without_unknown_integers(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_meta and not is_real(value):
-        return torch.zeros(value.shape, dtype=value.dtype)
+        return _constant(0, value.shape, value.dtype)
     return value
+
+
+def _constant(value: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor of one value, which takes no memory if it is large."""
+    if shape.numel() > _LARGEST:
+        return torch.full((), value, dtype=dtype).expand(shape)
+    return torch.full(shape, value, dtype=dtype)
 
 
 # ------------------------------------------------------------------------- operations of their own
@@ -96,7 +103,7 @@ def _to_copy(func: Any, args: Args, kwargs: dict[str, Any], unknown: bool) -> An
     source, dtype = args[0], kwargs.get("dtype") or args[0].dtype
     real = dtype.is_floating_point or dtype.is_complex
     if unknown and not real:
-        return torch.ones(source.shape, dtype=dtype)
+        return _constant(1, source.shape, dtype)
     on_meta = real and (unknown or source.numel() > _FEW)
     return func(*args, **(kwargs | {"device": torch.device("meta" if on_meta else "cpu")}))
 
@@ -178,7 +185,8 @@ def _guess(value: bool) -> Callable[..., Any]:
             return NotImplemented
         shapes = [a.shape for a in args if isinstance(a, Tensor)]
         same = len(args) > 1 and args[0] is args[1]
-        return torch.full(torch.broadcast_shapes(*shapes), value or (same and name == "eq"))
+        answer = value or (same and name == "eq")
+        return _constant(answer, torch.broadcast_shapes(*shapes), torch.bool)
 
     return compare
 

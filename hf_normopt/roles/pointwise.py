@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from .follow import Follower, expanded_to, mixture, tensors_of
+from ..norms.layouts import Layout
+from .follow import Follower, expanded_to, mixture, selection_of, tensors_of
 from .notes import NONE, Note, Shown, essential, is_batch
-from .views import table_layout
+from .views import numbered, table_layout
 
 _SUMS_OF = frozenset(("add", "sub", "rsub", "addcmul", "addcdiv", "subtract"))
 _PRODUCTS_OF = frozenset(("mul", "div", "multiply", "addcmul"))
-_SQUASHES = frozenset(("sigmoid", "hardsigmoid", "softmax"))
+_REPEATS = _PRODUCTS_OF | {"pow"}
+_RATES_OF = frozenset(("exp", "pow", "sin", "cos"))  # of what is multiplied by positions
+_SQUASHES = frozenset(("sigmoid", "hardsigmoid", "softmax", "exp"))
 
 _CHOICES = frozenset(("where", "masked_fill", "fill", "maximum", "minimum", "masked_scatter"))
+
+
+def _is_state(shown: Shown) -> bool:
+    """Whether a table was repeated for each row of a batch, as activations are."""
+    return shown.expanded and sum(size > 1 for size in shown.shape) > 1
+
+
+def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[str, Layout]:
+    """Layouts of matrices along an axis of which numbers are repeated: each becomes a vector."""
+    found = {}
+    names = {shown.name for shown in note.shown}
+    for shown, repeated in times:
+        several = sum(size > 1 for size in shown.shape) > 1
+        if shown.name in names and several and any(shown.shape[j] > 1 for j in repeated):
+            words = ["out" if j in repeated else "stack" for j in range(len(shown.shape))]
+            found[shown.name] = Layout(" ".join(numbered(words)))
+    return found
 
 
 class Pointwise(Follower):
@@ -32,30 +54,82 @@ class Pointwise(Follower):
             notes = [n for n in notes if not n.fixed]
         active = [n for n in notes if not n.fixed]
         if not active:
-            return self._combined(name, notes, output)
+            constants = [v for v in operands if self.noted(v) is None and v.numel() > 1]
+            return self._combined(name, notes, output, constants)
         summed = name in _SUMS_OF
+        times = self._times(operands, output) if name in ("mul", "multiply") else ()
         for position, value in enumerate(operands):
             its = self.noted(value)
             if its is not None and its.fixed:
                 how = "sum" if summed and not (name.startswith("addc") and position) else "gain"
-                self._beside(its, how, active, output)
+                if how == "gain" and any(map(_is_state, its.shown)):
+                    how = "place"
+                outer = _outer(its, times) if how == "gain" else {}
+                self._beside(its, "outer" if outer else how, active, output, outer)
         found = self._active(name, active, output, summed)
-        if name in ("mul", "div"):
+        found = self._recurrence(name, notes, active, found)
+        if name in ("mul", "multiply", "div"):
             largest = max(v.numel() for v in operands if self._is_active(v))
             modulated = output.numel() > largest or any(n.shown for n in active)
-            shown = [s.spread(output.shape) for n in notes for s in n.shown] if modulated else []
-            return replace(
-                found, shown=tuple(s for s in shown if s is not None and s.picked == NONE)
-            )
+            spread = [s.spread(output.shape) for n in notes for s in n.shown]
+            shown = tuple(s for s in spread if s is not None and s.picked == NONE)
+            return replace(found, shown=shown if modulated else (), times=times)
         if len(operands) == 1 and active[0].shown:
             return replace(found, shown=active[0].shown)
         return found
+
+    def _times(
+        self, operands: list[Tensor], output: Tensor
+    ) -> tuple[tuple[Shown, frozenset[int]], ...]:
+        """The parameters among factors, and their axes along which the other one is repeated."""
+        if len(operands) != 2:
+            return ()
+        found = []
+        for one, other in (operands, operands[::-1]):
+            note = self.noted(one)
+            if note is None or not note.fixed or not self._is_active(other):
+                continue
+            sizes = [1] * (output.ndim - other.ndim) + list(other.shape)
+            for shown in note.shown:
+                view = shown.spread(output.shape)
+                if view is None or view.start is not None or view.given is not None or view.how:
+                    continue
+                repeated = (js for js, n in zip(view.axes(), sizes, strict=True) if n == 1)
+                found.append((view, frozenset(j for js in repeated for j in js)))
+        return tuple(found)
+
+    def _recurrence(self, name: str, notes: list[Note], active: list[Note], found: Note) -> Note:
+        """Parameters that multiply what they multiplied before are the rates of a recurrence.
+
+        They do so themselves, or as exponents of their products with activations.
+        """
+        rates = frozenset().union(*(n.rates for n in active))
+        decayed = frozenset().union(*(n.decayed for n in active))
+        if name == "exp":
+            rates |= {shown.name for n in active for shown, _ in n.times}
+            decayed = frozenset()
+        elif name in _SQUASHES:
+            return found
+        if name in ("mul", "multiply"):
+            factors = rates | {s.name for n in notes if n.fixed for s in n.shown}
+            for parameter in factors & decayed:
+                self._use(parameter, "rate")
+            decayed |= factors
+            rates = rates if len(active) == 1 else frozenset()
+        return replace(found, rates=rates, decayed=decayed)
 
     def _is_active(self, value: Tensor) -> bool:
         note = self.noted(value)
         return note is not None and not note.fixed
 
-    def _beside(self, note: Note, how: str, active: list[Note], output: Tensor) -> None:
+    def _beside(
+        self,
+        note: Note,
+        how: str,
+        active: list[Note],
+        output: Tensor,
+        layouts: Mapping[str, Layout] = MappingProxyType({}),
+    ) -> None:
         """Parameters that multiply activations, or are added to them, entry by entry."""
         index = next((n.index for n in active if n.index is not None), None)
         axis = output.ndim - 1
@@ -66,8 +140,8 @@ class Pointwise(Follower):
                 self._link(note, essential(index))
         if how == "sum" and any(n.stacked for n in active):
             how = "offset"
-        layouts = {}
-        for shown in note.shown:
+        layouts = dict(layouts)
+        for shown in note.shown if not layouts else ():
             spread = shown.spread(output.shape) if shown.given is None else None
             if spread is not None and spread.start is None and sum(n > 1 for n in shown.shape) > 1:
                 features = spread.axes()[axis]
@@ -110,8 +184,14 @@ class Pointwise(Follower):
             head_size=max(n.head_size for n in active),
         )
 
-    def _combined(self, name: str, notes: list[Note], output: Tensor) -> Note:
-        """A function of parameters alone; the smaller of two is a gain or offset of the other."""
+    def _combined(
+        self, name: str, notes: list[Note], output: Tensor, constants: Sequence[Tensor] = ()
+    ) -> Note:
+        """A function of parameters alone; the smaller of two is a gain or offset of the other.
+
+        One that constants repeat is a gain of these, as of distances, or a token at the places that
+        a mask chooses.
+        """
         shown: list[Shown] = []
         for note in notes:
             for one in note.shown:
@@ -121,6 +201,12 @@ class Pointwise(Follower):
         most = max((s.entries() for s in shown), default=0)
         how = "sum" if name in _SUMS_OF else "gain"
         found: dict[str, Shown] = {}
+        if constants and most < output.numel() and name in _REPEATS:
+            is_mask = any(selection_of(value) is not None for value in constants)
+            repeated = "place" if is_mask else "gain"
+            shown = [one if one.how else replace(one, how=repeated) for one in shown]
+        if name in _RATES_OF and len(notes) == 1:
+            shown = [replace(one, how="rate") if one.how == "gain" else one for one in shown]
         for one in shown:
             smaller = one.entries() < most and not one.inner  # factors cover what they multiply to
             if len(notes) > 1 and smaller and not one.how and one.start is None:

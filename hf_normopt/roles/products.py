@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..norms.layouts import Layout, usual_layout
-from .follow import along, mixture, resized_to, tensors_of
+from .follow import along, mixture, resized_to, selection_of, tensors_of
 from .notes import Note, Shown, essential
 from .pointwise import Pointwise
-from .views import is_token, kernel_layout, product_layout, unsqueezed
+from .views import is_token, kernel_layout, product_layout, table_layout, unsqueezed
 
 ROWS = 1 << 16  # of a table that may be cut to the length of a sequence
 
@@ -41,8 +41,11 @@ class Products(Pointwise):
             right, b = right.unsqueeze(-1), unsqueezed(b, -1)
         if left.ndim == 1:
             left, a = left.unsqueeze(0), unsqueezed(a, 0)
+        chosen = selection_of(left)
+        if b.fixed and chosen is not None and chosen.stride(left.ndim - 1):
+            return self._chosen(b, right.ndim - 2)
         if a.fixed and b.fixed:
-            a, b = self._settled(a, b)
+            a, b = self._as_activations(a, b)
         if a.fixed and b.fixed:
             return self._of_parameters(a, b, result)
         for note, kept in ((a, left.ndim - 2), (b, right.ndim - 1)):
@@ -60,6 +63,13 @@ class Products(Pointwise):
             return self._weighted(b, a, (right.ndim - 2, right.ndim - 1), result)
         return self._activations(a, b, result)
 
+    def _chosen(self, table: Note, rows: int) -> Note:
+        """One-hot vectors times a table: its rows are looked up."""
+        plain = [s for s in table.shown if s.view.ndim > rows and not s.how]
+        for shown in plain:
+            self._use(shown.name, "lookup", table_layout(len(shown.shape), shown.axes()[rows]))
+        return Note()
+
     def distance(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
         """Distances of rows to those of a table are, but for lengths, products with them."""
         x, table = (self.noted(arg) or Note() for arg in args[:2])
@@ -72,7 +82,7 @@ class Products(Pointwise):
         transposed = tuple(s.moved(s.view.mT) for s in plain if s.view.ndim > 1)
         return self._weighted(replace(table, shown=transposed), x, axes, result)
 
-    def _settled(self, a: Note, b: Note) -> tuple[Note, Note]:
+    def _as_activations(self, a: Note, b: Note) -> tuple[Note, Note]:
         """Of two parameters, one may stand for activations: it was looked up, or repeated."""
         for one, other in ((a, b), (b, a)):
             rows = bool(one.shown) and all(s.picked for s in one.shown)

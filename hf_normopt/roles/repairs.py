@@ -1,14 +1,16 @@
 """Other inputs for a module that refused some, by what its error says.
 
 Errors of torch name what does not fit: two sizes, a number of axes, a type. [`repaired`] changes
-one argument at a time accordingly; a search over these changes is in `observe.py`.
+accordingly arguments of one shape, or one alone; a search over these is in `observe.py`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from itertools import chain, permutations, repeat, zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +20,17 @@ from .inputs import ROWS, Inputs
 Pair = tuple[int, int]
 
 _AXES = re.compile(r"unpack|size|axes|[Dd]imension|[Dd]ims|\dD|subscripts|indices|shape|batch")
+_UNPACKED = re.compile(r"values to unpack \(expected (\d+), got (\d+)\)")
 _TYPES = re.compile(r"type|Long|[Ii]ndices|[Ii]ntegers?|index|iterable|scalar")
 _PLACES = re.compile(r"\b(dim|dimension|axis|index|argument|operand|entry|at)\b:? [#-]?\d+")
 _MATRICES = re.compile(r"\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+")
 _NUMBERS = 6  # of an error that are looked at
 _LARGEST = 4096  # size of an axis
+_MOST = 1 << 24  # entries of an argument
 
 
 def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
-    """Inputs with one argument of another shape or type: of each kind of change one after another.
+    """Inputs with arguments of another shape or type: of each kind of change one after another.
 
     Args:
         inputs: what was refused.
@@ -34,15 +38,32 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
     """
     args, kwargs = inputs
     values = [*args, *kwargs.values()]
-    # of the first argument most is known, of the last least
-    places = [i for i, value in reversed(list(enumerate(values))) if isinstance(value, Tensor)]
     pairs = _pairs(said.rpartition(" (")[0] or said)
     kinds = [_typed] if _TYPES.search(said) else []
     kinds += [_same, _shaped, _scaled] if _AXES.search(said) else [_same, _scaled]
-    changes = [zip(repeat(i), kind(values[i], pairs)) for kind in kinds for i in places]
-    for i, other in filter(None, chain.from_iterable(zip_longest(*changes))):
-        new = [other if j == i else value for j, value in enumerate(values)]
+    changes = [
+        zip(repeat(places), kind(values[places[0]], pairs))
+        for kind in kinds
+        for places in _together(values)
+    ]
+    for places, other in filter(None, chain.from_iterable(zip_longest(*changes))):
+        if other is None:
+            continue
+        new = [other if i in places else value for i, value in enumerate(values)]
         yield tuple(new[: len(args)]), dict(zip(kwargs, new[len(args) :], strict=True))
+
+
+def _together(values: list[Any]) -> list[tuple[int, ...]]:
+    """Which arguments are changed at once: those of one shape and type, then each alone."""
+    alike: dict[Any, tuple[int, ...]] = {}
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor):
+            key = (value.shape, value.dtype)
+            alike[key] = (*alike.get(key, ()), i)
+    # of the first argument most is known, of the last least
+    alone = [(i,) for places in alike.values() if len(places) > 1 for i in places]
+    alone += [places for places in alike.values() if len(places) == 1]
+    return [p for p in alike.values() if len(p) > 1] + sorted(alone, reverse=True)
 
 
 def described(inputs: Inputs) -> str:
@@ -52,10 +73,13 @@ def described(inputs: Inputs) -> str:
     return str([(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in values])
 
 
-def axes_of(inputs: Inputs) -> int:
-    """The number of axes of all arguments."""
+def axes_of(inputs: Inputs, said: str) -> int:
+    """The axes of arguments, those of one shape once; how many are wrong if the error says."""
+    if asked := _UNPACKED.search(said):
+        return abs(int(asked[1]) - int(asked[2]))
     args, kwargs = inputs
-    return sum(v.ndim for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    return sum(len(shape) for shape, _ in {(v.shape, v.dtype) for v in tensors})
 
 
 def _pairs(said: str) -> list[Pair]:
@@ -69,49 +93,61 @@ def _pairs(said: str) -> list[Pair]:
     return list(permutations(list(sizes)[:_NUMBERS], 2))
 
 
-def _filled(shape: tuple[int, ...], like: Tensor, is_real: bool | None = None) -> Tensor:
+def _filled(shape: tuple[int, ...], like: Tensor, is_real: bool | None = None) -> Tensor | None:
+    """An argument of another shape or type; None if it were larger than any that is needed."""
     real = like.is_floating_point() if is_real is None else is_real
+    if math.prod(shape) > _MOST:
+        return None
     if real:
         return torch.empty(shape, device="meta")
     return torch.zeros(shape, dtype=torch.int64 if is_real is False else like.dtype)
 
 
-def _same(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+def _same(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     """A size that the error names becomes another one that it names."""
     for old, new in pairs:
         yield from _resized(value, old, new)
 
 
-def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
-    """A size changes as one that the error names should: by the same factor or difference."""
+def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
+    """A size changes as one that the error names should: by the same factor or difference.
+
+    Sides of a square image change by the root of the factor.
+    """
     for old, new in pairs:
+        side = value.shape[-1] if value.ndim else 1
+        if value.ndim > 3 and value.shape[-2] == side and max(old, new) >= 2 * side:
+            yield from _resized(value, side, max(1, round(side * math.sqrt(new / old))))
         for size in dict.fromkeys(reversed(value.shape) if old else ()):
             for other in (size * new // old if size * new % old == 0 else 0, size + new - old):
                 if old != size and 0 < other <= _LARGEST:
                     yield from _resized(value, size, other)
 
 
-def _resized(value: Tensor, old: int, new: int) -> Iterator[Tensor]:
+def _resized(value: Tensor, old: int, new: int) -> Iterator[Tensor | None]:
     """An axis of some size with another one; both sides of a square image at once."""
     first = min(1, value.ndim - 1)  # after the rows
     axes = [(d,) for d in reversed(range(first, value.ndim)) if value.shape[d] == old]
     sides = tuple(d for d in range(2, value.ndim) if value.shape[d] == old)
-    for change in [sides, *axes] if len(sides) > 1 else axes:
+    for change in [sides] if len(sides) > 1 else axes:
         yield _filled(tuple(new if d in change else n for d, n in enumerate(value.shape)), value)
 
 
-def _shaped(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+def _shaped(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     """One axis more or less."""
     shape = tuple(value.shape)
     if len(shape) > 1:
         yield _filled((*shape[:-2], shape[-1]), value)
+    if len(shape) < 5:  # frames come before channels and sides
+        at = 1 if len(shape) == 4 else max(len(shape) - 1, 0)
+        yield _filled((*shape[:at], 4 if len(shape) > 1 else ROWS, *shape[at:]), value)
+    if len(shape) > 1:
         yield _filled(shape[:-1], value)
     if len(shape) < 5:
-        yield _filled((*shape[:-1], 4 if len(shape) > 1 else ROWS, *shape[-1:]), value)
         yield _filled((*shape, shape[-1] if shape else 2), value)
 
 
-def _typed(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor]:
+def _typed(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     """Numbers of classes for activations, and the reverse."""
     shape = tuple(value.shape)
     if value.is_floating_point():

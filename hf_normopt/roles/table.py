@@ -148,10 +148,10 @@ def _spec(
 ) -> ParamSpec:
     shape, tied_to = tuple(tensor.shape), ", ".join(names[1:]) or None
     views = list(graph.views(tensor, names))
-    settled = _settled(find(view, heads) for view in views)
-    found = _overridden(settled, names, overrides)
+    merged = _merged(find(view, heads) for view in views)
+    found = _overridden(merged, names, overrides)
     layout = found.layout or usual_layout(found.role, shape)
-    factor = factor_of(views[0]) if found is settled and tied_to is None else None
+    factor = factor_of(views[0]) if found is merged and tied_to is None else None
     return ParamSpec(
         names[0],
         shape,
@@ -184,7 +184,7 @@ def _checked(overrides: Mapping[str, str]) -> dict[str, str]:
     return dict(overrides)
 
 
-def _settled(findings: Iterable[Finding]) -> Finding:
+def _merged(findings: Iterable[Finding]) -> Finding:
     """One finding for a tensor with several names; a table that is the head too is a table."""
     findings = list(findings)
     best = min(findings, key=lambda found: {"embedding": 0, "head": 1}.get(found.role, 2))

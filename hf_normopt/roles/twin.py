@@ -69,6 +69,9 @@ class Twin:
         alike: for the parameters of a layer that may be skipped, those of the layer that ran.
         dropped: names of the modules whose forward hooks the copy does not have.
         copies: by the original's `id`, each object that was copied; it keeps the ids valid.
+        spent: operations of all passes so far.
+        notes: the parameters of the copy, and what is noted of them before a pass.
+        sizes: by `id`, the number of matrices in a module of the copy.
     """
 
     module: nn.Module
@@ -78,6 +81,9 @@ class Twin:
     alike: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     copies: dict[int, Any] = field(default_factory=dict, repr=False)
+    spent: int = 0
+    notes: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
+    sizes: dict[int, int] = field(default_factory=dict, repr=False)
 
 
 @contextlib.contextmanager

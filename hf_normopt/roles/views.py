@@ -173,7 +173,8 @@ def product_layout(shown: Shown, contracted: int, kept: int) -> tuple[Layout | N
         outs = hidden
     elif hidden and outs and not into:
         into = hidden
-    if not into or not outs:
+    # a vector that is a matrix of one row has no axis of outputs
+    if not into or not (outs or shown.view.shape[kept] == 1):
         return None, []
     words = []
     for j in range(len(shown.shape)):

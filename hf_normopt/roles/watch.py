@@ -22,7 +22,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from ..norms.layouts import usual_layout
-from .follow import is_plain, mixture, note_of, tensors_of
+from .follow import (
+    choice,
+    is_plain,
+    mixture,
+    note_of,
+    selection,
+    selection_of,
+    tensors_of,
+)
 from .mixing import GAINS, Mixing
 from .notes import Note, Shown
 from .operations import evaluate, is_real
@@ -32,7 +40,7 @@ from .twin import Twin
 from .views import COPIES, table_layout
 
 _SMALL = 3  # matrices of a module whose features go on to the one that called it
-_MOST = 40_000  # operations of one pass
+_MOST = 20_000  # operations of one pass
 _SAME = COPIES | {"_unsafe_view", "repeat", "_reshape_alias", "_conj", "view_as_real_copy"}
 _POINTWISE = frozenset(
     ("complex", "polar", "real", "imag", "native_dropout", "dropout", "addcmul", "addcdiv", "lerp")
@@ -52,14 +60,23 @@ class Watch(Mixing):
 
     def __init__(self, twin: Twin) -> None:
         super().__init__(twin)
-        self.sizes: dict[int, int] = {}
         self.operations = 0
-        for tensor in [*twin.module.parameters()]:
-            name = twin.names.get(id(tensor))
+        self.aside = False  # whether operations are not the twin's, but our own
+        if not twin.notes:
+            twin.notes.extend(self._parameters())
+        for tensor, note in twin.notes:
+            tensor._note = note
+
+    def _parameters(self) -> list[tuple[Any, Note]]:
+        """The parameters as they show themselves."""
+        found = []
+        for tensor in self.twin.module.parameters():
+            name = self.twin.names.get(id(tensor))
             if name is not None and is_real(tensor):
                 view = torch.empty(tensor.shape, device="meta")
                 shown = (Shown(name, tuple(tensor.shape), view),)
-                tensor._note = Note(shown=shown, fixed=True)  # type: ignore[attr-defined]
+                found.append((tensor, Note(shown=shown, fixed=True)))
+        return found
 
     def given(self, values: Any) -> None:
         """Mark floating inputs as activations."""
@@ -69,10 +86,21 @@ class Watch(Mixing):
 
     def hooks(self) -> Any:
         """A context in which every call of a module is known."""
+
+        def aside(hook: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                self.aside = True
+                try:
+                    return hook(*args)
+                finally:
+                    self.aside = False
+
+            return call
+
         stack = ExitStack()
         for handle in (
-            register_module_forward_pre_hook(self._enter),  # type: ignore[arg-type]
-            register_module_forward_hook(self._leave),
+            register_module_forward_pre_hook(aside(self._enter)),
+            register_module_forward_hook(aside(self._leave)),
         ):
             stack.callback(handle.remove)
         return stack
@@ -123,9 +151,9 @@ class Watch(Mixing):
             self.seen.partly |= {name for name in self.seen.uses if name.startswith(below)}
 
     def _count(self, module: nn.Module) -> int:
-        if id(module) not in self.sizes:
-            self.sizes[id(module)] = sum(p.ndim > 1 for p in module.parameters())
-        return self.sizes[id(module)]
+        if id(module) not in self.twin.sizes:
+            self.twin.sizes[id(module)] = sum(p.ndim > 1 for p in module.parameters())
+        return self.twin.sizes[id(module)]
 
     def returned(self, path: str, output: Any) -> None:
         """Note what made the fields of a model's output."""
@@ -136,6 +164,7 @@ class Watch(Mixing):
                 note = self.noted(tensor)
                 if note is not None:
                     makers |= note.last
+                    self.not_summed(note)
                     if not path and note.fixed:
                         self.record(note, "return")
             fields[key] = fields.get(key, frozenset()) | makers
@@ -144,6 +173,8 @@ class Watch(Mixing):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.aside:
+            return func(*args, **kwargs)
         self.operations += 1
         if self.operations > _MOST:  # a loop until something converges, which nothing does here
             raise EndlessError(f"forward went on after {_MOST} operations")
@@ -158,11 +189,17 @@ class Watch(Mixing):
         base = name.rstrip("_") if func._schema.is_mutable else name
         if base.endswith("_like") or base.startswith("new_"):
             return
-        if not self.notes_of(tensors_of((args, kwargs))):
+        with suppress(RuntimeError):
+            self.select(func, base, args, result)
+        notes = self.notes_of(tensors_of((args, kwargs)))
+        if not notes:
             return
         if func.is_view or base in _SAME:
             return self.view(func, args, kwargs, result)
         method = _NOTED.get(base)
+        if method is not Watch.reduced:
+            for note in notes:
+                self.not_summed(note)
         if method is not None:
             found = method(self, base, args, kwargs, result)
         elif torch.Tag.pointwise in func.tags or base in _POINTWISE:
@@ -176,6 +213,26 @@ class Watch(Mixing):
                 output._note = part  # type: ignore[attr-defined]
         if func._schema.is_mutable and outputs and found is not None and args:
             self.write(args[0], found)
+
+    def select(self, func: Any, base: str, args: tuple[Any, ...], result: Any) -> None:
+        """Mark constants that choose rows, as floats: masks, and one-hot vectors."""
+        known = [chosen for arg in args if (chosen := selection_of(arg)) is not None]
+        chosen = None
+        if base == "_to_copy" and not is_real(args[0]):
+            chosen = choice(args[0])
+        elif base == "scatter" and isinstance(args[3], (int, float)):
+            axis = args[1] % args[0].ndim
+            chosen = selection(args[0].shape, axis if args[2].shape[axis] == 1 else None)
+        elif not known or not isinstance(result, Tensor):
+            return
+        elif func.is_view or base in _SAME:
+            chosen = known[0] if base in COPIES else func(known[0], *args[1:])
+        elif base in ("add", "sub", "rsub") and known[0].shape == result.shape:
+            chosen = known[0]
+        elif base in ("add", "sub", "rsub", "mul"):
+            chosen = selection(result.shape)
+        if chosen is not None and is_real(result):
+            result._selection = chosen
 
     def write(self, target: Tensor, note: Note) -> None:
         """Something was written into a tensor's memory; others that share it show it."""
@@ -192,6 +249,7 @@ class Watch(Mixing):
             if len({self._source(int(piece.min())) for piece in pieces}) == len(pieces):
                 for piece in pieces:
                     self._receive(piece)
+        self._finish_sums()
         for (name, axis), rows in self.covered.items():
             shape = self.twin.shapes[name]
             size = shape[axis] if axis < len(shape) else 0  # a flat shard tells nothing
@@ -203,6 +261,18 @@ class Watch(Mixing):
         uses = list(self.received.values())
         for name, source in self.sources.items():
             self.seen.matrices[name] = divided(source, uses)
+
+    def _finish_sums(self) -> None:
+        """What multiplies features entry by entry only to be summed with them is a matrix."""
+        matrices = self.summed.keys() - self.gains
+        for name in matrices:
+            for how in ("gain", "outer"):
+                self.seen.uses[name].pop(how, None)
+            self._use(name, "product", self.summed[name])
+        for fields in self.seen.fields.values():
+            for key, makers in fields.items():
+                above = self._above(makers & matrices)
+                fields[key] = makers - above - (self.summed.keys() & self.gains)
 
 
 def _fields(output: Any) -> Iterator[tuple[str, Any]]:
