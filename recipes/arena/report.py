@@ -192,7 +192,7 @@ def table(made):
             " / ".join(
                 f"{'≥ ' * cut}{factor:.1f}" for factor, cut in (row["width_1"], row["width_5"])
             ),
-            f"{row['mean']:.4g} ± {row['spread']:.2g}" if "mean" in row else "",
+            _with_spread(row),
             paired_text(found) if found else "",
             " / ".join(
                 _number(row[key], 2) for key in ("steps_to_reference", "seconds_to_reference")
@@ -209,6 +209,13 @@ def paired_text(found):
     """A paired difference in one cell."""
     interval = "" if math.isnan(found.low) else f" ({found.low:+.3g} to {found.high:+.3g})"
     return f"{found.mean:+.3g}{interval}, {found.better} of {found.pairs} better: {found.verdict}"
+
+
+def _with_spread(row):
+    if "mean" not in row:
+        return ""
+    spread = "" if math.isnan(row["spread"]) else f" ± {row['spread']:.2g}"  # of one seed
+    return f"{row['mean']:.4g}{spread}"
 
 
 def _number(value, digits=4):
