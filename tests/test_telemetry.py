@@ -40,6 +40,10 @@ def svd_norms(spec, tensor):
                 values, unit = torch.linalg.svdvals(op), math.sqrt(fan_in / fan_out)
                 sizes.append(unit * values.max())
                 duals.append(values.sum() / unit)
+            elif spec.also_head:  # a token's vector, as a row of the head
+                lengths = op.norm(dim=0)
+                sizes.append(lengths.max() * math.sqrt(fan_out))
+                duals.append(lengths.sum() / math.sqrt(fan_out))
             elif spec.role in ("embedding", "bias"):
                 lengths = op.norm(dim=0)
                 sizes.append(lengths.max() / math.sqrt(fan_out))
@@ -68,8 +72,9 @@ def test_quantities_are_those_of_textbook_formulas(make):
     optimizer.step()
     found = gauge.read(optimizer)
     specs = classify(model)
-    for role in {spec.role for spec in specs}:
-        members = [spec for spec in specs if spec.role == role]
+    labels = {spec.name: "embedding/tied" if spec.also_head else spec.role for spec in specs}
+    for role in set(labels.values()):
+        members = [spec for spec in specs if labels[spec.name] == role]
         sizes = [svd_norms(spec, before[spec.name])[0] for spec in members]
         duals = [svd_norms(spec, gradients[spec.name])[1] for spec in members]
         now = dict(model.named_parameters())
