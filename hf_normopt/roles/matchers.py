@@ -18,11 +18,12 @@ from ..norms.layouts import Layout, usual_layout
 from .adapters import adapter
 from .architectures import fused_row, is_a, listed_parameter
 from .graph import MATRIX, Finding, View, owner_layout, place
+from .views import has_several_axes
 
 
 def _normalisation(view: View) -> Finding | None:
     """Gain and bias of LayerNorm, RMSNorm, BatchNorm, GroupNorm and their likes."""
-    several = sum(size > 1 for size in view.shape) > 1
+    several = has_several_axes(view.shape)
     if "norm" not in view.owner_class.lower() or several or isinstance(view.owner, MATRIX):
         return None
     if any(True for child in view.owner.children() for _ in child.parameters()):
@@ -235,7 +236,7 @@ def _token(view: View) -> Finding | None:
     if math.prod(view.shape) == 1 or re.fullmatch(r"b(_?\d+|_[a-z]+)?", view.leaf):
         return None
     kind = _position(view.leaf)
-    several = sum(size > 1 for size in view.shape) > 1
+    several = has_several_axes(view.shape)
     if "lookup" in uses and len(view.shape) > 1:
         return Finding("embedding", "rows looked up by an index", uses["lookup"], kind)
     if (
@@ -285,7 +286,7 @@ def _vector(view: View) -> Finding | None:
         return Finding("norm", f"{view.owner_class} multiplies by it, entry by entry")
     if uses.keys() & {"sum", "offset"}:
         return Finding("bias", f"{view.owner_class} adds it")
-    one_axis = sum(size > 1 for size in view.shape) <= 1
+    one_axis = not has_several_axes(view.shape)
     if leaf == "D" or (one_axis and re.search(r"weights?$|gamma|lambda|scale|scaling|gain", leaf)):
         return Finding("norm", f"a raw vector named {leaf}: a gain")
     return None

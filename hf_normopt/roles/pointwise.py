@@ -13,7 +13,7 @@ from torch import Tensor
 from ..norms.layouts import Layout
 from .follow import Follower, expanded_to, mixture, selection_of, tensors_of
 from .notes import NONE, Note, Shown, essential, is_batch
-from .views import numbered, table_layout
+from .views import has_several_axes, numbered, table_layout
 
 _SUMS_OF = frozenset(("add", "sub", "rsub", "addcmul", "addcdiv", "subtract"))
 _PRODUCTS_OF = frozenset(("mul", "div", "multiply", "addcmul"))
@@ -26,7 +26,7 @@ _CHOICES = frozenset(("where", "masked_fill", "fill", "maximum", "minimum", "mas
 
 def _is_state(shown: Shown) -> bool:
     """Whether a table was repeated for each row of a batch, as activations are."""
-    return shown.expanded and sum(size > 1 for size in shown.shape) > 1
+    return shown.expanded and has_several_axes(shown.shape)
 
 
 def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[str, Layout]:
@@ -34,7 +34,7 @@ def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[st
     found = {}
     names = {shown.name for shown in note.shown}
     for shown, repeated in times:
-        several = sum(size > 1 for size in shown.shape) > 1
+        several = has_several_axes(shown.shape)
         if shown.name in names and several and any(shown.shape[j] > 1 for j in repeated):
             words = ["out" if j in repeated else "stack" for j in range(len(shown.shape))]
             found[shown.name] = Layout(" ".join(numbered(words)))
@@ -143,7 +143,7 @@ class Pointwise(Follower):
         layouts = dict(layouts)
         for shown in note.shown if not layouts else ():
             spread = shown.spread(output.shape) if shown.given is None else None
-            if spread is not None and spread.start is None and sum(n > 1 for n in shown.shape) > 1:
+            if spread is not None and spread.start is None and has_several_axes(shown.shape):
                 features = spread.axes()[axis]
                 if features and axis != output.ndim - 1:
                     rows = set(range(len(shown.shape))) - set(features)

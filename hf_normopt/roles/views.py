@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -214,6 +214,11 @@ def kernel_layout(name: str, shown: Shown, transposed: bool, groups: int) -> Lay
         return Layout(" ".join(numbered(words)))
     except ValueError:
         return None
+
+
+def has_several_axes(shape: Sequence[int]) -> bool:
+    """Whether more than one axis has more than one entry, so that it is no vector."""
+    return sum(size > 1 for size in shape) > 1
 
 
 def numbered(words: list[str]) -> list[str]:
