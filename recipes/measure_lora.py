@@ -31,7 +31,6 @@ import gzip
 import io
 import itertools
 import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -42,8 +41,8 @@ import datasets
 import numpy as np
 import torch
 from arena.plan import Plan
-from arena.report import rows, table
 from arena.runs import ROOT, Results, Task, compare
+from compare import report
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from text_classification import bundled_minilm
@@ -57,6 +56,7 @@ from transformers import (
 )
 
 from hf_normopt import create_normopt_optimizer, orthogonalize
+from hf_normopt.cards.run_record import commit_of_script
 from hf_normopt.norms.product import GUARD, Pair, SpectralProduct, _inverse_root
 
 DATA = Path(__file__).parent / "data"
@@ -340,9 +340,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     task, results = TASKS[args.task](), Results(args.file)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    ).stdout.strip()
+    commit = commit_of_script() or ""
 
     def make(_, run, results, rank):
         found = trained(task, run, rank)
@@ -367,8 +365,7 @@ def main():
         compare(
             plan, Task(name, "measure_lora"), results, "loss", functools.partial(make, rank=rank)
         )
-        known = results.values(name, "loss")
-        print(f"{name}\n\n{table(rows(plan, known, {}))}\n", flush=True)
+        print(f"{name}\n\n{report(results, name)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def record_run(trainer: Any, description: RunDescription, optimizer: Mapping[str
         ],
         "seconds": next((row["train_runtime"] for row in history if "train_runtime" in row), None),
         "command": _command(),
-        "commit": _commit(),
+        "commit": commit_of_script(),
         "hardware": _hardware(trainer),
         "compared": [],
     }
@@ -194,7 +194,7 @@ def _command() -> str:
     return shlex.join([Path(interpreter).name.rstrip("0123456789."), *words])
 
 
-def _commit() -> str | None:
+def commit_of_script() -> str | None:
     """The commit of the script's repository, and whether files were changed since."""
     script = Path(sys.argv[0]).resolve()
 

@@ -58,9 +58,7 @@ WORST = 10.0
 LENGTH = 3**-0.5
 """Of the balanced rows: that of PEFT's initial A."""
 
-_SHARE = (
-    3**0.5 / 2
-)  # of what is asked for: one over the most that three blocks of a polar factor have
+_SHARE = 3**0.5 / 2  # of the length: three blocks of a polar factor have a norm of 2 / √3 at most
 _NOISE = 1e-6  # singular values below this fraction of the largest are rounding, in float64
 _LEAST_PIVOT = 1e-11  # of A Aᵀ with a unit diagonal; below it rows are taken for dependent
 
