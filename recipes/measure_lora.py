@@ -161,7 +161,7 @@ class Intents:
     """MiniLM with a new head, on 77 intents."""
 
     steps, batch, targets, saved = 80, 16, ["query", "key", "value", "dense"], ["classifier"]
-    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3}
+    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3, "product": 4e-3}
     usual_rate = 2e-3
 
     def __init__(self):
@@ -188,7 +188,7 @@ class Answers:
     """A byte Llama that has read Shakespeare, on worked answers."""
 
     steps, batch, targets, saved = 150, 16, "all-linear", None
-    rates: ClassVar = {"adamw": 8e-3, "factors": 2e-3}
+    rates: ClassVar = {"adamw": 8e-3, "factors": 2e-3, "product": 1.6e-2}
     usual_rate = 8e-3
 
     def __init__(self):
@@ -227,7 +227,7 @@ class Clothes:
     """A small ViT that knows five kinds of clothes, on five others."""
 
     steps, batch, targets, saved = 150, 32, "all-linear", ["classifier"]
-    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3}
+    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3, "product": 4e-3}
     usual_rate = 2e-3
 
     def __init__(self):

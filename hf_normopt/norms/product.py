@@ -34,7 +34,8 @@ Two things are needed to be safe:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -103,6 +104,10 @@ class Product(Norm):
         """
         raise NotImplementedError
 
+    def of_rank(self, rank: int) -> Product:
+        """The norm of products of one rank, on which the size of their entries may depend."""
+        return self
+
     def factor_duals(self, pair: Pair) -> Tensor:
         """⟨m_A, D_A⟩ + ⟨m_B, D_B⟩ for size 1 and no guard, (...)."""
         d_a, d_b = self.factor_lmos(pair, 1.0, 0.0)
@@ -119,12 +124,26 @@ class Product(Norm):
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralProduct(Spectral, Product):
-    """The spectral norm of a product: see this module's docstring."""
+    """The spectral norm of a product: see this module's docstring.
+
+    Args:
+        rank: r, on which the size of entries depends; None: any. No part of its name.
+    """
+
+    rank: int | None = None
 
     independent = ()
 
     def __str__(self) -> str:
         return f"product {super().__str__()}"
+
+    def of_rank(self, rank: int) -> Product:
+        """See [`Product`]."""
+        return replace(self, rank=rank)
+
+    def _entry_rms(self, fan_out: int, fan_in: int) -> float:
+        ranks = min(self.rank or fan_out, fan_out, fan_in)
+        return math.sqrt(ranks / (fan_out * fan_in))
 
     def factor_lmos(self, pair: Pair, size: float, reach: Tensor | float) -> tuple[Tensor, Tensor]:
         """D_A and D_B, see [`Product`], as sums of the factors and their momenta."""

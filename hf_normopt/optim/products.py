@@ -106,7 +106,8 @@ class ProductMove(Move):
     def size(self, pair: Pair) -> float:
         """The norm of the product's change at rate 1."""
         fan_out, fan_in = pair.b.shape[-2], pair.a.shape[-1]
-        return SCALES[self.rule.scale](self.norm, fan_out, fan_in, 1)
+        norm = self.norm.of_rank(pair.a.shape[-2])
+        return SCALES[self.rule.scale](norm, fan_out, fan_in, 1)
 
     def _balanced_inplace(self, pair: Pair) -> Pair:
         """Change the factors and their momenta so that the product stays and A is well conditioned.

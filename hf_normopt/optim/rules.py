@@ -16,11 +16,22 @@ import torch
 from torch import Tensor
 
 from ..norms.operators import MaxEntry, Norm
+from ..norms.product import SpectralProduct
 
 # RMS per entry of a full-rank update under the "adamw" scale, at learning rate 1. With 1, AdamW's
 # best learning rate was ours too on four tasks, with fresh heads and from scratch; with Moonlight's
 # 0.2 ours was five times AdamW's. The measurement: recipes/measure_scale.md.
 ADAMW_RMS = 1.0
+
+# The same for the change of a product s B A. With 0.1 AdamW's best rate for LoRA is ours too, or
+# twice ours, at ranks 4, 16 and 64 on three tasks. The measurement: docs/lora.md.
+PRODUCT_RMS = 0.1
+
+
+def _adamw_scale(norm: Norm, fan_out: int, fan_in: int, taps: int) -> float:
+    asked = PRODUCT_RMS if isinstance(norm, SpectralProduct) else ADAMW_RMS
+    return asked / norm.entry_rms(fan_out, fan_in)
+
 
 # What multiplies the LMO of each operator; of each tap, if it is a convolution's.
 SCALES: dict[str, Callable[[Norm, int, int, int], float]] = {
@@ -29,7 +40,7 @@ SCALES: dict[str, Callable[[Norm, int, int, int], float]] = {
     # for the largest entry, which is why the presets that are made of it equal their references.
     "norm": lambda norm, fan_out, fan_in, taps: 1.0 / norm.weight(taps),
     # Entries of one RMS for every norm and shape, as AdamW's have (Liu et al. 2025, Moonlight).
-    "adamw": lambda norm, fan_out, fan_in, taps: ADAMW_RMS / norm.entry_rms(fan_out, fan_in),
+    "adamw": _adamw_scale,
     # Jordan et al. 2024, Muon; torch.optim.Muon's default.
     "muon": lambda norm, fan_out, fan_in, taps: math.sqrt(max(1, fan_out / fan_in)),
 }
