@@ -308,6 +308,33 @@ def test_adam_options_reach_the_rules_with_a_statistic():
     assert policy["linear"] == PRESETS["muon"].policy["linear"]
 
 
+@pytest.mark.parametrize("beta", [0.999, "0.999"])
+def test_a_statistic_of_one_role_makes_it_adamw(beta):
+    ours, theirs = nn.Linear(6, 4), nn.Linear(6, 4)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = create_normopt_optimizer(
+        ours,
+        lr=1e-2,
+        overrides={"weight": "head"},
+        norm_head="l1->linf",
+        momentum_head=0.9,
+        nesterov_head=False,
+        statistic_head=beta,
+    )
+    adamw = torch.optim.AdamW([theirs.weight], lr=1e-2, weight_decay=0)
+    for _ in range(5):
+        grad = torch.randn(4, 6)
+        ours.weight.grad, theirs.weight.grad = grad, grad.clone()
+        optimizer.step(), adamw.step()
+        torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_no_statistic_makes_a_rule_the_lmo():
+    policy = changed(PRESETS["adam"].policy, statistic="none", statistic_head=0.9)
+    assert policy["head"].statistic == EMA(0.9)
+    assert all(rule.statistic is None for role, rule in policy.items() if role != "head")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

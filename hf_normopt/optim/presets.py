@@ -223,6 +223,7 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "scale": ("scale", str),
     "decay": ("decay", float),
     "schedule": ("schedule", str),
+    "statistic": ("statistic", EMA),
 }
 _STATISTIC_FIELDS = ("beta1", "beta2", "eps")
 
@@ -270,8 +271,9 @@ def create_normopt_optimizer(
             no role gets another rate. `lr_ROLE` goes before it for that role.
         changes: of the preset's rules. `FIELD=value` changes all roles, `FIELD_ROLE=value` one role
             or kind, where FIELD is `lr` (a multiplier), `momentum`, `nesterov`, `norm`, `scale`,
-            `decay` or `schedule` (`"wsd/decay:0.2"`); `beta1`, `beta2` and `eps` change the rules
-            that have a statistic. Values may be text.
+            `decay`, `schedule` (`"wsd/decay:0.2"`) or `statistic` (the beta of its moving average;
+            "none"); `beta1`, `beta2` and `eps` change the rules that have a statistic. Values may
+            be text.
 
     Returns:
         The optimizer; `print` shows its groups.
@@ -431,6 +433,9 @@ def read_option(name: str, value: Any, kind: type) -> Any:
     """A value, or the text of one, as the type that an option has."""
     if kind is Norm and isinstance(value, str):
         return parse_norm(value)
+    if kind is EMA and not isinstance(value, EMA):
+        none = value is None or str(value).lower() == "none"
+        return None if none else EMA(read_option(name, value, float))
     if kind is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if str(value).lower() in words:
