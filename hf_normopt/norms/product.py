@@ -63,7 +63,7 @@ _NOISE = 1e-6  # singular values below this fraction of the largest are rounding
 _LEAST_PIVOT = 1e-11  # of A Aᵀ with a unit diagonal; below it rows are taken for dependent
 _ENOUGH = 1e-3  # the least pivot for which products in float32 have digits enough
 _ROUNDING = 2.5e-7  # of such products, relative to the lengths of their rows
-_SUMMED = 512  # entries that are summed in float32; float64 sums the rest
+_SUMMED = 1024  # entries that are summed in float32; float64 sums the rest
 
 
 @dataclass(frozen=True)
