@@ -62,6 +62,9 @@ LENGTH = 3**-0.5
 _SHARE = 3**0.5 / 2  # of the length: three blocks of a polar factor have a norm of 2 / √3 at most
 _NOISE = 1e-6  # singular values below this fraction of the largest are rounding, in float64
 _LEAST_PIVOT = 1e-11  # of A Aᵀ with a unit diagonal; below it rows are taken for dependent
+_ENOUGH = 1e-3  # the least pivot for which products in float32 have digits enough
+_ROUNDING = 2.5e-7  # of such products, relative to the lengths of their rows
+_SUMMED = 1024  # entries that are summed in float32; float64 sums the rest
 
 
 @dataclass(frozen=True)
@@ -147,16 +150,15 @@ class SpectralProduct(Spectral, Product):
 
     def factor_lmos(self, pair: Pair, size: float, reach: Tensor | float) -> tuple[Tensor, Tensor]:
         """D_A and D_B, see [`Product`], as sums of the factors and their momenta."""
-        a, b, m_a, m_b = (x.double() for x in (pair.a, pair.b, pair.m_a, pair.m_b))
-        step = _SHARE * size / self.unit(b.shape[-2], a.shape[-1]) / pair.scale.double()
-        root_a = _inverse_root(a)
+        step = _SHARE * size / self.unit(pair.b.shape[-2], pair.a.shape[-1]) / pair.scale.double()
         has_guard = isinstance(reach, Tensor) or reach > 0
-        guard = (reach * step / GUARD).square() * (root_a @ root_a.mT) if has_guard else None
-        root_b = _inverse_root(b.mT, guard)
-        from_a = root_b.mT @ (m_a @ a.mT) @ root_a  # C_11, as M_A knows it
-        from_b = root_b.mT @ (b.mT @ m_b) @ root_a  # and as M_B does
-        c_12 = _besides(root_b.mT @ (m_a @ m_a.mT) @ root_b, from_a @ from_a.mT)
-        c_21 = _besides(root_a.mT @ (m_b.mT @ m_b) @ root_a, from_b.mT @ from_b).mT
+        grams = _grams_with_roots(pair, (reach * step / GUARD).square() if has_guard else None)
+        root_a, root_b = grams.root_a, grams.root_b
+        from_a = root_b.mT @ grams.cross_a @ root_a  # C_11, as M_A knows it
+        from_b = root_b.mT @ grams.cross_b @ root_a  # and as M_B does
+        whole_a, whole_b = root_b.mT @ grams.m_a @ root_b, root_a.mT @ grams.m_b @ root_a
+        c_12 = _besides(whole_a, from_a @ from_a.mT, grams.noise)
+        c_21 = _besides(whole_b, from_b.mT @ from_b, grams.noise).mT
         low = pair.m_a.dtype
         p_11, p_12, p_21 = _polar_blocks((from_a + from_b) / 2, c_12, c_21, self.method, low)
         of_a = torch.linalg.solve_triangular(c_12, p_12, upper=False, left=False)
@@ -164,9 +166,11 @@ class SpectralProduct(Spectral, Product):
         left, right = root_b * step, (root_a * step).mT
         along_a = left @ (p_11 / 2 - of_a @ from_a) @ root_a.mT
         along_b = root_b @ (p_11 / 2 - from_b @ of_b) @ right
-        d_a = along_a.to(low) @ pair.a.to(low) + (left @ of_a @ root_b.mT).to(low) @ pair.m_a
-        d_b = pair.b.to(low) @ along_b.to(low) + pair.m_b @ (root_a @ of_b @ right).to(low)
-        return d_a, d_b
+        besides_a, besides_b = left @ of_a @ root_b.mT, root_a @ of_b @ right
+        return (
+            _sum_of_products(along_a.to(low), pair.a.to(low), besides_a.to(low), pair.m_a),
+            _sum_of_products(pair.b.to(low), along_b.to(low), pair.m_b, besides_b.to(low)),
+        )
 
     def norm_of_product(self, pair: Pair) -> Tensor:
         """‖s B A‖ by eigenvalues of r x r matrices."""
@@ -217,6 +221,70 @@ class ColumnProduct(MaxColumn, Product):
         return lengths.amax(-1) * pair.scale[..., 0, 0].abs() * unit
 
 
+@dataclass(frozen=True)
+class _Grams:
+    """The r x r matrices of which a step is made, in float64.
+
+    Attributes:
+        cross_a: M_A Aᵀ.
+        cross_b: BᵀM_B.
+        m_a: M_A M_Aᵀ.
+        m_b: M_BᵀM_B.
+        root_a: F_A.
+        root_b: F_B, of the guarded S_B.
+        noise: the rounding of what a momentum has besides, squared and relative, (..., 1, 1).
+    """
+
+    cross_a: Tensor
+    cross_b: Tensor
+    m_a: Tensor
+    m_b: Tensor
+    root_a: Tensor
+    root_b: Tensor
+    noise: Tensor | float
+
+
+def _grams_with_roots(pair: Pair, guard: Tensor | None) -> _Grams:
+    """The matrices for a guard δ²: by products in float32 where these have digits enough.
+
+    Only CPUs are asked whether they have. Others may compute float32 in TF32, which has not.
+    """
+    a, b, m_a, m_b = pair.a, pair.b.mT, pair.m_a, pair.m_b.mT
+    ranks, kinds = a.shape[-2], {x.dtype for x in (a, b, m_a, m_b)}
+    is_short = a.is_cpu and kinds == {torch.float32} and ranks <= min(a.shape[-1], b.shape[-1])
+    if is_short:
+        root_a, pivot_a = _root_of(_products(a, a))
+        added = 0 if guard is None else guard * (root_a @ root_a.mT)
+        root_b, pivot_b = _root_of(_products(b, b) + added)
+        pivots = torch.minimum(pivot_a, pivot_b)
+        if bool((pivots > _ENOUGH).all()):
+            noise = (_ROUNDING / pivots)[..., None, None]
+        else:
+            is_short = False
+    if not is_short:
+        a, b, m_a, m_b = (x.double() for x in (a, b, m_a, m_b))
+        root_a, noise = _inverse_root(a), _NOISE**2
+        root_b = _inverse_root(b, None if guard is None else guard * (root_a @ root_a.mT))
+    crosses = _products(m_a, a), _products(b, m_b)
+    return _Grams(*crosses, _products(m_a, m_a), _products(m_b, m_b), root_a, root_b, noise)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """X Yᵀ in float64, of products in their dtype: long sums are made of short ones."""
+    if x.dtype == torch.float64 or x.shape[-1] <= _SUMMED:
+        return (x @ y.mT).double()
+    pairs = zip(x.split(_SUMMED, -1), y.split(_SUMMED, -1), strict=True)
+    first, *others = ((one @ other.mT).double() for one, other in pairs)
+    return sum(others, first)
+
+
+def _sum_of_products(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """X Y + U V, without a place for the second product."""
+    shape = *x.shape[:-1], y.shape[-1]
+    x, y, u, v = (one.reshape(-1, *one.shape[-2:]) for one in (x, y, u, v))
+    return torch.bmm(x, y).baddbmm_(u, v).reshape(shape)
+
+
 def _gram(rows: Tensor) -> Tensor:
     """X Xᵀ in float64: in float32 it loses small singular values."""
     wide = rows.double()
@@ -226,39 +294,47 @@ def _gram(rows: Tensor) -> Tensor:
 def _inverse_root(rows: Tensor, added: Tensor | None = None) -> Tensor:
     """F with F Fᵀ = (X Xᵀ + added)⁻¹ for X (..., r, n): (..., r, k) in float64.
 
-    For more rows than columns it is F = X (XᵀX)⁻¹, that of the pseudo-inverse. For all else it is
-    Cholesky's, batched and without waiting for the device, of the Gram matrix with a unit diagonal:
-    rows of any length are alike to it, and rows of zeros get 0. Other dependent rows get
-    F = diag(S)^(-1/2), with which a step is longer by √r at the most.
+    For more rows than columns it is F = X (XᵀX)⁻¹, that of the pseudo-inverse.
     """
     if added is None and rows.shape[-2] > rows.shape[-1]:
         inner = _inverse_root(rows.mT)
         return rows.double() @ (inner @ inner.mT)
-    gram = _gram(rows) if added is None else _gram(rows) + added
+    return _root_of(_gram(rows) if added is None else _gram(rows) + added)[0]
+
+
+def _root_of(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """F with F Fᵀ = S⁻¹, and the least pivot of S with a unit diagonal, (...).
+
+    It is Cholesky's, batched and without waiting for the device: rows of any length are alike to
+    it, and rows of zeros get 0. Other dependent rows get F = diag(S)^(-1/2), with which a step is
+    longer by √r at the most; their pivot is 0.
+    """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     lengths = torch.where(diagonal > 0, diagonal, 1).rsqrt() * (diagonal > 0)
     unit = gram * lengths[..., None] * lengths[..., None, :]
     unit.diagonal(dim1=-2, dim2=-1).fill_(1)
     factor, failed = torch.linalg.cholesky_ex(unit)
-    sound = (failed == 0) & (_pivots(factor).amin(-1) > _LEAST_PIVOT)
+    least = torch.where(failed == 0, _pivots(factor).amin(-1), 0)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    factor = torch.where(sound[..., None, None], factor, eye)
-    return torch.linalg.solve_triangular(factor, eye, upper=False).mT * lengths[..., None]
+    factor = torch.where((least > _LEAST_PIVOT)[..., None, None], factor, eye)
+    root = torch.linalg.solve_triangular(factor, eye, upper=False).mT * lengths[..., None]
+    return root, least
 
 
 def _pivots(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).square()
 
 
-def _besides(whole: Tensor, seen: Tensor) -> Tensor:
+def _besides(whole: Tensor, seen: Tensor, noise: Tensor | float) -> Tensor:
     """E, lower triangular, with E Eᵀ = whole - seen + ε: what a momentum has besides what is seen.
 
-    ε is for rounding: where nothing else is left, E⁻¹ times it is shorter than 1.
+    ε is `noise` times the size of the whole: where only rounding is left, E⁻¹ times it is shorter
+    than 1.
     """
     size = whole.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     size = torch.where(size > 0, size, 1)
     eye = torch.eye(whole.shape[-1], dtype=whole.dtype, device=whole.device)
-    factor, failed = torch.linalg.cholesky_ex(whole - seen + _NOISE**2 * size * eye)
+    factor, failed = torch.linalg.cholesky_ex(whole - seen + noise * size * eye)
     return torch.where((failed == 0)[..., None, None], factor, size.sqrt() * eye)
 
 

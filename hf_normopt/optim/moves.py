@@ -289,10 +289,13 @@ def apply_inplace(move: Move, eta: Tensor | float, steps: int) -> None:
             state = kept(move, i)
             noise = _noise(move, i, steps) if group["rounding"] == "stochastic" else None
             write_inplace(p, update, rate, keep, group["rounding"], state, noise)
-    elif decay and move.factors == 1 and not isinstance(step, Tensor):
-        # towards -multiplier / decay · direction
-        goals = direction.mul_(-group["multiplier"] / decay)
-        torch._foreach_lerp_(params, [goals] if move.alone else goals.unbind(), step * decay)
+    elif decay and not isinstance(step, Tensor) and step:
+        # A weighted mean of a parameter and a goal, in one pass
+        share = step * decay
+        if move.factors > 1:
+            share = -math.expm1(math.log1p(-share) / move.factors)  # 1 - keep, to its last digits
+        goals = direction.mul_(-rate / share)
+        torch._foreach_lerp_(params, [goals] if move.alone else goals.unbind(), share)
     else:
         if decay:
             torch._foreach_mul_(params, keep)
