@@ -20,7 +20,7 @@ from .operations import is_real
 from .parts import Source
 from .seen import Seen
 from .twin import Twin
-from .views import COPIES, RESHAPES, moved_parameter, picked_layout
+from .views import COPIES, RESHAPES, factor_layout, moved_parameter, picked_layout
 
 _SUMS = 64  # sums of features that are remembered
 
@@ -141,6 +141,8 @@ class Follower(TorchDispatchMode):
                 final, layout = "lookup", picked_layout(shown)
             elif shown.how and how not in ("product", "kernel"):
                 layout = None
+            elif final == "place" and _is_right(shown):
+                final, layout = "product", factor_layout(shown)
             self._use(shown.name, final, layout)
 
     def _use(self, name: str, how: str, layout: Layout | None = None) -> None:
@@ -227,6 +229,12 @@ class Follower(TorchDispatchMode):
         if isinstance(owner, nn.MultiheadAttention):
             return leaf.endswith("proj_weight")
         return leaf == "weight" and is_matrix(owner)
+
+
+def _is_right(shown: Shown) -> bool:
+    """Whether a parameter is the W of a product x W of parameters."""
+    axes = shown.axes()
+    return bool(shown.inner) and len(axes) > 1 and bool(axes[-1]) and not axes[-2]
 
 
 def note_of(value: Any) -> Note | None:

@@ -227,6 +227,8 @@ def _raw_kernel(view: View) -> Finding | None:
     layout = _uses(view).get("kernel")
     if layout is None:
         return None
+    if view.head is not None:
+        return Finding("head", view.head, layout)
     return Finding("conv", f"{view.owner_class} convolves with it", layout)
 
 

@@ -41,6 +41,17 @@ def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[st
     return found
 
 
+def _lies_along(note: Note, features: list[int], output: Tensor) -> bool:
+    """Whether tables have entries along several axes of features, such as heads, and no others."""
+    found = []
+    for shown in note.shown:
+        spread = shown.spread(output.shape)
+        axes = spread.axes() if spread is not None and spread.start is None else []
+        along = {d for d, stored in enumerate(axes) if stored and output.shape[d] > 1}
+        found.append(len(along) > 1 and along <= set(features))
+    return bool(found) and all(found)
+
+
 class Pointwise(Follower):
     """Notes what multiplies activations entry by entry, and what is added to them."""
 
@@ -136,8 +147,10 @@ class Pointwise(Follower):
         if index is not None and index.ndim == output.ndim:
             axes = [d for d in range(index.ndim) if not is_batch(index, d)]
             axis = axes[0] if len(axes) == 1 else axis
-            if how == "sum" and len(axes) == 1:
+            if how == "sum" and axes:
                 self._link(note, essential(index))
+            if how == "sum" and output.ndim - len(axes) > 1 and _lies_along(note, axes, output):
+                how = "offset"
         if how == "sum" and any(n.stacked for n in active):
             how = "offset"
         layouts = dict(layouts)

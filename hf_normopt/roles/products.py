@@ -44,6 +44,9 @@ class Products(Pointwise):
         chosen = selection_of(left)
         if b.fixed and chosen is not None and chosen.stride(left.ndim - 1):
             return self._chosen(b, right.ndim - 2)
+        if a.fixed and b.fixed and a.shown and all(len(s.shape) == 1 for s in a.shown):
+            self.record(a, "place")  # a code times a matrix, which may make other parameters
+            a = Note()
         if a.fixed and b.fixed:
             a, b = self._as_activations(a, b)
         if a.fixed and b.fixed:
