@@ -119,7 +119,8 @@ def _from_widths(model: nn.Module, device: str) -> Iterator[Inputs]:
         if "position_embeddings" in set(case.parameters) - set(names) and case.config is not None:
             kwargs["position_embeddings"] = _further(model, "position_embeddings", first)
         for values in _of_all_kinds(model, first, rest):
-            yield tuple(values[:count]), dict(zip(names[count:], values[count:])) | kwargs
+            by_name = dict(zip(names[count:], values[count:], strict=True))
+            yield tuple(values[:count]), by_name | kwargs
 
 
 def _of_all_kinds(model: nn.Module, first: Tensor, rest: list[Any]) -> Iterator[list[Any]]:

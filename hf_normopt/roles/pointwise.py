@@ -77,7 +77,7 @@ class Pointwise(Follower):
                     how = "place"
                 outer = _outer(its, times) if how == "gain" else {}
                 self._beside(its, "outer" if outer else how, active, output, outer)
-        found = self._active(name, active, output, summed)
+        found = self._active(name, self._mixed_in(name, operands, active), output, summed)
         found = self._recurrence(name, notes, active, found)
         if name in ("mul", "multiply", "div"):
             largest = max(v.numel() for v in operands if self._is_active(v))
@@ -122,7 +122,8 @@ class Pointwise(Follower):
         elif name in _SQUASHES:
             return found
         if name in ("mul", "multiply"):
-            factors = rates | {s.name for n in notes if n.fixed for s in n.shown}
+            fixed = [s for n in notes if n.fixed for s in n.shown]
+            factors = rates | {s.name for s in fixed if not s.picked}
             for parameter in factors & decayed:
                 self._use(parameter, "rate")
             decayed |= factors
@@ -171,6 +172,17 @@ class Pointwise(Follower):
                 name = self._source(int(flat.min()))
                 if name is not None and self.sources[name].size == flat.numel():
                     self.seen.beside.setdefault(shown.name, name)
+
+    def _mixed_in(self, name: str, operands: list[Tensor], active: list[Note]) -> list[Note]:
+        """The factors but for weights that are the same for several entries of another."""
+        factors = [v for v in operands if self._is_active(v)]
+        if name not in _PRODUCTS_OF or not all(n.squashed for n in active):
+            return active
+        largest = max(v.numel() for v in factors)
+        for value in factors:
+            if value.numel() < largest:
+                self.use(self.noted(value))
+        return [n for v, n in zip(factors, active, strict=True) if v.numel() == largest]
 
     def _active(self, name: str, active: list[Note], output: Tensor, summed: bool) -> Note:
         if len(active) > 1 and name in _PRODUCTS_OF:

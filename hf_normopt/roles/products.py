@@ -35,8 +35,12 @@ class Products(Pointwise):
         return found
 
     def _product(self, left: Tensor, right: Tensor, result: Tensor) -> Note:
+        a, b = self.noted(left), self.noted(right)
+        known, constant = (a, right) if b is None else (b, left)
+        if known is not None and self._is_scaled(known, left, constant):
+            return self._combined("mul", [known], result, [constant])
         # Constants are activations: positions, frequencies.
-        a, b = self.noted(left) or Note(), self.noted(right) or Note()
+        a, b = a or Note(), b or Note()
         if right.ndim == 1:  # mv, dot
             right, b = right.unsqueeze(-1), unsqueezed(b, -1)
         if left.ndim == 1:
@@ -65,6 +69,11 @@ class Products(Pointwise):
         if b.fixed:
             return self._weighted(b, a, (right.ndim - 2, right.ndim - 1), result)
         return self._activations(a, b, result)
+
+    def _is_scaled(self, note: Note, left: Tensor, constant: Tensor) -> bool:
+        """Whether a product multiplies single numbers, such as frequencies by times."""
+        stored = any(self._is_matrix(shown.name) for shown in note.shown)
+        return note.fixed and not stored and left.shape[-1] == 1 and self.noted(constant) is None
 
     def _chosen(self, table: Note, rows: int) -> Note:
         """One-hot vectors times a table: its rows are looked up."""
