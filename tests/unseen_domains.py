@@ -269,3 +269,109 @@ class Asks(nn.Module):
     def forward(self, x):
         queries = (self.queries @ self.ask).expand(len(x), -1, -1)
         return self.out(self.read(queries, x, x)[0])
+
+
+@case(
+    (torch.zeros(2, 5, 8),),
+    score__weight="linear",
+    cell__weight_ih="linear",
+    bins__weight="head",
+    classes__weight="head",
+)
+class Looks(nn.Module):
+    """Weights of an attention beside what it gives; a mean of places by their probabilities."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.cell = nn.Linear(8, 1), nn.GRUCell(8, 6)
+        self.bins, self.classes = nn.Linear(6, 4 * 3), nn.Linear(6, 5)
+        self.register_buffer("places", torch.arange(3.0))
+
+    def forward(self, x):
+        share = self.score(torch.tanh(x)).squeeze(-1).softmax(1)
+        y = self.cell((x * share.unsqueeze(-1)).sum(1))
+        boxes = self.bins(y).unflatten(-1, (4, 3)).softmax(-1) @ self.places
+        return torch.cat([boxes, self.classes(y)], 1), share
+
+
+@case(
+    (torch.zeros(3, dtype=LONG), torch.zeros(3, dtype=LONG), torch.eye(22)),
+    users="embedding",
+    items="embedding",
+    maps__0="linear | in out",
+    offsets__0="bias",
+    shares="norm",
+)
+class Neighbours(nn.Module):
+    """Tables that neighbours mix before rows are taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.users, self.items = nn.Parameter(torch.zeros(10, 8)), nn.Parameter(torch.zeros(12, 8))
+        self.maps, self.offsets = (
+            nn.ParameterList(nn.Parameter(torch.zeros(*size)) for _ in range(2))
+            for size in ((8, 8), (1, 8))
+        )
+        self.shares = nn.Parameter(torch.ones(3))
+
+    def forward(self, users, items, adjacency):
+        x = torch.cat([self.users, self.items])
+        found = [x]
+        for weight, offset in zip(self.maps, self.offsets, strict=True):
+            x = F.leaky_relu(adjacency @ x @ weight + offset)
+            found.append(F.normalize(x))
+        mean = sum(share * one for share, one in zip(self.shares, found, strict=True))
+        left, right = mean.split([10, 12])
+        return (left[users] * right[items]).sum(-1)
+
+
+@case(
+    (torch.zeros(2, 5, 8),),
+    base__weight="linear",
+    gains="norm",
+    offsets="bias",
+    values__weight="linear | (part=2 out) in",
+    out__weight="head",
+)
+class OneMap(nn.Module):
+    """Queries and keys are gains and offsets of one map."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.values, self.out = nn.Linear(8, 4), nn.Linear(8, 32), nn.Linear(16, 3)
+        self.gains, self.offsets = nn.Parameter(torch.ones(2, 4)), nn.Parameter(torch.zeros(2, 4))
+
+    def forward(self, x):
+        q, k = (F.silu(self.base(x)).unsqueeze(2) * self.gains + self.offsets).unbind(2)
+        gate, v = F.silu(self.values(x)).chunk(2, -1)
+        return self.out(gate * ((q @ k.mT).relu().square() @ v))
+
+
+@case(
+    (torch.zeros(2, 3, 6),),
+    sources="embedding",
+    targets="embedding",
+    lambda_a="other",
+    mix__weight="linear",
+    gain="norm",
+    out__weight="head",
+)
+class Roads(nn.Module):
+    """Nodes that are compared; a state that is normalised anew; vectors of which a number stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources, self.targets = (nn.Parameter(torch.zeros(*s)) for s in ((3, 4), (4, 3)))
+        self.lambda_a, self.lambda_b = (nn.Parameter(torch.zeros(4)) for _ in range(2))
+        self.mix, self.gain, self.out = (
+            nn.Linear(6, 6),
+            nn.Parameter(torch.ones(6)),
+            nn.Linear(6, 2),
+        )
+
+    def forward(self, x):
+        near = (self.sources @ self.targets).relu().softmax(-1)
+        x = torch.einsum("nm,bmd->bnd", near, self.mix(x))
+        for _ in range(2):
+            x = x + F.layer_norm(x, (6,)) * self.gain
+        return self.out(x * (self.lambda_a * self.lambda_b).sum().exp())

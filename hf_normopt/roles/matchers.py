@@ -214,6 +214,8 @@ def _raw_matrix(view: View) -> Finding | None:
     layout, looked_up = _stored(view), view.uses.get("lookup")
     if layout is None or not view.shape or "kernel" in view.uses:
         return None
+    if "mixture" not in view.uses and view.uses.keys() & {"sum", "place"} and len(view.shape) == 2:
+        return Finding("embedding", "vectors that are activations, and are multiplied by")
     if looked_up is not None:
         reason, also_head = "rows looked up by an index, and multiplied by", view.head is not None
         return Finding("embedding", reason, looked_up, _position(view.leaf), also_head)
@@ -288,10 +290,16 @@ def _vector(view: View) -> Finding | None:
         return Finding("norm", f"{view.owner_class} multiplies by it, entry by entry")
     if uses.keys() & {"sum", "offset"}:
         return Finding("bias", f"{view.owner_class} adds it")
-    one_axis = not has_several_axes(view.shape)
+    one_axis = not has_several_axes(view.shape) and not _is_reached(view)
     if leaf == "D" or (one_axis and re.search(r"weights?$|gamma|lambda|scale|scaling|gain", leaf)):
         return Finding("norm", f"a raw vector named {leaf}: a gain")
     return None
+
+
+def _is_reached(view: View) -> bool:
+    """Whether the module of a parameter ran, so that what was not seen is not guessed."""
+    module = view.key.removesuffix(view.leaf)
+    return any(name.startswith(module) for name in view.seen.ran)
 
 
 def _by_class(view: View) -> Finding | None:

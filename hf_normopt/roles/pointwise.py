@@ -30,12 +30,12 @@ def _is_state(shown: Shown) -> bool:
 
 
 def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[str, Layout]:
-    """Layouts of matrices along an axis of which numbers are repeated: each becomes a vector."""
+    """Layouts of matrices along the last axis of which numbers are repeated, to become vectors."""
     found = {}
     names = {shown.name for shown in note.shown}
     for shown, repeated in times:
-        several = has_several_axes(shown.shape)
-        if shown.name in names and several and any(shown.shape[j] > 1 for j in repeated):
+        longer = [j for j, size in enumerate(shown.shape) if size > 1]
+        if shown.name in names and len(longer) > 1 and longer[-1] in repeated:
             words = ["out" if j in repeated else "stack" for j in range(len(shown.shape))]
             found[shown.name] = Layout(" ".join(numbered(words)))
     return found
@@ -50,6 +50,12 @@ def _lies_along(note: Note, features: list[int], output: Tensor) -> bool:
         along = {d for d, stored in enumerate(axes) if stored and output.shape[d] > 1}
         found.append(len(along) > 1 and along <= set(features))
     return bool(found) and all(found)
+
+
+def _are_scaled_alike(note: Note, offset: Note) -> bool:
+    """Whether activations were just multiplied by tables of the shape of what is added to them."""
+    scales = {shown.shape for shown, _ in note.times if has_several_axes(shown.shape)}
+    return bool(scales & {shown.shape for shown in offset.shown})
 
 
 class Pointwise(Follower):
@@ -152,7 +158,7 @@ class Pointwise(Follower):
                 self._link(note, essential(index))
             if how == "sum" and output.ndim - len(axes) > 1 and _lies_along(note, axes, output):
                 how = "offset"
-        if how == "sum" and any(n.stacked for n in active):
+        if how == "sum" and any(n.stacked or _are_scaled_alike(n, note) for n in active):
             how = "offset"
         layouts = dict(layouts)
         for shown in note.shown if not layouts else ():
@@ -188,6 +194,8 @@ class Pointwise(Follower):
         if len(active) > 1 and name in _PRODUCTS_OF:
             plain = [n for n in active if not n.squashed]
             makers = plain if plain else active
+            weights = [n.makers for n in active if n.squashed and plain]
+            self.seen.weights.update(*weights)
         else:
             makers = active
         index = None

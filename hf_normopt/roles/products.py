@@ -39,6 +39,9 @@ class Products(Pointwise):
         known, constant = (a, right) if b is None else (b, left)
         if known is not None and self._is_scaled(known, left, constant):
             return self._combined("mul", [known], result, [constant])
+        if known is not None and known.squashed and self.noted(constant) is None:
+            self.use(known)
+            return Note(makers=known.makers, last=known.last)  # a mean of constants
         # Constants are activations: positions, frequencies.
         a, b = a or Note(), b or Note()
         if right.ndim == 1:  # mv, dot
@@ -224,7 +227,8 @@ class Products(Pointwise):
         self.use(b)
         if a.squashed == b.squashed:
             return self._later(a, b)
-        values = b if a.squashed else a
+        weights, values = (a, b) if a.squashed else (b, a)
+        self.seen.weights |= weights.makers
         size = result.shape[-1] if a.squashed else 0
         return Note(makers=values.makers, last=values.last, head_size=size)
 
