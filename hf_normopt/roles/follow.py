@@ -20,7 +20,7 @@ from .operations import is_real
 from .parts import Source
 from .seen import Seen
 from .twin import Twin
-from .views import COPIES, RESHAPES, factor_layout, moved_parameter, picked_layout
+from .views import COPIES, RESHAPES, moved_parameter, picked_layout, table_layout
 
 _SUMS = 64  # sums of features that are remembered
 
@@ -43,6 +43,7 @@ class Follower(TorchDispatchMode):
         self.pieces: dict[int, list[Tensor]] = {}  # written into one memory, by its address
         self.summed: dict[str, Layout] = {}  # gains whose products were summed along features
         self.gains: set[str] = set()  # whose products were used otherwise
+        self.weights: set[str] = set()  # matrices whose outputs weigh others, after a softmax
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.kept: list[Any] = []  # whose storages' addresses are keys of `written`
         self.stack: list[nn.Module] = []
@@ -142,7 +143,7 @@ class Follower(TorchDispatchMode):
             elif shown.how and how not in ("product", "kernel"):
                 layout = None
             elif final == "place" and _is_right(shown):
-                final, layout = "product", factor_layout(shown)
+                final, layout = "product", table_layout(len(shown.shape), shown.inner)
             self._use(shown.name, final, layout)
 
     def _use(self, name: str, how: str, layout: Layout | None = None) -> None:

@@ -238,7 +238,8 @@ class Mixing(Products):
         if note is None or note.fixed:
             return note
         self.use(note)
-        return replace(note, index=None, squashed="log" not in name)
+        is_share = "log" not in name
+        return replace(note, index=None, squashed=is_share, share=is_share)
 
     def gated(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """One half times the sigmoid of the other."""

@@ -180,22 +180,19 @@ class Pointwise(Follower):
                     self.seen.beside.setdefault(shown.name, name)
 
     def _mixed_in(self, name: str, operands: list[Tensor], active: list[Note]) -> list[Note]:
-        """The factors but for weights that are the same for several entries of another."""
-        factors = [v for v in operands if self._is_active(v)]
+        """The factors but for shares of several entries of another, in a mixture."""
         if name not in _PRODUCTS_OF or not all(n.squashed for n in active):
             return active
+        factors = [v for v in operands if self._is_active(v)]
         largest = max(v.numel() for v in factors)
-        for value in factors:
-            if value.numel() < largest:
-                self.use(self.noted(value))
-        return [n for v, n in zip(factors, active, strict=True) if v.numel() == largest]
+        pairs = zip(factors, active, strict=True)
+        return [n for v, n in pairs if v.numel() == largest or not n.share]
 
     def _active(self, name: str, active: list[Note], output: Tensor, summed: bool) -> Note:
         if len(active) > 1 and name in _PRODUCTS_OF:
             plain = [n for n in active if not n.squashed]
             makers = plain if plain else active
-            weights = [n.makers for n in active if n.squashed and plain]
-            self.seen.weights.update(*weights)
+            self.weights.update(*(n.makers for n in active if n.share and plain))
         else:
             makers = active
         index = None

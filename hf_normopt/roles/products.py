@@ -228,7 +228,8 @@ class Products(Pointwise):
         if a.squashed == b.squashed:
             return self._later(a, b)
         weights, values = (a, b) if a.squashed else (b, a)
-        self.seen.weights |= weights.makers
+        if weights.share:
+            self.weights |= weights.makers
         size = result.shape[-1] if a.squashed else 0
         return Note(makers=values.makers, last=values.last, head_size=size)
 

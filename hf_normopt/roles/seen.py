@@ -24,7 +24,6 @@ class Seen:
         divided: by matrix, the number of pieces that a view divided its stored axes into.
         head_sizes: by matrix after an attention, the size of the attention's heads.
         feeds: by matrix, those that made its inputs last.
-        weights: matrices whose outputs weigh other activations, after a softmax or sigmoid.
         fields: by model (its name), for each field of its output the matrices that made it last.
         where: by parameter, the class of the module that used it.
         partly: parameters of the module in which a pass ended.
@@ -41,7 +40,6 @@ class Seen:
     divided: dict[str, dict[int, int]] = field(default_factory=dict)
     head_sizes: dict[str, int] = field(default_factory=dict)
     feeds: dict[str, set[str]] = field(default_factory=dict)
-    weights: set[str] = field(default_factory=set)
     fields: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
     partly: set[str] = field(default_factory=set)
@@ -64,7 +62,6 @@ class Seen:
             self.feeds.setdefault(key, set()).update(makers)
         for path, fields in other.fields.items():
             self.fields.setdefault(path, fields)
-        self.weights |= other.weights
 
     def also_returned(self, other: Seen) -> None:
         """Add what another run returned."""

@@ -156,12 +156,6 @@ def table_layout(count: int, rows: Collection[int]) -> Layout:
     return Layout(" ".join(numbered(["in" if j in rows else "out" for j in range(count)])))
 
 
-def factor_layout(shown: Shown) -> Layout:
-    """The layout of a matrix that another parameter was multiplied by."""
-    words = ["in" if j in shown.inner else "out" for j in range(len(shown.shape))]
-    return Layout(" ".join(numbered(words)))
-
-
 def product_layout(shown: Shown, contracted: int, kept: int) -> tuple[Layout | None, list[int]]:
     """The layout of a parameter that a product contracts, and its axes of outputs."""
     if shown.view.ndim <= max(contracted, kept):
