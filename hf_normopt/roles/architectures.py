@@ -303,6 +303,10 @@ RAW: tuple[Raw, ...] = (
     Raw("Phi4MultimodalAudioGluPointWiseConv", "b[12]", "bias", "added to both halves"),
     # a layer's weight that is viewed as a kernel, never called
     Raw("TDNNLayer", r"kernel\.weight", "conv", "kernel over time", _tdnn),
+    Raw(".*MultiModalProjector", "mm_input_projection_weight", "linear", "of an image", "in out"),
+    Raw(".*Snake.*", "alpha|beta", "norm", "frequency or inverse height of a periodic activation"),
+    Raw(".*Attention", "sinks", "other", "logits that take attention from all tokens"),
+    Raw("Sam.*PositionalEmbedding", ".*", "linear", "random features of coordinates", "in out"),
     Raw("EsmFold2Parcae", "input_matrix_continuous", "linear", "rows scaled, then multiplied by"),
     Raw("EsmFold2LanguageModelEncoder", "layer_weights", "other", "logits of a mean over layers"),
     Raw("TapasForQuestionAnswering", "(column_)?output_weights", "head", "one row: scores", "in"),

@@ -290,16 +290,10 @@ def _vector(view: View) -> Finding | None:
         return Finding("norm", f"{view.owner_class} multiplies by it, entry by entry")
     if uses.keys() & {"sum", "offset"}:
         return Finding("bias", f"{view.owner_class} adds it")
-    one_axis = not has_several_axes(view.shape) and not _is_reached(view)
-    if leaf == "D" or (one_axis and re.search(r"weights?$|gamma|lambda|scale|scaling|gain", leaf)):
+    one_axis = not has_several_axes(view.shape)
+    if leaf == "D" or (one_axis and re.search(r"weights?$|gamma|scale|scaling|gain", leaf)):
         return Finding("norm", f"a raw vector named {leaf}: a gain")
     return None
-
-
-def _is_reached(view: View) -> bool:
-    """Whether the module of a parameter ran, so that what was not seen is not guessed."""
-    module = view.key.removesuffix(view.leaf)
-    return any(name.startswith(module) for name in view.seen.ran)
 
 
 def _by_class(view: View) -> Finding | None:
