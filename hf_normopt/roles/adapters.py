@@ -48,7 +48,8 @@ class Part:
 
 def _kernel(view: View) -> str:
     """The factors of a kernel are kernels themselves, and have more than two axes."""
-    return "conv" if len(view.shape) > 2 else "linear"
+    stacked = _added(view.owners) is None and "product" in view.uses
+    return "conv" if len(view.shape) > 2 and not stacked else "linear"
 
 
 def _factor(view: View) -> str:

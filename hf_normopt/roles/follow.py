@@ -20,7 +20,7 @@ from .operations import is_real
 from .parts import Source
 from .seen import Seen
 from .twin import Twin
-from .views import COPIES, RESHAPES, moved_parameter, picked_layout
+from .views import COPIES, RESHAPES, moved_parameter, picked_layout, table_layout
 
 _SUMS = 64  # sums of features that are remembered
 
@@ -43,6 +43,7 @@ class Follower(TorchDispatchMode):
         self.pieces: dict[int, list[Tensor]] = {}  # written into one memory, by its address
         self.summed: dict[str, Layout] = {}  # gains whose products were summed along features
         self.gains: set[str] = set()  # whose products were used otherwise
+        self.weights: set[str] = set()  # matrices whose outputs weigh others, after a softmax
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.kept: list[Any] = []  # whose storages' addresses are keys of `written`
         self.stack: list[nn.Module] = []
@@ -141,6 +142,8 @@ class Follower(TorchDispatchMode):
                 final, layout = "lookup", picked_layout(shown)
             elif shown.how and how not in ("product", "kernel"):
                 layout = None
+            elif final == "place" and _is_right(shown):
+                final, layout = "product", table_layout(len(shown.shape), shown.inner)
             self._use(shown.name, final, layout)
 
     def _use(self, name: str, how: str, layout: Layout | None = None) -> None:
@@ -227,6 +230,12 @@ class Follower(TorchDispatchMode):
         if isinstance(owner, nn.MultiheadAttention):
             return leaf.endswith("proj_weight")
         return leaf == "weight" and is_matrix(owner)
+
+
+def _is_right(shown: Shown) -> bool:
+    """Whether a parameter is the W of a product x W of parameters."""
+    axes = shown.axes()
+    return bool(shown.inner) and len(axes) > 1 and bool(axes[-1]) and not axes[-2]
 
 
 def note_of(value: Any) -> Note | None:

@@ -112,23 +112,33 @@ def _from_widths(model: nn.Module, device: str) -> Iterator[Inputs]:
     case = Case(model, device)
     required = [name for name, needed in case.parameters.items() if needed]
     names = required or list(case.parameters)[:1]
-    table = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    count = sum(name not in case.by_keyword for name in names) or (0 if names else 1)
     for first in _first_arguments(model, names[0] if names else "", device):
         rest = [_further(model, name, first) for name in names[1:]]
         kwargs = {}
         if "position_embeddings" in set(case.parameters) - set(names) and case.config is not None:
             kwargs["position_embeddings"] = _further(model, "position_embeddings", first)
-        yield (first, *rest), kwargs
-        alike = [value is first for value in rest]
-        if any(alike) and first.is_floating_point() and table is not None:  # texts beside images
-            ids = torch.arange(ROWS * 8).view(ROWS, 8) % table.num_embeddings
-            yield (first, *(ids if same else v for v, same in zip(rest, alike, strict=True))), {}
-            yield (ids, *rest), {}
-        if any(alike):  # vectors of other widths: styles, conditions
-            widths = {m.in_features: None for m in model.modules() if isinstance(m, nn.Linear)}
-            for width in list(widths)[:4]:
-                other = torch.empty(ROWS, width, device=device)
-                yield (first, *(other if value is first else value for value in rest)), {}
+        for values in _of_all_kinds(model, first, rest):
+            by_name = dict(zip(names[count:], values[count:], strict=True))
+            yield tuple(values[:count]), by_name | kwargs
+
+
+def _of_all_kinds(model: nn.Module, first: Tensor, rest: list[Any]) -> Iterator[list[Any]]:
+    """Arguments, where those whose name says nothing are like the first, texts or vectors."""
+    yield [first, *rest]
+    alike = [value is first for value in rest]
+    if not any(alike):
+        return
+    table = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if first.is_floating_point() and table is not None:  # texts beside images
+        ids = torch.arange(ROWS * 8).view(ROWS, 8) % table.num_embeddings
+        yield [first, *(ids if same else v for v, same in zip(rest, alike, strict=True))]
+        yield [ids, *rest]
+    # vectors of other widths: styles, conditions
+    widths = {m.in_features: None for m in model.modules() if isinstance(m, nn.Linear)}
+    for width in list(widths)[:4]:
+        other = torch.empty(ROWS, width, device=first.device)
+        yield [first, *(other if value is first else value for value in rest)]
 
 
 _FEW = 12  # shapes that one module takes which are tried before all that others take

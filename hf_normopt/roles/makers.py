@@ -22,7 +22,8 @@ class Case:
         self.model = model
         self.config = getattr(model, "config", None)
         self.device = device
-        self.parameters = _parameters(model)
+        self.parameters = {p.name: p.default is p.empty for p in _parameters(model)}
+        self.by_keyword = {p.name for p in _parameters(model) if p.kind is p.KEYWORD_ONLY}
         self.choices = choices
         self.length = choices.get("length", 8)
         one = "SequenceClassification" in type(model).__name__ and self.get("pad_token_id") is None
@@ -395,21 +396,14 @@ def arguments(case: Case) -> dict[str, Any] | None:
     return case.values or None
 
 
-def _parameters(model: nn.Module) -> dict[str, bool]:
-    """The arguments of `forward`, and whether each must be given."""
-    found = {}
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """The arguments of `forward`, without those that gather any number of them."""
     try:
         signature = inspect.signature(type(model).forward)
     except (AttributeError, TypeError, ValueError):  # TorchScript
-        return {}
-    for name, parameter in list(signature.parameters.items())[1:]:  # the first is the module
-        if parameter.kind in (
-            parameter.POSITIONAL_ONLY,
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        ):
-            found[name] = parameter.default is parameter.empty
-    return found
+        return []
+    found = list(signature.parameters.values())[1:]  # the first is the module
+    return [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _parts(config: Any, kind: str = "") -> Iterator[Any]:

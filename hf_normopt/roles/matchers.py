@@ -214,6 +214,8 @@ def _raw_matrix(view: View) -> Finding | None:
     layout, looked_up = _stored(view), view.uses.get("lookup")
     if layout is None or not view.shape or "kernel" in view.uses:
         return None
+    if "mixture" not in view.uses and view.uses.keys() & {"sum", "place"} and len(view.shape) == 2:
+        return Finding("embedding", "vectors that are activations, and are multiplied by")
     if looked_up is not None:
         reason, also_head = "rows looked up by an index, and multiplied by", view.head is not None
         return Finding("embedding", reason, looked_up, _position(view.leaf), also_head)
@@ -227,6 +229,8 @@ def _raw_kernel(view: View) -> Finding | None:
     layout = _uses(view).get("kernel")
     if layout is None:
         return None
+    if view.head is not None:
+        return Finding("head", view.head, layout)
     return Finding("conv", f"{view.owner_class} convolves with it", layout)
 
 
@@ -287,7 +291,7 @@ def _vector(view: View) -> Finding | None:
     if uses.keys() & {"sum", "offset"}:
         return Finding("bias", f"{view.owner_class} adds it")
     one_axis = not has_several_axes(view.shape)
-    if leaf == "D" or (one_axis and re.search(r"weights?$|gamma|lambda|scale|scaling|gain", leaf)):
+    if leaf == "D" or (one_axis and re.search(r"weights?$|gamma|scale|scaling|gain", leaf)):
         return Finding("norm", f"a raw vector named {leaf}: a gain")
     return None
 

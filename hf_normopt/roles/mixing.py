@@ -39,7 +39,7 @@ class Mixing(Products):
                 self.record(note, how)
         if x is None or x.fixed:
             return x and Note(shown=x.shown, fixed=True)
-        return replace(x, last=frozenset())
+        return replace(x, last=frozenset(), decayed=frozenset(), rates=frozenset())
 
     def weight_normalised(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
         """A kernel whose lengths are parameters of their own: v and g."""
@@ -231,10 +231,15 @@ class Mixing(Products):
     def softmax(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """Weights that add up to 1."""
         note = self.noted(args[0])
+        if note is not None and any(shown.inner for shown in note.shown):
+            for shown in note.shown:  # vectors that are compared, as of the nodes of a graph
+                self._use(shown.name, "place")
+            return Note(squashed=True)
         if note is None or note.fixed:
             return note
         self.use(note)
-        return replace(note, index=None, squashed="log" not in name)
+        is_share = "log" not in name
+        return replace(note, index=None, squashed=is_share, share=is_share)
 
     def gated(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """One half times the sigmoid of the other."""

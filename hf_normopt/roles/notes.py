@@ -141,6 +141,7 @@ class Note:
         fixed: whether it is a function of parameters and constants alone.
         index: numbers of the features that it holds, with its axes.
         squashed: whether a softmax or sigmoid came after the matrices that made it: weights.
+        share: whether a softmax has just given it.
         last: those of them after which no normalisation came: they may have made an output.
         stacked: whether several independent matrices have just made it.
         patches: whether it holds patches of an image, as of `unfold`.
@@ -156,6 +157,7 @@ class Note:
     fixed: bool = False
     index: Tensor | None = None
     squashed: bool = False
+    share: bool = False
     last: frozenset[str] = frozenset()
     stacked: bool = False
     patches: bool = False

@@ -59,6 +59,7 @@ def observe(model: nn.Module, inputs: Any = None) -> Seen:
         seen = _best(twin, twin.module, "", given)
         seen.alike = twin.alike
         seen.copy_to_equals()
+        _train_inplace(seen, twin)
         seen.ran = set(seen.uses)
         _observe_rest_inplace(seen, twin, unwrapped(model))
     return seen
@@ -187,9 +188,28 @@ def _run(
         watch.seen.failure = f"{type(error).__name__}: {error} ({_place(error)})"
         watch.ended()
     watch.finish()
-    watch.seen.operations = watch.operations
+    watch.seen.operations, watch.seen.inputs = watch.operations, (args, kwargs)
     twin.spent += watch.operations
     return watch.seen
+
+
+def _train_inplace(seen: Seen, twin: Twin) -> None:
+    """Run once more in training mode, if not all was reached: noise, and heads for a loss.
+
+    Models with a config have labels for that, and run but once.
+    """
+    names = {twin.names.get(id(parameter)) for parameter in twin.module.parameters()}
+    if seen.failure or names <= seen.uses.keys() or hasattr(twin.module, "config"):
+        return
+    modules = list(twin.module.modules())
+    for module in modules:
+        module.training = True
+    trained = _run(twin, twin.module, "", *seen.inputs)
+    for module in modules:
+        module.training = False
+    if not trained.failure:
+        seen.update(trained)
+        seen.also_returned(trained)
 
 
 def _observe_rest_inplace(seen: Seen, twin: Twin, model: nn.Module) -> None:

@@ -30,15 +30,32 @@ def _is_state(shown: Shown) -> bool:
 
 
 def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[str, Layout]:
-    """Layouts of matrices along an axis of which numbers are repeated: each becomes a vector."""
+    """Layouts of matrices along the last axis of which numbers are repeated, to become vectors."""
     found = {}
     names = {shown.name for shown in note.shown}
     for shown, repeated in times:
-        several = has_several_axes(shown.shape)
-        if shown.name in names and several and any(shown.shape[j] > 1 for j in repeated):
+        longer = [j for j, size in enumerate(shown.shape) if size > 1]
+        if shown.name in names and len(longer) > 1 and longer[-1] in repeated:
             words = ["out" if j in repeated else "stack" for j in range(len(shown.shape))]
             found[shown.name] = Layout(" ".join(numbered(words)))
     return found
+
+
+def _lies_along(note: Note, features: list[int], output: Tensor) -> bool:
+    """Whether tables have entries along several axes of features, such as heads, and no others."""
+    found = []
+    for shown in note.shown:
+        spread = shown.spread(output.shape)
+        axes = spread.axes() if spread is not None and spread.start is None else []
+        along = {d for d, stored in enumerate(axes) if stored and output.shape[d] > 1}
+        found.append(len(along) > 1 and along <= set(features))
+    return bool(found) and all(found)
+
+
+def _are_scaled_alike(note: Note, offset: Note) -> bool:
+    """Whether activations were just multiplied by tables of the shape of what is added to them."""
+    scales = {shown.shape for shown, _ in note.times if has_several_axes(shown.shape)}
+    return bool(scales & {shown.shape for shown in offset.shown})
 
 
 class Pointwise(Follower):
@@ -66,7 +83,7 @@ class Pointwise(Follower):
                     how = "place"
                 outer = _outer(its, times) if how == "gain" else {}
                 self._beside(its, "outer" if outer else how, active, output, outer)
-        found = self._active(name, active, output, summed)
+        found = self._active(name, self._mixed_in(name, operands, active), output, summed)
         found = self._recurrence(name, notes, active, found)
         if name in ("mul", "multiply", "div"):
             largest = max(v.numel() for v in operands if self._is_active(v))
@@ -111,7 +128,8 @@ class Pointwise(Follower):
         elif name in _SQUASHES:
             return found
         if name in ("mul", "multiply"):
-            factors = rates | {s.name for n in notes if n.fixed for s in n.shown}
+            fixed = [s for n in notes if n.fixed for s in n.shown]
+            factors = rates | {s.name for s in fixed if not s.picked}
             for parameter in factors & decayed:
                 self._use(parameter, "rate")
             decayed |= factors
@@ -136,9 +154,11 @@ class Pointwise(Follower):
         if index is not None and index.ndim == output.ndim:
             axes = [d for d in range(index.ndim) if not is_batch(index, d)]
             axis = axes[0] if len(axes) == 1 else axis
-            if how == "sum" and len(axes) == 1:
+            if how == "sum" and axes:
                 self._link(note, essential(index))
-        if how == "sum" and any(n.stacked for n in active):
+            if how == "sum" and output.ndim - len(axes) > 1 and _lies_along(note, axes, output):
+                how = "offset"
+        if how == "sum" and any(n.stacked or _are_scaled_alike(n, note) for n in active):
             how = "offset"
         layouts = dict(layouts)
         for shown in note.shown if not layouts else ():
@@ -159,10 +179,20 @@ class Pointwise(Follower):
                 if name is not None and self.sources[name].size == flat.numel():
                     self.seen.beside.setdefault(shown.name, name)
 
+    def _mixed_in(self, name: str, operands: list[Tensor], active: list[Note]) -> list[Note]:
+        """The factors but for shares of several entries of another, in a mixture."""
+        if name not in _PRODUCTS_OF or not all(n.squashed for n in active):
+            return active
+        factors = [v for v in operands if self._is_active(v)]
+        largest = max(v.numel() for v in factors)
+        pairs = zip(factors, active, strict=True)
+        return [n for v, n in pairs if v.numel() == largest or not n.share]
+
     def _active(self, name: str, active: list[Note], output: Tensor, summed: bool) -> Note:
         if len(active) > 1 and name in _PRODUCTS_OF:
             plain = [n for n in active if not n.squashed]
             makers = plain if plain else active
+            self.weights.update(*(n.makers for n in active if n.share and plain))
         else:
             makers = active
         index = None

@@ -35,8 +35,15 @@ class Products(Pointwise):
         return found
 
     def _product(self, left: Tensor, right: Tensor, result: Tensor) -> Note:
+        a, b = self.noted(left), self.noted(right)
+        known, constant = (a, right) if b is None else (b, left)
+        if known is not None and self._is_scaled(known, left, constant):
+            return self._combined("mul", [known], result, [constant])
+        if known is not None and known.squashed and self.noted(constant) is None:
+            self.use(known)
+            return Note(makers=known.makers, last=known.last)  # a mean of constants
         # Constants are activations: positions, frequencies.
-        a, b = self.noted(left) or Note(), self.noted(right) or Note()
+        a, b = a or Note(), b or Note()
         if right.ndim == 1:  # mv, dot
             right, b = right.unsqueeze(-1), unsqueezed(b, -1)
         if left.ndim == 1:
@@ -44,6 +51,9 @@ class Products(Pointwise):
         chosen = selection_of(left)
         if b.fixed and chosen is not None and chosen.stride(left.ndim - 1):
             return self._chosen(b, right.ndim - 2)
+        if a.fixed and b.fixed and a.shown and all(len(s.shape) == 1 for s in a.shown):
+            self.record(a, "place")  # a code times a matrix, which may make other parameters
+            a = Note()
         if a.fixed and b.fixed:
             a, b = self._as_activations(a, b)
         if a.fixed and b.fixed:
@@ -62,6 +72,11 @@ class Products(Pointwise):
         if b.fixed:
             return self._weighted(b, a, (right.ndim - 2, right.ndim - 1), result)
         return self._activations(a, b, result)
+
+    def _is_scaled(self, note: Note, left: Tensor, constant: Tensor) -> bool:
+        """Whether a product multiplies single numbers, such as frequencies by times."""
+        stored = any(self._is_matrix(shown.name) for shown in note.shown)
+        return note.fixed and not stored and left.shape[-1] == 1 and self.noted(constant) is None
 
     def _chosen(self, table: Note, rows: int) -> Note:
         """One-hot vectors times a table: its rows are looked up."""
@@ -212,7 +227,9 @@ class Products(Pointwise):
         self.use(b)
         if a.squashed == b.squashed:
             return self._later(a, b)
-        values = b if a.squashed else a
+        weights, values = (a, b) if a.squashed else (b, a)
+        if weights.share:
+            self.weights |= weights.makers
         size = result.shape[-1] if a.squashed else 0
         return Note(makers=values.makers, last=values.last, head_size=size)
 

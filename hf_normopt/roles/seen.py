@@ -31,6 +31,7 @@ class Seen:
         alike: by parameter of a layer that was skipped, that of the equal layer that ran.
         operations: how many ran.
         failure: what ended the pass early, "" if nothing did.
+        inputs: positional and keyword arguments of the pass.
     """
 
     uses: dict[str, dict[str, Layout | None]] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class Seen:
     alike: dict[str, str] = field(default_factory=dict)
     operations: int = 0
     failure: str = ""
+    inputs: Any = None
 
     def update(self, other: Seen) -> None:
         """Add what was seen of modules that ran alone."""
@@ -60,6 +62,13 @@ class Seen:
             self.feeds.setdefault(key, set()).update(makers)
         for path, fields in other.fields.items():
             self.fields.setdefault(path, fields)
+
+    def also_returned(self, other: Seen) -> None:
+        """Add what another run returned."""
+        for path, fields in other.fields.items():
+            mine = self.fields.setdefault(path, {})
+            for key, makers in fields.items():
+                mine[key] = mine.get(key, frozenset()) | makers
 
     def copy_to_equals(self) -> None:
         """What was seen of a module holds for its equals that did not run."""

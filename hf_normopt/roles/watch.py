@@ -163,7 +163,7 @@ class Watch(Mixing):
             for tensor in tensors_of(value):
                 note = self.noted(tensor)
                 if note is not None:
-                    makers |= note.last
+                    makers |= note.last - self.weights if note.squashed else note.last
                     self.not_summed(note)
                     if not path and note.fixed:
                         self.record(note, "return")
