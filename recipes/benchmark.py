@@ -19,9 +19,12 @@ time, the forward and backward pass is in bfloat16 (autocast), measured for the 
 Models have random weights, gradients are Gaussian and the same for all, weight decay is 0.01. Other
 packages' Muon gets the matrices that NormOpt gives a spectral norm, and AdamW gets the rest.
 
+* LoRA's factors A and B are those of adapters: NormOpt steps B A as one operator, and others step
+  each factor.
 * The efficiency is ⟨G, D⟩ / (‖D‖ ‖G‖†), spectral and nuclear norm, of the first step D against the
   gradient G, for up to 12 matrices; the exact oracle has 1. NormOpt reads a fused matrix as its
-  parts, the others as one. AdamW does not aim at it.
+  parts, the others as one. AdamW does not aim at it. Steps of B A have none: no gradient of it is
+  there to compare with.
 * A package that is missing, or fails, has a row that says so.
 * Both packages hard-code bfloat16 for Muon's iteration, which CPUs without bfloat16 units do 40 to
   100 times slower. On CPUs it is made float32, and the row says so, unless `--as_shipped`.
@@ -74,6 +77,21 @@ class Matrices(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in shapes)
 
 
+class Adapter(nn.Module):
+    """What LoRA holds of one layer: B A is stepped as one operator, each factor by others."""
+
+    def __init__(self, rank, width):
+        super().__init__()
+        self.lora_alpha = rank
+        self.scaling = 1.0
+        self.lora_A = nn.Linear(width, rank, bias=False)
+        self.lora_B = nn.Linear(rank, width, bias=False)
+
+
+def adapters(rank, width, count):
+    return nn.ModuleList(Adapter(rank, width) for _ in range(count))
+
+
 def minilm():
     sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
     return BertModel(BertConfig(**sizes, num_attention_heads=12), add_pooling_layer=False)
@@ -100,7 +118,7 @@ MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=768, n_layer=4, n_head=12)),
     "minilm": minilm,
     "llama-60m": llama,
-    "lora-r16": lambda: Matrices([(1024, 16), (16, 1024)] * 96),
+    "lora-r16": partial(adapters, 16, 1024, 96),
     "small": lambda: Matrices([(64, 64)] * 400),
 }
 DEFAULT_MODELS = ",".join(MODELS)
@@ -108,7 +126,7 @@ ON_GPUS = {
     "gpt2-124m": lambda: GPT2LMHeadModel(GPT2Config()),
     "llama-1b": llama_1b,
     "llama-7b": llama_7b,
-    "lora-7b": lambda: Matrices([(4096, 16), (16, 4096)] * 128),
+    "lora-7b": partial(adapters, 16, 4096, 128),
 }
 MODELS |= ON_GPUS
 DEFAULTS = {  # by device: models, against, tokens
@@ -178,12 +196,17 @@ OPTIMIZERS |= {f"normopt:{preset}": partial(normopt, preset=preset) for preset i
 
 
 class Competitor:
-    """An optimizer with its own copy of the model, whose weights are 0: the first step is exact."""
+    """An optimizer with its own copy of the model.
+
+    Its weights are 0, so that the first step is exact, but for the factors of adapters: the step of
+    one depends on the other.
+    """
 
     def __init__(self, name, model, spectral, as_shipped):
         model = copy.deepcopy(model)
         self.params = dict(model.named_parameters())
-        for p in self.params.values():
+        self.has_adapters = any(isinstance(module, Adapter) for module in model.modules())
+        for p in () if self.has_adapters else self.params.values():
             nn.init.zeros_(p)
         matrices = [self.params[key] for key in spectral]
         rest = [p for key, p in self.params.items() if key not in spectral]
@@ -214,6 +237,8 @@ class Competitor:
 
     def efficiency(self, gradients):
         """The least of some matrices after the first step, when each is minus its step."""
+        if self.has_adapters:
+            return float("nan")
         names = list(self.layouts)
         count = min(SAMPLED, len(names))
         efficiencies = []

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_normopt import classify, create_normopt_optimizer
 from hf_normopt.norms.operators import parse_norm as parse_plain
-from hf_normopt.norms.product import GUARD, parse_norm
+from hf_normopt.norms.product import GUARD, Pair, parse_norm
 from hf_normopt.optim import products
 from hf_normopt.trainer.gauge import Gauge
 from tests.test_sharding import spawn
@@ -251,6 +251,25 @@ def test_decay_shrinks_the_product_as_it_would_a_weight():
     optimizer.step()
     for name, layer in layers(model).items():
         torch.testing.assert_close(layer.get_delta_weight("default"), before[name] * (1 - 0.03))
+
+
+@pytest.mark.parametrize(("condition", "tolerance"), [(1, 5e-6), (30, 1e-3), (1000, 1e-2)])
+def test_factors_in_float32_step_as_those_in_float64(condition, tolerance):
+    """Where B is ill-conditioned, as where the rank is too large, it takes more digits."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, g = (torch.randn(s, generator=generator).double() for s in ((4, 96), (64, 4), (64, 96)))
+    b = (b @ conditioned(condition)).float().double()
+    a = a.float().double()
+    norm = parse_norm("product rms->rms (svd)")
+
+    def change(dtype):
+        m_a, m_b, scale = b.mT @ g, g @ a.mT, torch.ones(1, 1)
+        pair = Pair(*(x.to(dtype) for x in (a, b, scale, m_a, m_b)))
+        d_a, d_b = (x.double() for x in norm.factor_lmos(pair, 1.0, 1e-6))
+        return d_b @ a + b @ d_a
+
+    exact = change(torch.float64)
+    assert (change(torch.float32) - exact).norm() < tolerance * exact.norm()
 
 
 def test_balancing_changes_no_step(monkeypatch):

@@ -250,17 +250,15 @@ def _grams_with_roots(pair: Pair, guard: Tensor | None) -> _Grams:
     Only CPUs are asked whether they have. Others may compute float32 in TF32, which has not.
     """
     a, b, m_a, m_b = pair.a, pair.b.mT, pair.m_a, pair.m_b.mT
-    ranks, kinds = a.shape[-2], {x.dtype for x in (a, b, m_a, m_b)}
-    is_short = a.is_cpu and kinds == {torch.float32} and ranks <= min(a.shape[-1], b.shape[-1])
+    noise: Tensor | float = _NOISE**2
+    is_full = a.shape[-2] <= min(a.shape[-1], b.shape[-1])
+    is_short = a.is_cpu and is_full and {x.dtype for x in (a, b, m_a, m_b)} == {torch.float32}
     if is_short:
         root_a, pivot_a = _root_of(_products(a, a))
         added = 0 if guard is None else guard * (root_a @ root_a.mT)
         root_b, pivot_b = _root_of(_products(b, b) + added)
-        pivots = torch.minimum(pivot_a, pivot_b)
-        if bool((pivots > _ENOUGH).all()):
-            noise = (_ROUNDING / pivots)[..., None, None]
-        else:
-            is_short = False
+        pivots = torch.minimum(pivot_a, pivot_b)[..., None, None]
+        is_short, noise = bool((pivots > _ENOUGH).all()), _ROUNDING / pivots
     if not is_short:
         a, b, m_a, m_b = (x.double() for x in (a, b, m_a, m_b))
         root_a, noise = _inverse_root(a), _NOISE**2
