@@ -161,8 +161,8 @@ class Intents:
     """MiniLM with a new head, on 77 intents."""
 
     steps, batch, targets, saved = 80, 16, ["query", "key", "value", "dense"], ["classifier"]
-    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3, "product": 4e-3}
-    usual_rate = 2e-3
+    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3}
+    usual_rate = 4e-3
 
     def __init__(self):
         files = {s: str(DATA / "banking77" / f"{s}.csv.gz") for s in ("train", "validation")}
@@ -188,8 +188,8 @@ class Answers:
     """A byte Llama that has read Shakespeare, on worked answers."""
 
     steps, batch, targets, saved = 150, 16, "all-linear", None
-    rates: ClassVar = {"adamw": 8e-3, "factors": 2e-3, "product": 1.6e-2}
-    usual_rate = 8e-3
+    rates: ClassVar = {"adamw": 8e-3, "factors": 2e-3}
+    usual_rate = 1.6e-2
 
     def __init__(self):
         text = lines(DATA / "gsm8k" / "train.jsonl.gz")
@@ -227,8 +227,8 @@ class Clothes:
     """A small ViT that knows five kinds of clothes, on five others."""
 
     steps, batch, targets, saved = 150, 32, "all-linear", ["classifier"]
-    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3, "product": 4e-3}
-    usual_rate = 2e-3
+    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3}
+    usual_rate = 4e-3
 
     def __init__(self):
         parts = {}
