@@ -133,7 +133,7 @@ def test_adapters_keep_their_rates_and_a_new_head_beside_them_is_quick(checkpoin
     assert states[copied] == "beside adapters"
     assert states["attention.self.query.lora_A.default.weight"] == "adapter"
     assert situation.name == "pretrained"
-    assert changed_rates(model) == {copied: HEAD}
+    assert changed_rates(model) == {copied: MULTIPLIERS["beside adapters", "head"]}
 
 
 def test_a_copy_of_a_loaded_head_beside_adapters_is_loaded(tmp_path, checkpoint):
