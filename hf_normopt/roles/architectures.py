@@ -291,28 +291,46 @@ class Raw:
     layout: str | Callable[[Any], str] = ""
 
 
+def _experts_of(glu: Any, stacked: str, other: str) -> str:
+    return f"(expert={glu.moe_num_experts} {stacked}) {other}"
+
+
+def _zamba(mixer: Any) -> str:
+    return f"stack (out={mixer.time_step_rank}+{mixer.ssm_state_size}+{mixer.ssm_state_size}) in"
+
+
 def _tdnn(layer: Any) -> str:
     return f"out (tap={layer.kernel_size} in)"
 
 
 RAW: tuple[Raw, ...] = (
+    # flattened experts, handed to `forward` one by one: x.matmul(w1.T), h.matmul(w2)
+    Raw("DbrxExpertGLU", "w1|v1", "linear", "experts", lambda glu: _experts_of(glu, "out", "in")),
+    Raw("DbrxExpertGLU", "w2", "linear", "experts", lambda glu: _experts_of(glu, "in", "out")),
+    Raw("ZambaMambaMixer", "x_proj_weight", "linear", "time step, B and C", _zamba),
     Raw("EsmFold2ConfidenceHead", "(plddt|resolved)_weight", "head", "confidences", "stack in out"),
     Raw("Tvp.*PadPrompter", "pad_.*", "embedding", "a frame around images"),
     Raw("Inkling2BlockAttentionResidual", "query", "embedding", "a query that is learned"),
     Raw("Phi4MultimodalImageEmbedding", ".*_extensor", "embedding", "separates parts of images"),
     Raw("Phi4MultimodalAudioGluPointWiseConv", "b[12]", "bias", "added to both halves"),
+    Raw(".*MultiModalProjector", "mm_input_projection_weight", "linear", "of an image", "in out"),
     # a layer's weight that is viewed as a kernel, never called
     Raw("TDNNLayer", r"kernel\.weight", "conv", "kernel over time", _tdnn),
-    Raw(".*MultiModalProjector", "mm_input_projection_weight", "linear", "of an image", "in out"),
     Raw(".*Snake.*", "alpha|beta", "norm", "frequency or inverse height of a periodic activation"),
     Raw(".*Attention", "sinks", "other", "logits that take attention from all tokens"),
-    Raw("Sam.*PositionalEmbedding", ".*", "linear", "random features of coordinates", "in out"),
+    Raw("DiffLlamaAttention", r"lambda_[qk]\d", "other", "their products weigh two attentions"),
+    Raw("RecurrentGemmaRglru", "recurrent_param", "other", "rates of a recurrence"),
+    Raw("RwkvSelfAttention", "time_first", "bias", "added to the key of the current token"),
+    Raw("RwkvFeedForward|RwkvSelfAttention", "time_mix_.*", "norm", "mixes a token with the last"),
     Raw("EsmFold2Parcae", "input_matrix_continuous", "linear", "rows scaled, then multiplied by"),
     Raw("EsmFold2LanguageModelEncoder", "layer_weights", "other", "logits of a mean over layers"),
     Raw("TapasForQuestionAnswering", "(column_)?output_weights", "head", "one row: scores", "in"),
     Raw("Inkling2DynamicShortConvolution", "static_weight", "conv", "depthwise", "tap=4 group"),
+    Raw("CsmCodebooksHead", "weight", "head", "token scores of each codebook", "stack in out"),
+    Raw("FunnelRelMultiheadAttention", "r_kernel", "linear", "of positions", "in out0 out1"),
     Raw(".*", "no_(object|memory)_.*", "embedding", "stands for what is not there"),
     Raw("AxialPositionEmbeddings", r"weights\.\d", "embedding", "positions along one axis"),
+    Raw("Sam.*PositionalEmbedding", ".*", "linear", "random features of coordinates", "in out"),
     Raw("(XLNet|FunnelRel).*Attention", "seg_embed", "embedding", "two segments", "in out0 out1"),
     Raw(".*", "memory_temporal_pos.*", "embedding", "number of the frame", "in out0 out1 out2"),
     Raw("Sam2HieraDetModel", "pos_embed.*", "embedding", "grid of positions", "in0 out in1 in2"),
