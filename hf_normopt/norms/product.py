@@ -249,22 +249,33 @@ def _grams_with_roots(pair: Pair, guard: Tensor | None) -> _Grams:
 
     Only CPUs are asked whether they have. Others may compute float32 in TF32, which has not.
     """
-    a, b, m_a, m_b = pair.a, pair.b.mT, pair.m_a, pair.m_b.mT
-    noise: Tensor | float = _NOISE**2
-    is_full = a.shape[-2] <= min(a.shape[-1], b.shape[-1])
-    is_short = a.is_cpu and is_full and {x.dtype for x in (a, b, m_a, m_b)} == {torch.float32}
-    if is_short:
-        root_a, pivot_a = _root_of(_products(a, a))
-        added = 0 if guard is None else guard * (root_a @ root_a.mT)
-        root_b, pivot_b = _root_of(_products(b, b) + added)
-        pivots = torch.minimum(pivot_a, pivot_b)[..., None, None]
-        is_short, noise = bool((pivots > _ENOUGH).all()), _ROUNDING / pivots
-    if not is_short:
-        a, b, m_a, m_b = (x.double() for x in (a, b, m_a, m_b))
-        root_a, noise = _inverse_root(a), _NOISE**2
-        root_b = _inverse_root(b, None if guard is None else guard * (root_a @ root_a.mT))
-    crosses = _products(m_a, a), _products(b, m_b)
-    return _Grams(*crosses, _products(m_a, m_a), _products(m_b, m_b), root_a, root_b, noise)
+    kinds = {x.dtype for x in (pair.a, pair.b, pair.m_a, pair.m_b)}
+    is_full = pair.a.shape[-2] <= min(pair.a.shape[-1], pair.b.shape[-2])
+    if pair.a.is_cpu and kinds == {torch.float32} and is_full:
+        grams, pivots = _grams_in(torch.float32, pair, guard)
+        if bool((pivots > _ENOUGH).all()):
+            return grams
+    return _grams_in(torch.float64, pair, guard)[0]
+
+
+def _grams_in(dtype: torch.dtype, pair: Pair, guard: Tensor | None) -> tuple[_Grams, Tensor]:
+    """The same by products in a dtype, and the least pivots, (...); one factor after the other."""
+    a, m_a = pair.a.to(dtype), pair.m_a.to(dtype)
+    gram_a, cross_a, of_m_a = _products(a, a), _products(m_a, a), _products(m_a, m_a)
+    root_a, pivot_a = _root_of(gram_a)
+    if a.shape[-2] > a.shape[-1]:
+        root_a = _inverse_root(a)
+    del a, m_a
+    b, m_b = pair.b.to(dtype).mT, pair.m_b.to(dtype).mT
+    gram_b, cross_b, of_m_b = _products(b, b), _products(b, m_b), _products(m_b, m_b)
+    if guard is not None:
+        gram_b = gram_b + guard * (root_a @ root_a.mT)
+    root_b, pivot_b = _root_of(gram_b)
+    if guard is None and b.shape[-2] > b.shape[-1]:
+        root_b = _inverse_root(b)
+    pivots = torch.minimum(pivot_a, pivot_b)
+    noise = _NOISE**2 if dtype == torch.float64 else (_ROUNDING / pivots)[..., None, None]
+    return _Grams(cross_a, cross_b, of_m_a, of_m_b, root_a, root_b, noise), pivots
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
@@ -305,7 +316,7 @@ def _root_of(gram: Tensor) -> tuple[Tensor, Tensor]:
 
     It is Cholesky's, batched and without waiting for the device: rows of any length are alike to
     it, and rows of zeros get 0. Other dependent rows get F = diag(S)^(-1/2), with which a step is
-    longer by √r at the most; their pivot is 0.
+    longer by √r at the most.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     lengths = torch.where(diagonal > 0, diagonal, 1).rsqrt() * (diagonal > 0)

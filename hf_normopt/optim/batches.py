@@ -161,7 +161,9 @@ def _products(
     for members in alike.values():
         size = sum(rows[2 * members[0] + side][0].numel() for side in (0, 1))
         device = rows[2 * members[0]][0].device
-        count = max(1, 2 * PART * _more_on(device) // size)  # many small matrices beside them
+        # On CPUs, twice as many: nothing is held in float64, and there are more calls for each.
+        more = max(2, _more_on(device))
+        count = max(1, PART * more // size)
         for start in range(0, len(members), count):
             some = members[start : start + count]
             factors: list[Move] = []
