@@ -161,7 +161,7 @@ class Intents:
     """MiniLM with a new head, on 77 intents."""
 
     steps, batch, targets, saved = 80, 16, ["query", "key", "value", "dense"], ["classifier"]
-    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3}
+    rates: ClassVar = {"factors": 1e-3}
     usual_rate = 4e-3
 
     def __init__(self):
@@ -227,7 +227,7 @@ class Clothes:
     """A small ViT that knows five kinds of clothes, on five others."""
 
     steps, batch, targets, saved = 150, 32, "all-linear", ["classifier"]
-    rates: ClassVar = {"adamw": 4e-3, "factors": 1e-3}
+    rates: ClassVar = {"factors": 1e-3}
     usual_rate = 4e-3
 
     def __init__(self):

@@ -262,17 +262,12 @@ def _grams_in(dtype: torch.dtype, pair: Pair, guard: Tensor | None) -> tuple[_Gr
     """The same by products in a dtype, and the least pivots, (...); one factor after the other."""
     a, m_a = pair.a.to(dtype), pair.m_a.to(dtype)
     gram_a, cross_a, of_m_a = _products(a, a), _products(m_a, a), _products(m_a, m_a)
-    root_a, pivot_a = _root_of(gram_a)
-    if a.shape[-2] > a.shape[-1]:
-        root_a = _inverse_root(a)
+    root_a, pivot_a = _root_and_pivot(a, gram_a)
     del a, m_a
     b, m_b = pair.b.to(dtype).mT, pair.m_b.to(dtype).mT
     gram_b, cross_b, of_m_b = _products(b, b), _products(b, m_b), _products(m_b, m_b)
-    if guard is not None:
-        gram_b = gram_b + guard * (root_a @ root_a.mT)
-    root_b, pivot_b = _root_of(gram_b)
-    if guard is None and b.shape[-2] > b.shape[-1]:
-        root_b = _inverse_root(b)
+    added = None if guard is None else guard * (root_a @ root_a.mT)
+    root_b, pivot_b = _root_and_pivot(b, gram_b, added)
     pivots = torch.minimum(pivot_a, pivot_b)
     noise = _NOISE**2 if dtype == torch.float64 else (_ROUNDING / pivots)[..., None, None]
     return _Grams(cross_a, cross_b, of_m_a, of_m_b, root_a, root_b, noise), pivots
@@ -301,23 +296,25 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 def _inverse_root(rows: Tensor, added: Tensor | None = None) -> Tensor:
-    """F with F Fᵀ = (X Xᵀ + added)⁻¹ for X (..., r, n): (..., r, k) in float64.
+    """F with F Fᵀ = (X Xᵀ + added)⁻¹ for X (..., r, n): (..., r, k) in float64."""
+    return _root_and_pivot(rows, _gram(rows), added)[0]
 
-    For more rows than columns it is F = X (XᵀX)⁻¹, that of the pseudo-inverse.
+
+def _root_and_pivot(
+    rows: Tensor, gram: Tensor, added: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same from S = X Xᵀ, and the least pivot of S + added with a unit diagonal, (...).
+
+    For more rows than columns it is F = X (XᵀX)⁻¹, that of the pseudo-inverse. For all else it is
+    Cholesky's, batched and without waiting for the device: rows of any length are alike to it, and
+    rows of zeros get 0. Other dependent rows get F = diag(S)^(-1/2), with which a step is longer by
+    √r at the most.
     """
-    if added is None and rows.shape[-2] > rows.shape[-1]:
+    if added is not None:
+        gram = gram + added
+    elif rows.shape[-2] > rows.shape[-1]:
         inner = _inverse_root(rows.mT)
-        return rows.double() @ (inner @ inner.mT)
-    return _root_of(_gram(rows) if added is None else _gram(rows) + added)[0]
-
-
-def _root_of(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """F with F Fᵀ = S⁻¹, and the least pivot of S with a unit diagonal, (...).
-
-    It is Cholesky's, batched and without waiting for the device: rows of any length are alike to
-    it, and rows of zeros get 0. Other dependent rows get F = diag(S)^(-1/2), with which a step is
-    longer by √r at the most.
-    """
+        return rows.double() @ (inner @ inner.mT), gram.new_zeros(gram.shape[:-2])
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     lengths = torch.where(diagonal > 0, diagonal, 1).rsqrt() * (diagonal > 0)
     unit = gram * lengths[..., None] * lengths[..., None, :]

@@ -47,7 +47,7 @@ class Part:
 
 
 def _kernel(view: View) -> str:
-    """The factors of a kernel are kernels themselves, and have more than two axes."""
+    """PEFT's factors of a kernel are kernels; others of three axes may be stacked matrices."""
     stacked = _added(view.owners) is None and "product" in view.uses
     return "conv" if len(view.shape) > 2 and not stacked else "linear"
 

@@ -112,7 +112,7 @@ def _from_widths(model: nn.Module, device: str) -> Iterator[Inputs]:
     case = Case(model, device)
     required = [name for name, needed in case.parameters.items() if needed]
     names = required or list(case.parameters)[:1]
-    count = sum(name not in case.by_keyword for name in names) or (0 if names else 1)
+    count = sum(name not in case.by_keyword for name in names) if names else 1
     for first in _first_arguments(model, names[0] if names else "", device):
         rest = [_further(model, name, first) for name in names[1:]]
         kwargs = {}

@@ -22,8 +22,9 @@ class Case:
         self.model = model
         self.config = getattr(model, "config", None)
         self.device = device
-        self.parameters = {p.name: p.default is p.empty for p in _parameters(model)}
-        self.by_keyword = {p.name for p in _parameters(model) if p.kind is p.KEYWORD_ONLY}
+        taken = _parameters(model)
+        self.parameters = {p.name: p.default is p.empty for p in taken}
+        self.by_keyword = {p.name for p in taken if p.kind is p.KEYWORD_ONLY}
         self.choices = choices
         self.length = choices.get("length", 8)
         one = "SequenceClassification" in type(model).__name__ and self.get("pad_token_id") is None
