@@ -104,6 +104,12 @@ def llama33(**options):
     return model, create_normopt_optimizer(model, **options)
 
 
+def untied(**options):
+    torch.manual_seed(0)
+    model = llama(vocab_size=33)
+    return model, create_normopt_optimizer(model, **options)
+
+
 def gpt2(**options):
     """Fused projections, stored transposed."""
     torch.manual_seed(0)
@@ -138,6 +144,7 @@ CASES = [
     (gpt2, {"lr": 1e-2, "weight_decay": 0.1}),
     (lora, {"lr": 1e-2, "weight_decay": 0.1}),
     (odd, {"weight_decay": 0.1}),
+    (untied, {"lr": 1e-2, "statistic_head": 0.9, "statistic_embedding": 0.9}),
 ]
 
 

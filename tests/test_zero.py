@@ -14,7 +14,7 @@ from hf_normopt.norms.layouts import Layout
 from hf_normopt.optim.zero import Partition, Place, matched_flat
 from hf_normopt.optim.zero_moves import owners_of
 from tests.test_optimizer import llama
-from tests.test_sharding import DATA, gpt2, llama33, lora, odd, rate, spawn
+from tests.test_sharding import DATA, gpt2, llama33, lora, odd, rate, spawn, untied
 
 
 class Zero:
@@ -172,6 +172,7 @@ MODELS = [
     (gpt2, RATE),
     (lora, {**RATE, "norm_product": "rms->rms"}),
     (odd, {"weight_decay": 0.1}),
+    (untied, {**RATE, "statistic_head": 0.9, "statistic_embedding": 0.9}),
 ]
 
 

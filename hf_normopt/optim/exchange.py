@@ -30,7 +30,7 @@ from ..norms.layouts import Layout
 from ..norms.operators import Norm, Spectral
 from ..norms.orthogonalize import plan
 from .batches import parts
-from .moves import Move, smooth_inplace
+from .moves import Move, smooth_inplace, smooths_own_rows
 from .precision import state_dtype
 from .sharding import (
     copies_of,
@@ -63,7 +63,8 @@ def _localized(move: Move) -> Move | None:
     if axes is None:
         return None
     if not rule.entrywise:
-        if rule.statistic is not None or rule.scale == "muon":
+        needs_others = rule.statistic is not None and not smooths_own_rows(move)
+        if needs_others or rule.scale == "muon":
             return None
         if any(move.layout.axis(i) not in rule.norm.independent for i in axes):
             return None

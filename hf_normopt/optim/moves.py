@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from .sharding import (
     number_of_parts,
     placed_like,
     places,
+    sharded_axes,
     sharded_like,
 )
 from .zero import Partition
@@ -208,7 +209,7 @@ def advance_inplace(move: Move, weight: Tensor | float, unit: Tensor | float) ->
     `unit` is what the weights amount to in the step, for the statistic's eps.
     """
     rule, layout = move.rule, move.stacked_layout
-    if rule.entrywise and isinstance(move.param, DTensor):
+    if isinstance(move.param, DTensor) and (rule.entrywise or smooths_own_rows(move)):
         shard = move.of_shard()
         advance_inplace(shard, weight, unit)
         move.smooth = gathered(placed_like(shard.smooth, move.param))
@@ -335,12 +336,29 @@ def kept(move: Move, i: int) -> dict[str, Tensor]:
         if "compensation" not in state:
             state["compensation"] = new_compensation(p)
         own["compensation"] = state["compensation"]
-    if move.rule.entrywise and move.rule.statistic is not None:
+    of_rows = smooths_own_rows(move)
+    if of_rows or (move.rule.entrywise and move.rule.statistic is not None):
         if "second_moment" not in state:
-            state["second_moment"] = torch.zeros_like(p, dtype=state_dtype(p))
+            of_entries = partial(torch.zeros_like, dtype=state_dtype(p))
+            state["second_moment"] = (_zero_for_each_row if of_rows else of_entries)(p)
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         own |= {"second_moment": state["second_moment"], "step": state["step"]}
     return own
+
+
+def smooths_own_rows(move: Move) -> bool:
+    """Whether a shard's rows have their statistic to themselves, and are sharded alone."""
+    p = move.param
+    if not isinstance(p, DTensor) or not move.rule.smooths_rows(move.layout, p.shape):
+        return False
+    axes = sharded_axes(p)
+    return axes is not None and set(axes) <= {0}
+
+
+def _zero_for_each_row(p: Tensor) -> Tensor:
+    """(rows, 1), sharded as the rows of a parameter are."""
+    own = torch.zeros(len(local(p)), 1, dtype=state_dtype(p), device=p.device)
+    return placed_like(own, p, (len(p), 1))
 
 
 def _momenta_inplace(move: Move, grad: Tensor) -> Tensor:
@@ -391,14 +409,24 @@ def _over_statistics_inplace(
             moments[name] = statistic.update_inplace(whole, moment, step)
             if not alone:
                 torch._foreach_copy_(states, whole.unbind())
-        if statistic.bias_correction:  # m's weights sum to 1 - momentum^t, Nesterov's one ahead
-            m = m / bias_correction(rule.momentum, step + rule.nesterov)
-        yield rule.norm.precondition(m, moments, statistic.eps * unit)
+        yield over_moments(rule, m, moments, step, unit)
+
+
+def over_moments(
+    rule: Rule, m: Tensor, moments: dict[str, Tensor], step: Tensor, unit: Tensor | float
+) -> Tensor:
+    """An operator's momentum over the norm's smoothed moments, both as they are at a step."""
+    assert rule.statistic is not None
+    if rule.statistic.bias_correction:  # m's weights sum to 1 - momentum^t, Nesterov's one ahead
+        m = m / bias_correction(rule.momentum, step + rule.nesterov)
+    return rule.norm.precondition(m, moments, rule.statistic.eps * unit)
 
 
 def _states(move: Move, key: str, likes: Iterable[Tensor]) -> list[Tensor]:
-    """What the parameters keep under a key, which starts at 0."""
+    """What the parameters keep under a key, in the shapes of `likes`; it starts at 0."""
+    found = []
     for state, like in zip(move.states, likes, strict=True):
         if key not in state:
             state[key] = torch.zeros_like(like)
-    return [state[key] for state in move.states]
+        found.append(state[key].view(like.shape))  # moments of rows have other shapes in shards
+    return found

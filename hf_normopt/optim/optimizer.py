@@ -255,7 +255,7 @@ class NormOpt(RankedOptimizer):
             flat = [move for move in moves if is_partitioned(move)]
             rest = [move for move in moves if not is_partitioned(move)]
             directed = chain(
-                partitioned_inplace(flat, weight, watched),
+                partitioned_inplace(flat, weight, unit, watched),
                 directed_inplace(rest, weight, unit, keep=watched, full=watched),
             )
         for move in directed:

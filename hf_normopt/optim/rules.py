@@ -9,12 +9,14 @@ A policy reads as the paper's conclusion does:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ..norms.layouts import Layout
 from ..norms.operators import MaxEntry, Norm
 from ..norms.product import SpectralProduct
 
@@ -141,6 +143,19 @@ class Rule:
         """Whether an entry's step depends on that entry alone, as Adam's and the sign do."""
         return isinstance(self.norm, MaxEntry) and self.of_entries
 
+    def smooths_rows(self, layout: Layout, shape: Sequence[int]) -> bool:
+        """Whether the statistic has one number for each index of a tensor's first axis.
+
+        Then a row of the tensor needs no other rows, as those of a head under rms → linf.
+
+        Args:
+            layout: of the tensor.
+            shape: of the tensor.
+        """
+        if self.statistic is None or self.entrywise or self.scale == "muon" or not shape:
+            return False
+        return _has_moments_of_rows(self.norm, str(layout), tuple(shape))
+
     def __str__(self) -> str:
         """A stable text, which checkpoints keep and compare."""
         words = [str(self.norm), f"scale {self.scale}"]
@@ -179,6 +194,16 @@ def check_total(policy: Policy, roles: Iterable[tuple[str, str]]) -> None:
             f"rules for {', '.join(sorted(policy)) or 'nothing'}. Add the missing rules, or "
             "override the roles of these parameters."
         )
+
+
+@lru_cache
+def _has_moments_of_rows(norm: Norm, layout: str, shape: tuple[int, ...]) -> bool:
+    read = Layout(layout)
+    if read.axis(0) not in norm.independent:
+        return False
+    operators = read.to_operators(torch.empty(shape, device="meta"))
+    sizes = [{k: m.numel() for k, m in norm.moments(o).items()} for o in operators]
+    return sizes == [{"second_moment": shape[0]}]
 
 
 def bias_correction(beta: float, step: Tensor) -> Tensor | float:

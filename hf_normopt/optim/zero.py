@@ -288,7 +288,8 @@ def unfit(
                 f"The factors of {group['label']} step together, and ZeRO partitions each. "
                 f'Use optim_args="norm_product=rms->rms,norm_table_product=l1->rms", or {OTHERWISE}'
             )
-        if rule.statistic is not None:
+        tensors = zip(map(Layout, group["layouts"]), group["param_shapes"], strict=True)
+        if rule.statistic is not None and not all(rule.smooths_rows(*one) for one in tensors):
             return (
                 f"The rule of {group['label']} [{rule}] keeps a statistic of whole matrices, which "
                 f"ZeRO has no place for. Use a preset without one, or {OTHERWISE}"

@@ -4,6 +4,9 @@ The owner is a rank that has a large part of the piece, of these the one with th
 the stages 1 and 2 it mostly has all of it and nothing is sent; a parameter that lies across the end
 of a partition goes to its owner, and its direction comes back, by all-to-all. Under stage 3 all do.
 Momenta and weights stay divided as ZeRO has them.
+
+A direction over smoothed lengths of rows needs nothing of a row but its length, to which each rank
+adds the squares of its own entries. So these sums are all that is sent, and every rank keeps them.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..norms.layouts import Layout
 from .batches import PART, SMALL
 from .exchange import buckets, costs, direction_of, operator_shapes
-from .moves import Move, kept, smooth_inplace
+from .moves import Move, kept, over_moments, smooth_inplace
 from .precision import is_low, state_dtype
 from .rules import Rule
 from .zero import Partition, Piece
@@ -35,23 +39,28 @@ def is_partitioned(move: Move) -> bool:
 
 
 def partitioned_inplace(
-    moves: Sequence[Move], weight: Tensor | float, watched: bool
+    moves: Sequence[Move], weight: Tensor | float, unit: Tensor | float, watched: bool
 ) -> Iterator[Move]:
     """Find the directions of partitions.
 
     Args:
         moves: of flat tensors, advanced by this.
         weight: of the gradients.
+        unit: the sum of the weights in this step, for the statistic's eps.
         watched: whether the moves are wanted whole, with `smooth`; else they come in parts.
     """
     for move in moves:
+        is_smoothed = move.rule.statistic is not None
+        found = (
+            _over_rows_inplace(move, weight, unit) if is_smoothed else _parts_inplace(move, weight)
+        )
         if not watched:
-            for _, part in _parts_inplace(move, weight):
+            for _, part in found:
                 yield part
             continue
         move.smooth = torch.zeros_like(move.param, dtype=state_dtype(move.param))
         move.direction = torch.zeros_like(move.smooth)
-        for places, part in _parts_inplace(move, weight):
+        for places, part in found:
             for at, one in zip(places, part.each(), strict=True):
                 move.smooth[at], move.direction[at] = one.smooth, one.direction
         yield move
@@ -101,6 +110,71 @@ def _parts_inplace(move: Move, weight: Tensor | float) -> Iterator[tuple[list[sl
             ahead.send_inplace(weight)
         now.answer()
         yield from now.returned()
+
+
+def _over_rows_inplace(
+    move: Move, weight: Tensor | float, unit: Tensor | float
+) -> Iterator[tuple[list[slice], Move]]:
+    """This rank's entries of each parameter over their rows' smoothed lengths, and their places."""
+    partition, rule, statistic = move.partition, move.rule, move.rule.statistic
+    assert partition is not None
+    assert statistic is not None
+    stretches = [_Stretch(partition, number, rule) for number in range(len(partition.names))]
+    sums = torch.zeros(
+        sum(shape[0] for shape in partition.shapes),
+        dtype=state_dtype(partition.flat),
+        device=partition.flat.device,
+    )
+    parts = []
+    for stretch, own in zip(stretches, sums.split([s[0] for s in partition.shapes]), strict=True):
+        part, places = _part(move, [stretch.piece])
+        if stretch.size:
+            part.smooth, grad = smooth_inplace(part, weight)
+            moments = rule.norm.moments(stretch.operator(grad))["second_moment"]
+            own[stretch.rows] = moments.flatten().to(own.dtype)
+        parts.append((stretch, places, part))
+    dist.all_reduce(sums, group=partition.ranks)
+    state = move.state
+    if "second_moment" not in state:
+        state["second_moment"] = torch.zeros_like(sums)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=sums.device)
+    step = state["step"].add_(1)
+    smoothed = statistic.update_inplace(state["second_moment"], sums, step)
+    lengths = smoothed.split([shape[0] for shape in partition.shapes])
+    for (stretch, places, part), squares in zip(parts, lengths, strict=True):
+        if not stretch.size:
+            continue
+        m = stretch.operator(part.smooth)
+        shape = rule.norm.moments(m.to("meta"))["second_moment"].shape
+        own = squares[stretch.rows].reshape(shape)
+        ratio = over_moments(rule, m, {"second_moment": own}, step, unit).mul_(part.scale(m.shape))
+        part.direction = stretch.entries(ratio)
+        yield places, part
+
+
+class _Stretch:
+    """What a rank has of a parameter: whole rows, and parts of the first and last of them."""
+
+    def __init__(self, partition: Partition, number: int, rule: Rule) -> None:
+        shape, spans = partition.shapes[number], tuple(partition.spans[number])
+        self.piece = Piece(number, 0, shape, partition.layout(number, rule), spans)
+        self.layout = _layout(self.piece.layout)
+        row = math.prod(shape) // shape[0]
+        start, stop = spans[partition.rank]
+        self.size = stop - start
+        self.rows = slice(start // row, -(-stop // row))
+        self.shape = (self.rows.stop - self.rows.start, *shape[1:])
+        self.ends = start - self.rows.start * row, self.rows.stop * row - stop  # that others have
+
+    def operator(self, entries: Tensor) -> Tensor:
+        """The rows as an operator, with zeros for what other ranks have."""
+        (operator,) = self.layout.to_operators(pad(entries, self.ends).reshape(self.shape))
+        return operator
+
+    def entries(self, operator: Tensor) -> Tensor:
+        """This rank's entries of an operator of the rows."""
+        rows = self.layout.from_operators((operator,), self.shape).flatten()
+        return rows[self.ends[0] : self.ends[0] + self.size]
 
 
 @dataclass
