@@ -597,8 +597,13 @@ def test_print_shows_the_groups():
     )
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_tensors_that_move_together_or_in_parts_move_as_alone(preset, monkeypatch):
+ROWS = {"statistic_head": 0.9, "statistic_embedding": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"), [*((preset, {}) for preset in PRESETS), ("normopt", ROWS)]
+)
+def test_tensors_that_move_together_or_in_parts_move_as_alone(preset, options, monkeypatch):
     """Stacks of equal shapes, and parts of large tensors, change nothing but rounding."""
     ends = []
     for small, part in ((0, 2**30), (2**16, 2**30), (0, 100), (2**8, 100)):
@@ -606,7 +611,8 @@ def test_tensors_that_move_together_or_in_parts_move_as_alone(preset, monkeypatc
         monkeypatch.setattr(batching, "PART", part)
         torch.manual_seed(0)
         model = llama()
-        optimizer = create_normopt_optimizer(model, lr=1e-2, preset=preset, weight_decay=0.1)
+        rates = {"lr": 1e-2, "weight_decay": 0.1}
+        optimizer = create_normopt_optimizer(model, preset=preset, **rates, **options)
         losses = train(model, optimizer, batches(3))
         ends.append((losses, [p.detach() for p in model.parameters()]))
     for losses, params in ends[1:]:

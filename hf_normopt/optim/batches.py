@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from ..norms.layouts import Layout, usual_layout
 from ..roles.graph import canonical_name
-from .moves import Move, kept
+from .moves import Move, kept, kept_of_rows
 from .precision import BLOCK, is_low
 from .products import ProductMove
 from .rules import Rule
@@ -116,7 +116,7 @@ def parts(move: Move) -> Iterator[Move]:
     if (
         isinstance(p, DTensor)
         or (p.numel() <= size and not gradient.is_sparse)
-        or rule.statistic is not None
+        or (rule.statistic is not None and not rule.smooths_rows(move.layout, p.shape))
         or rule.scale == "muon"  # asks for the whole shape
         or move.layout.axis(0) not in rule.norm.independent
     ):
@@ -125,6 +125,7 @@ def parts(move: Move) -> Iterator[Move]:
     if gradient.is_sparse:
         touched = gradient.coalesce()
         moves_others = rule.momentum or move.group["weight_decay"] or is_low(p)
+        moves_others = moves_others or rule.statistic is not None
         if move.alone and touched.sparse_dim() == 1 and not moves_others:
             rows = touched.indices()[0]
             values = touched.values()
@@ -135,13 +136,20 @@ def parts(move: Move) -> Iterator[Move]:
     row = p.numel() // len(p)
     aligned = BLOCK // math.gcd(BLOCK, row)  # rows that make up whole blocks
     count = max(1, size // row // aligned) * aligned
-    whole = kept(move, 0)
+    whole, of_rows = kept(move, 0), kept_of_rows(move)
     for i in range(0, len(p), count):
         at = slice(i, min(i + count, len(p)))
         state = {key: value[at] for key, value in whole.items()}
+        if of_rows:  # each part counts the step
+            state |= {
+                "second_moment": of_rows["second_moment"][at],
+                "step": of_rows["step"].clone(),
+            }
         part = replace(move, params=[p[at]], gradients=[gradient[at]], states=[state], at=at)
         part.whole = p if move.whole is None else move.whole
         yield part
+    if of_rows:
+        of_rows["step"].add_(1)
 
 
 def _products(

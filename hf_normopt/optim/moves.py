@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ class Move:
 
     def of_shard(self) -> Move:
         """The move of what this rank holds of a parameter."""
-        state = {key: local(value) for key, value in kept(self, 0).items()}
+        state = {key: local(value) for key, value in (kept(self, 0) | kept_of_rows(self)).items()}
         return replace(
             self,
             params=[local(self.param)],
@@ -336,14 +336,24 @@ def kept(move: Move, i: int) -> dict[str, Tensor]:
         if "compensation" not in state:
             state["compensation"] = new_compensation(p)
         own["compensation"] = state["compensation"]
-    of_rows = smooths_own_rows(move)
-    if of_rows or (move.rule.entrywise and move.rule.statistic is not None):
+    if move.rule.entrywise and move.rule.statistic is not None:
         if "second_moment" not in state:
-            of_entries = partial(torch.zeros_like, dtype=state_dtype(p))
-            state["second_moment"] = (_zero_for_each_row if of_rows else of_entries)(p)
+            state["second_moment"] = torch.zeros_like(p, dtype=state_dtype(p))
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         own |= {"second_moment": state["second_moment"], "step": state["step"]}
     return own
+
+
+def kept_of_rows(move: Move) -> dict[str, Tensor]:
+    """What a parameter's rows smooth, (rows, 1), and its steps; 0 at first. {} if they do not."""
+    p, state = move.param, move.state
+    if not move.rule.smooths_rows(move.layout, p.shape):
+        return {}
+    if "second_moment" not in state:
+        own = torch.zeros(len(local(p)), 1, dtype=state_dtype(p), device=p.device)
+        state["second_moment"] = placed_like(own, p, (len(p), 1))
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+    return {"second_moment": state["second_moment"], "step": state["step"]}
 
 
 def smooths_own_rows(move: Move) -> bool:
@@ -353,12 +363,6 @@ def smooths_own_rows(move: Move) -> bool:
         return False
     axes = sharded_axes(p)
     return axes is not None and set(axes) <= {0}
-
-
-def _zero_for_each_row(p: Tensor) -> Tensor:
-    """(rows, 1), sharded as the rows of a parameter are."""
-    own = torch.zeros(len(local(p)), 1, dtype=state_dtype(p), device=p.device)
-    return placed_like(own, p, (len(p), 1))
 
 
 def _momenta_inplace(move: Move, grad: Tensor) -> Tensor:
