@@ -55,7 +55,7 @@ from hf_normopt import (
     create_normopt_optimizer,
 )
 from hf_normopt.cards.report import read_report
-from hf_normopt.optim.situation import MULTIPLIERS
+from hf_normopt.optim.situation import CHOICES
 
 from .test_trainer import arguments, bert, equal, inner, rows, weights
 
@@ -154,7 +154,9 @@ def test_a_classifier_in_the_loss_moves_as_a_head(cls, tmp_path):
     loss = SoftmaxLoss(model, WIDTH, 3)
     data = Dataset.from_dict(LABELLED)
     trainer, moves, grads = trained(cls, model, loss, data, tmp_path)
-    move = moves["classifier.weight"] / MULTIPLIERS["new", "head"]  # of an encoder that was loaded
+    move = (
+        moves["classifier.weight"] / CHOICES["new", "head"].factor
+    )  # of an encoder that was loaded
     assert is_step_of_a_head(move, grads["classifier.weight"])
     found = roles(inner(trainer))
     assert found["classifier.weight"] == "head"

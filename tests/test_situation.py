@@ -23,16 +23,18 @@ from transformers import (
 
 from hf_normopt import PRESETS, create_normopt_optimizer, update_model_card
 from hf_normopt.optim.situation import (
-    MULTIPLIERS,
+    CHOICES,
+    Choice,
     find_situation,
     remember,
     summary,
-    with_multipliers,
+    with_choices,
 )
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 20}
-HEAD, EMBEDDING = MULTIPLIERS["new", "head"], MULTIPLIERS["scratch", "embedding"]
+HEAD, EMBEDDING = CHOICES["new", "head"].factor, CHOICES["scratch", "embedding"].factor
+FIRST_HEAD = CHOICES["scratch", "head"]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_adapters_keep_their_rates_and_a_new_head_beside_them_is_quick(checkpoin
     assert states[copied] == "beside adapters"
     assert states["attention.self.query.lora_A.default.weight"] == "adapter"
     assert situation.name == "pretrained"
-    assert changed_rates(model) == {copied: MULTIPLIERS["beside adapters", "head"]}
+    assert changed_rates(model) == {copied: CHOICES["beside adapters", "head"].factor}
 
 
 def test_a_copy_of_a_loaded_head_beside_adapters_is_loaded(tmp_path, checkpoint):
@@ -208,15 +210,15 @@ def test_parameters_that_a_wrapper_replaces_are_remembered(checkpoint):
 def test_a_group_has_a_factor_where_it_fits_all(checkpoint):
     """Groups are not divided: a checkpoint's schedule has a rate for each."""
     model = classifier(checkpoint)
-    params, multipliers = dict(model.named_parameters()), {("new", "linear"): 3.0}
+    params, choices = dict(model.named_parameters()), {("new", "linear"): Choice(3.0)}
     group = {"role": "linear", "kind": "", "layouts": ["", ""]}
     for names, factor in (
         (["bert.pooler.dense.weight", "classifier.weight"], 1.0),
         (["classifier.weight", "classifier.bias"], 3.0),
     ):
         group["params"] = [(name, params[name]) for name in names]
-        (made,) = with_multipliers([group], find_situation(model), multipliers)
-        assert made == {**group, "factor": factor}
+        (made,) = with_choices([group], find_situation(model), choices, {})
+        assert made == {**group, "factor": factor, "smoothing": None}
     said = summary(find_situation(model), [made])
     assert said["chosen"] == {"lr_linear": {"factor": 3.0, "parameters": names}}
 

@@ -107,7 +107,7 @@ def _role(
         "kind": group["kind"],
         "label": label,
         "norm": str(rule.norm),
-        "rule": group["rule"],
+        "rule": group["rule"] + (f", {rule.statistic}" if group.get("smoothing") else ""),
         "tensors": len(group["params"]),
         "parameters": sum(math.prod(shape) for shape in group["param_shapes"]),
         "learning_rate": _rate(group) * group["multiplier"],

@@ -146,22 +146,25 @@ def _continued(
     """A group of the optimizer with the options of the checkpoint."""
     names = [canonical_name(name) for name in group["param_names"]]
     options = next((fitting[name].group for name in names if name in fitting), group)
-    kept = {key: group[key] for key in (*IDENTITY, *OWN)} | _factor(group, names, fitting)
+    kept = {key: group[key] for key in (*IDENTITY, *OWN)} | _choice(group, names, fitting)
     if "weight_decay" in group["own"]:  # the user asked for it, as for the multiplier
         kept["weight_decay"] = group["weight_decay"]
     return {**group, **options, **kept, "params": [own[name].number for name in names]}
 
 
-def _factor(group: Group, names: Sequence[str], fitting: Mapping[str, _Entry]) -> dict[str, float]:
-    """The factor of the rate that a group goes on with: its checkpoint's, if that had one for all.
+def _choice(group: Group, names: Sequence[str], fitting: Mapping[str, _Entry]) -> dict[str, Any]:
+    """What the situation chose for a group: its checkpoint's choice, if that had one for all.
 
     The model may have been loaded from the checkpoint, and nothing in it seems to be new then.
     """
     if "factor" not in group:
         return {}
-    saved = {fitting[name].group.get("factor", 1.0) for name in names if name in fitting}
-    factor = saved.pop() if len(saved) == 1 else group["factor"]
-    return {"factor": factor, "multiplier": group["multiplier"] / group["factor"] * factor}
+    groups = [fitting[name].group for name in names if name in fitting]
+    saved = {(one.get("factor", 1.0), one.get("smoothing")) for one in groups}
+    own = group["factor"], group.get("smoothing")
+    factor, smoothing = saved.pop() if len(saved) == 1 else own
+    multiplier = group["multiplier"] / group["factor"] * factor
+    return {"factor": factor, "smoothing": smoothing, "multiplier": multiplier}
 
 
 def _damaged(fitting: Mapping[str, _Entry], states: State) -> dict[str, str]:

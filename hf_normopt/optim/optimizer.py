@@ -56,9 +56,10 @@ class NormOpt(RankedOptimizer):
         groups: parameter groups, each a dict with `params` (parameters, or pairs of name and
             parameter) and `role`, and optionally `kind`, `layouts` (a text for each parameter;
             default: the role's usual one), `lr`, `weight_decay`, `factor`, which multiplies the
-            rule's multiplier and goes on from checkpoints; and `scales` where the parameters are
-            factors A, B, A, B, ... of products s B A: s of each. [`parameter_groups`] makes them
-            for a model.
+            rule's multiplier, `smoothing`, the beta of an [`EMA`](hf_normopt.EMA) of the norm's
+            statistic where the rule has none (both go on from checkpoints); and `scales` where the
+            parameters are factors A, B, A, B, ... of products s B A: s of each.
+            [`parameter_groups`] makes them for a model.
         policy: a rule for every role in the groups.
         lr: the learning rate, which a schedule may change; rules have multipliers of it.
         weight_decay: decoupled: W shrinks by lr · η · weight_decay · rule.decay in each step.
@@ -135,7 +136,7 @@ class NormOpt(RankedOptimizer):
         pairs = self._named(group["params"])
         bits = {key: group.get(key, self.defaults[key]) for key in ("momentum_dtype", "rounding")}
         check_precision([p for _, p in pairs], **bits)
-        rule = self.rule_of(group)
+        rule = self.rule_of({**group, "smoothing": None})  # that of a situation is not the rule's
         shapes = [tuple(p.shape) for _, p in pairs]
         layouts = group.get("layouts") or [usual_layout(group["role"], shape) for shape in shapes]
         if len(layouts) != len(pairs):

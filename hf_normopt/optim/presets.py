@@ -26,7 +26,7 @@ from .guard import parse_guard
 from .optimizer import NormOpt
 from .rules import EMA, Policy, Rule
 from .sharding import check_deepspeed, deepspeed_stage
-from .situation import MULTIPLIERS, find_situation, summary, with_multipliers
+from .situation import CHOICES, Choice, find_situation, summary, with_choices
 from .step_sizes import EscapeVelocity, Fixed, LineSearch, StepSize, parse_step_size
 from .zero import shown_whole
 
@@ -45,7 +45,7 @@ class Preset:
         step_size: η.
         schedule: of the learning rate where nobody asks for another, see
             `hf_normopt/optim/schedules.py`; "": the trainer's.
-        multipliers: of the rate by what a parameter was before training and its role, see
+        choices: by what a parameter was before training and its role, see
             `hf_normopt/optim/situation.py`.
     """
 
@@ -55,7 +55,7 @@ class Preset:
     policy: Policy
     step_size: StepSize = Fixed()  # noqa: RUF009 (immutable)
     schedule: str = ""
-    multipliers: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    choices: Mapping[tuple[str, str], Choice] = field(default_factory=dict)
 
 
 # Building blocks: a rule for matrices and one for what has no shape to speak of.
@@ -113,7 +113,7 @@ PRESETS: dict[str, Preset] = {
         source=f"{_PAPER}, Epilogue; scale: Liu et al. 2025, arXiv 2502.16982",
         learning_rate=(1e-5, 5e-3),
         policy=_with_products(_by_role(partial(Rule, scale="adamw", momentum=0.95, nesterov=True))),
-        multipliers=MULTIPLIERS,
+        choices=CHOICES,
     ),
     "modular": Preset(
         description="The same norms in their own unit: the rate transfers over width.",
@@ -310,8 +310,11 @@ def create_normopt_optimizer(
                 decays=[name for name in changes if name.partition("_")[0] == "decay"],
             )
         found = find_situation(model, situation)
-        if chosen.multipliers:
-            groups = with_multipliers(groups, found, chosen.multipliers, _decided_roles(changes))
+        if chosen.choices:
+            said, choices = _decided_roles(changes), chosen.choices
+            if own_size is not None:  # smoothing was measured at fixed ones
+                choices = {key: one for key, one in choices.items() if one.smoothing is None}
+            groups = with_choices(groups, found, choices, policy, said)
         rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         optimizer = NormOpt(
             groups,
@@ -327,7 +330,7 @@ def create_normopt_optimizer(
     given = {"overrides": overrides or None, "step_size": own_size, "heads": heads, **bits}
     given |= {"on_spike": on_spike, "situation": situation}
     optimizer.origin = {"preset": preset, **rates, **changes, **_unusual(given)}
-    if chosen.multipliers:
+    if chosen.choices:
         optimizer.situation = summary(found, groups)
         logger.info("The situation: %s.", optimizer.situation["text"])
     optimizer.made_for = weakref.ref(model)
@@ -359,11 +362,12 @@ def _warn_of_absent_roles(changes: Mapping[str, Any], groups: list[dict[str, Any
 
 
 def _decided_roles(changes: Mapping[str, Any]) -> set[str]:
-    """Roles whose rate, norm or scale an option decides."""
+    """Roles whose rate, norm, scale or statistic an option decides."""
     by_field = {name: name.partition("_") for name in changes}
-    if {"norm", "scale"} & by_field.keys():
+    if {"norm", "scale", "statistic"} & by_field.keys():
         return set(ROLES)
-    return {role for field, _, role in by_field.values() if field in ("lr", "norm", "scale")}
+    fields = ("lr", "norm", "scale", "statistic")
+    return {role for field, _, role in by_field.values() if field in fields}
 
 
 def changed(policy: Policy, **changes: Any) -> Policy:

@@ -5,7 +5,7 @@ attribute `_is_hf_initialized`). What has no mark in a model where others have o
 head for the new task, a matrix of another shape. Where nothing is marked, the gains tell: those of
 a model that was never trained are all at the value that they were made with.
 
-What follows is data, [`MULTIPLIERS`], and as data it goes into groups, normopt.json and the card.
+What follows is data, [`CHOICES`], and as data it goes into groups, normopt.json and the card.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import contextlib
 import os
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import islice, starmap
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -23,16 +23,33 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
+from ..norms.layouts import Layout
 from ..roles.graph import canonical_name
 from .checkpoints import some
+from .rules import EMA, Policy, policy_key
 
-# Multipliers of the learning rate by what a parameter was before, and its role; 1 where nothing
-# stands here, which means that nothing was measured. Validation loss at the best rate of each, the
-# same with 1 in parentheses; runs are short, and the measurement is in docs/results.md.
-MULTIPLIERS: dict[tuple[str, str], float] = {
-    ("new", "head"): 10.0,  # MiniLM, 77 intents, 60 steps: 1.33 (2.23)
-    ("beside adapters", "head"): 5.0,  # the same with LoRA, 80 steps: 1.01 (1.60)
-    ("scratch", "embedding"): 16.0,  # a small Llama, 4096 tokens, 200 steps: 4.89 (5.06)
+
+class Choice(NamedTuple):
+    """How a role's rule is changed for the situation.
+
+    Args:
+        factor: of the learning rate.
+        smoothing: the beta of an [`EMA`](hf_normopt.EMA) of the norm's statistic, where the rule
+            has none; None: as it is.
+    """
+
+    factor: float = 1.0
+    smoothing: float | None = None
+
+
+# By what a parameter was before, and its role; where nothing stands here, nothing was measured.
+# Validation loss at the best rate of each, the same without the choice in parentheses; most runs
+# are short, and the measurement is in docs/results.md.
+CHOICES: dict[tuple[str, str], Choice] = {
+    ("new", "head"): Choice(10.0),  # MiniLM, 77 intents, 60 steps: 1.33 (2.23)
+    ("beside adapters", "head"): Choice(5.0),  # the same with LoRA, 80 steps: 1.01 (1.60)
+    ("scratch", "embedding"): Choice(16.0),  # a small Llama, 4096 tokens, 200 steps: 4.89 (5.06)
+    ("scratch", "head"): Choice(4.0, smoothing=0.99),  # the same, 1,600 steps: 3.176 (3.211)
 }
 
 SITUATIONS = ("auto", "scratch", "pretrained", "neutral")
@@ -127,23 +144,26 @@ def find_situation(model: nn.Module, asked: str = "auto") -> Situation:
     return Situation("unknown", "from_pretrained loaded nothing")
 
 
-def with_multipliers(
+def with_choices(
     groups: Sequence[dict[str, Any]],
     situation: Situation,
-    multipliers: Mapping[tuple[str, str], float],
+    choices: Mapping[tuple[str, str], Choice],
+    policy: Policy,
     said: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Groups with the factor of the rate that the situation gives to all of their parameters.
+    """Groups with the choice that the situation makes for all of their parameters.
 
-    A group whose parameters would get different ones has 1: groups stay what they are, so that
-    schedules and checkpoints of a run fit whatever the situation seems to be. The factor is no part
+    A group whose parameters would get different ones has none: groups stay what they are, so that
+    schedules and checkpoints of a run fit whatever the situation seems to be. A choice is no part
     of the rule for the same reason: a checkpoint's goes on.
 
     Args:
         groups: as [`NormOpt`](hf_normopt.NormOpt) takes them.
         situation: of the model.
-        multipliers: by state and role, see [`MULTIPLIERS`].
-        said: roles and kinds about which an option has spoken. Their groups get no factor, nor do
+        choices: by state and role, see [`CHOICES`].
+        policy: the rules. A choice that smooths is left out where the statistic of a rule is not
+            one number for each row, which can be kept however parameters are divided.
+        said: roles and kinds about which an option has spoken. Their groups get no choice, nor do
             those with a rate of their own.
     """
     made = []
@@ -151,14 +171,31 @@ def with_multipliers(
         if {group["role"], group["kind"]} & set(said) or "lr" in group:
             made.append(group)
             continue
-        factors = {
-            1.0
+        found = {
+            Choice()
             if group["role"] == "embedding" and canonical_name(name) in situation.no_tables
-            else multipliers.get((situation.state(name), group["role"]), 1.0)
+            else choices.get((situation.state(name), group["role"]), Choice())
             for name, _ in group["params"]
         }
-        made.append({**group, "factor": factors.pop() if len(factors) == 1 else 1.0})
+        choice = found.pop() if len(found) == 1 else Choice()
+        if choice.smoothing is not None and not _can_smooth(group, policy, choice.smoothing):
+            choice = Choice()
+        made.append({**group, **choice._asdict()})
     return made
+
+
+def _can_smooth(group: Mapping[str, Any], policy: Policy, beta: float) -> bool:
+    """Whether a rule without a statistic could have one, of rows."""
+    rule = policy[policy_key(policy, group["role"], group["kind"])]
+    if rule.statistic is not None:
+        return False
+    try:
+        smoothed = replace(rule, statistic=EMA(beta))
+    except ValueError:  # the norm has no statistic
+        return False
+    shapes = [tuple(p.shape) for _, p in group["params"]]
+    layouts = map(Layout, group["layouts"])
+    return all(starmap(smoothed.smooths_rows, zip(layouts, shapes, strict=True)))
 
 
 def summary(situation: Situation, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -166,20 +203,21 @@ def summary(situation: Situation, groups: Sequence[Mapping[str, Any]]) -> dict[s
 
     Args:
         situation: of the model.
-        groups: from [`with_multipliers`].
+        groups: from [`with_choices`].
     """
-    chosen = {}
+    chosen, words = {}, []
     for group in groups:
-        if group.get("factor", 1.0) != 1.0:
-            names = [name for name, _ in group["params"]]
-            chosen[f"lr_{group['role']}"] = {"factor": group["factor"], "parameters": names}
+        names, options = [name for name, _ in group["params"]], []
+        for key, name in (("smoothing", "statistic"), ("factor", "lr")):
+            value, option = group.get(key) or 1.0, f"{name}_{group['role']}"
+            if value != 1:
+                chosen[option] = {key: value, "parameters": names}
+                options.append(f"{option}={value:g}")
+        if options:
+            words.append(f"{','.join(options)} for {some(set(names))}")
     news = {name for name, state in situation.states.items() if state.startswith("new")}
     what = f", new: {some(news)}" if news else ""
-    text = f"{situation.name} ({situation.why}{what})"
-    for option, choice in chosen.items():
-        text += f"; {option}={choice['factor']:g} for {some(set(choice['parameters']))}"
-    if not chosen:
-        text += "; no multiplier"
+    text = "; ".join([f"{situation.name} ({situation.why}{what})", *(words or ["no multiplier"])])
     return {"name": situation.name, "text": text, "chosen": chosen}
 
 
