@@ -154,9 +154,8 @@ def test_a_classifier_in_the_loss_moves_as_a_head(cls, tmp_path):
     loss = SoftmaxLoss(model, WIDTH, 3)
     data = Dataset.from_dict(LABELLED)
     trainer, moves, grads = trained(cls, model, loss, data, tmp_path)
-    move = (
-        moves["classifier.weight"] / CHOICES["new", "head"].factor
-    )  # of an encoder that was loaded
+    factor = CHOICES["new", "head"].factor  # of an encoder that was loaded
+    move = moves["classifier.weight"] / factor
     assert is_step_of_a_head(move, grads["classifier.weight"])
     found = roles(inner(trainer))
     assert found["classifier.weight"] == "head"

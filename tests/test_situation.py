@@ -91,7 +91,8 @@ def test_a_whole_model_that_was_loaded(checkpoint, tmp_path):
 def test_everything_from_a_config():
     model = llama()
     assert find_situation(model).name == "scratch"
-    assert changed_rates(model) == {"model.embed_tokens.weight": EMBEDDING}
+    factors = {"model.embed_tokens.weight": EMBEDDING, "lm_head.weight": FIRST_HEAD.factor}
+    assert changed_rates(model) == factors
     assert changed_rates(llama(tie_word_embeddings=True)) == {}  # the head is the same matrix
 
 
@@ -108,9 +109,9 @@ def test_only_tables_of_the_input_alone_are_quick():
     assert changed_rates(GPT2LMHeadModel(tied)) == {}
     untied = GPT2Config(**tied.to_diff_dict() | {"tie_word_embeddings": False})
     model = GPT2LMHeadModel(untied)
-    assert changed_rates(model) == {}  # the group has the positions too
+    assert "transformer.wte.weight" not in changed_rates(model)  # the group has the positions too
     model.transformer.wpe.requires_grad_(False)
-    assert changed_rates(model) == {"transformer.wte.weight": EMBEDDING}
+    assert changed_rates(model)["transformer.wte.weight"] == EMBEDDING
 
 
 def test_a_resized_vocabulary_is_no_new_head(tmp_path):
@@ -171,7 +172,8 @@ def test_what_cannot_be_known_is_said_and_changes_nothing(checkpoint):
 
 def test_who_knows_can_say():
     plain = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 2))
-    assert changed_rates(plain, situation="scratch") == {"0.weight": EMBEDDING}
+    factors = {"0.weight": EMBEDDING, "2.weight": FIRST_HEAD.factor}
+    assert changed_rates(plain, situation="scratch") == factors
     assert changed_rates(llama(), situation="neutral") == {}
     assert changed_rates(llama(), situation="pretrained") == {}
     with pytest.raises(ValueError, match="auto, scratch, pretrained, neutral"):
@@ -182,7 +184,8 @@ def test_an_option_for_a_role_goes_before(checkpoint):
     assert changed_rates(classifier(checkpoint), lr_head=2.0) == {"classifier.weight": 2.0}
     assert changed_rates(classifier(checkpoint), lr_head=1) == {}
     assert changed_rates(llama(), scale="norm") == {}  # the table was measured with another one
-    assert changed_rates(llama(), norm_embedding="l1->linf") == {}
+    other = changed_rates(llama(), norm_embedding="l1->linf")
+    assert other == {"lm_head.weight": FIRST_HEAD.factor}
     kept = changed_rates(llama(), lr_head=2.0)
     assert kept == {"lm_head.weight": 2.0, "model.embed_tokens.weight": EMBEDDING}
 
@@ -221,6 +224,56 @@ def test_a_group_has_a_factor_where_it_fits_all(checkpoint):
         assert made == {**group, "factor": factor, "smoothing": None}
     said = summary(find_situation(model), [made])
     assert said["chosen"] == {"lr_linear": {"factor": 3.0, "parameters": names}}
+
+
+def smoothed(optimizer):
+    """The parameters whose rule has a statistic, and its beta."""
+    return {
+        name: optimizer.rule_of(group).statistic.beta
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+        if optimizer.rule_of(group).statistic
+    }
+
+
+def test_a_first_head_is_smoothed():
+    """It steps as one whose rule says so; no other one does, nor does it where an option speaks."""
+    beta, factor = FIRST_HEAD.smoothing, FIRST_HEAD.factor
+    torch.manual_seed(0)
+    models = [llama()]
+    models += [copy.deepcopy(models[0]) for _ in range(2)]
+    options = {"statistic_head": beta, "lr_head": factor}
+    as_found, as_said, as_loaded = (
+        create_normopt_optimizer(model, lr=1e-2, **options)
+        for model, options in zip(models, ({}, options, {"situation": "pretrained"}), strict=True)
+    )
+    assert smoothed(as_found) == smoothed(as_said) == {"lm_head.weight": beta}
+    assert smoothed(as_loaded) == {}
+    for _ in range(3):
+        for ps in zip(*(model.parameters() for model in models), strict=True):
+            ps[0].grad = torch.randn_like(ps[0])
+            ps[1].grad = ps[0].grad.clone()
+        as_found.step()
+        as_said.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+    for options in ({"lr_head": 1.0}, {"norm_head": "rms->rms"}, {"step_size": "dual_norm"}):
+        assert smoothed(create_normopt_optimizer(llama(), lr=1e-2, **options)) == {}
+
+
+def test_a_checkpoint_goes_on_with_its_smoothing():
+    """Also one that was written before heads were smoothed."""
+    model = llama()
+    for options, beta in (({}, FIRST_HEAD.smoothing), ({"situation": "neutral"}, None)):
+        saved = copy.deepcopy(stepped(model, **options).state_dict())
+        if beta is None:
+            for group in saved["param_groups"]:
+                del group["smoothing"]
+        for situation in ("auto", "pretrained"):
+            optimizer = create_normopt_optimizer(model, lr=1e-3, situation=situation)
+            optimizer.load_state_dict(copy.deepcopy(saved))
+            found = {} if beta is None else {"lm_head.weight": beta}
+            assert smoothed(optimizer) == found, (options, situation)
 
 
 def stepped(model, **options):

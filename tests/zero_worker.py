@@ -12,7 +12,11 @@ STEPS, SAVED = 4, 2
 
 
 def arguments(folder, world, stage, **options):
-    """Clipping that acts, accumulation, decay and a schedule; the same batches for every world."""
+    """Clipping that acts, accumulation, decay and a schedule; the same batches for every world.
+
+    A row of the head lies across partitions, and its statistic too.
+    """
+    options.setdefault("optim_args", "statistic_head=0.9")
     config = {
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "train_micro_batch_size_per_gpu": "auto",
