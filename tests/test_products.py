@@ -242,6 +242,11 @@ def test_at_b_zero_only_b_moves_and_then_a_moves_by_the_guard():
             assert moved == 0 if step == 0 else 0.5 * GUARD < moved <= GUARD * (1 + 1e-9)
 
 
+def test_a_product_taken_apart_gives_no_notice(caplog):
+    create_normopt_optimizer(adapted(), lr=0.1, norm_product="rms->rms")
+    assert not [r for r in caplog.records if "no effect" in r.getMessage()]
+
+
 def test_decay_shrinks_the_product_as_it_would_a_weight():
     model = with_b(adapted())
     optimizer = create_normopt_optimizer(model, lr=0.1, weight_decay=0.3)

@@ -324,7 +324,7 @@ def create_normopt_optimizer(
             on_mismatch=on_mismatch,
             **bits,
         )
-    _warn_of_absent_roles(changes, groups)
+    _warn_of_absent_roles(changes, groups, policy)
     optimizer.guard = None if on_spike is None else parse_guard(on_spike)
     check_deepspeed(optimizer.unfit_for_zero, optimizer.may_be_flat)
     given = {"overrides": overrides or None, "step_size": own_size, "heads": heads, **bits}
@@ -353,11 +353,15 @@ def _unusual(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value != usual[name].default}
 
 
-def _warn_of_absent_roles(changes: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+def _warn_of_absent_roles(
+    changes: Mapping[str, Any], groups: list[dict[str, Any]], policy: Policy
+) -> None:
     present = {group[key] for group in groups for key in ("role", "kind")}
+    products = set(policy) & {"product", "table_product"}
+    taken_apart = {kind for kind in products if not isinstance(policy[kind].norm, Product)}
     for change in changes:
         role = change.partition("_")[2]
-        if role and role not in present:
+        if role and role not in present | taken_apart:
             logger.warning("%s has no effect: no trainable parameter is %r.", change, role)
 
 
