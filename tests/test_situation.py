@@ -34,7 +34,7 @@ from hf_normopt.optim.situation import (
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 20}
 HEAD, EMBEDDING = CHOICES["new", "head"].factor, CHOICES["scratch", "embedding"].factor
-FIRST_HEAD = CHOICES["scratch", "head"]
+FIRST_HEAD, FIRST_TABLE = CHOICES["scratch", "head"], CHOICES["scratch", "embedding"]
 
 
 @pytest.fixture(scope="module")
@@ -236,18 +236,25 @@ def smoothed(optimizer):
     }
 
 
+ENDS_SMOOTHED = {
+    "model.embed_tokens.weight": FIRST_TABLE.smoothing,
+    "lm_head.weight": FIRST_HEAD.smoothing,
+}
+
+
 def test_a_first_head_is_smoothed():
-    """It steps as one whose rule says so; no other one does, nor does it where an option speaks."""
+    """And the first table: as those whose rule says so; no others, nor where an option speaks."""
     beta, factor = FIRST_HEAD.smoothing, FIRST_HEAD.factor
     torch.manual_seed(0)
     models = [llama()]
     models += [copy.deepcopy(models[0]) for _ in range(2)]
     options = {"statistic_head": beta, "lr_head": factor}
+    options |= {"statistic_embedding": FIRST_TABLE.smoothing, "lr_embedding": FIRST_TABLE.factor}
     as_found, as_said, as_loaded = (
         create_normopt_optimizer(model, lr=1e-2, **options)
         for model, options in zip(models, ({}, options, {"situation": "pretrained"}), strict=True)
     )
-    assert smoothed(as_found) == smoothed(as_said) == {"lm_head.weight": beta}
+    assert smoothed(as_found) == smoothed(as_said) == ENDS_SMOOTHED
     assert smoothed(as_loaded) == {}
     for _ in range(3):
         for ps in zip(*(model.parameters() for model in models), strict=True):
@@ -257,22 +264,25 @@ def test_a_first_head_is_smoothed():
         as_said.step()
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p, q)
-    for options in ({"lr_head": 1.0}, {"norm_head": "rms->rms"}, {"step_size": "dual_norm"}):
-        assert smoothed(create_normopt_optimizer(llama(), lr=1e-2, **options)) == {}
+    for options in ({"lr_head": 1.0}, {"norm_head": "rms->rms"}):
+        found = smoothed(create_normopt_optimizer(llama(), lr=1e-2, **options))
+        assert found == {"model.embed_tokens.weight": FIRST_TABLE.smoothing}
+    found = create_normopt_optimizer(llama(), lr=1e-2, step_size="dual_norm")
+    assert smoothed(found) == {}
+    assert rates(found)["model.embed_tokens.weight"] == FIRST_TABLE.unsmoothed
 
 
 def test_a_checkpoint_goes_on_with_its_smoothing():
     """Also one that was written before heads were smoothed."""
     model = llama()
-    for options, beta in (({}, FIRST_HEAD.smoothing), ({"situation": "neutral"}, None)):
+    for options, found in (({}, ENDS_SMOOTHED), ({"situation": "neutral"}, {})):
         saved = copy.deepcopy(stepped(model, **options).state_dict())
-        if beta is None:
+        if not found:
             for group in saved["param_groups"]:
                 del group["smoothing"]
         for situation in ("auto", "pretrained"):
             optimizer = create_normopt_optimizer(model, lr=1e-3, situation=situation)
             optimizer.load_state_dict(copy.deepcopy(saved))
-            found = {} if beta is None else {"lm_head.weight": beta}
             assert smoothed(optimizer) == found, (options, situation)
 
 

@@ -311,10 +311,9 @@ def create_normopt_optimizer(
             )
         found = find_situation(model, situation)
         if chosen.choices:
-            said, choices = _decided_roles(changes), chosen.choices
-            if own_size is not None:  # smoothing was measured at fixed ones
-                choices = {key: one for key, one in choices.items() if one.smoothing is None}
-            groups = with_choices(groups, found, choices, policy, said)
+            said, is_fixed = _decided_roles(changes), own_size in (None, Fixed())
+            choices = chosen.choices
+            groups = with_choices(groups, found, choices, policy, said, is_fixed=is_fixed)
         rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         optimizer = NormOpt(
             groups,

@@ -36,10 +36,12 @@ class Choice(NamedTuple):
         factor: of the learning rate.
         smoothing: the beta of an [`EMA`](hf_normopt.EMA) of the norm's statistic, where the rule
             has none; None: as it is.
+        unsmoothed: the factor in place of the first where the rule cannot be smoothed.
     """
 
     factor: float = 1.0
     smoothing: float | None = None
+    unsmoothed: float = 1.0
 
 
 # By what a parameter was before, and its role; where nothing stands here, nothing was measured.
@@ -48,8 +50,9 @@ class Choice(NamedTuple):
 CHOICES: dict[tuple[str, str], Choice] = {
     ("new", "head"): Choice(10.0),  # MiniLM, 77 intents, 60 steps: 1.33 (2.23)
     ("beside adapters", "head"): Choice(5.0),  # the same with LoRA, 80 steps: 1.01 (1.60)
-    ("scratch", "embedding"): Choice(16.0),  # a small Llama, 4096 tokens, 200 steps: 4.89 (5.06)
-    ("scratch", "head"): Choice(4.0, smoothing=0.99),  # the same, 1,600 steps: 3.176 (3.211)
+    # A small Llama, 1,600 steps: 3.15; with neither 16 nor 64 nor smoothing 3.21 and more
+    ("scratch", "embedding"): Choice(64.0, smoothing=0.99, unsmoothed=16.0),
+    ("scratch", "head"): Choice(4.0, smoothing=0.99),
 }
 
 SITUATIONS = ("auto", "scratch", "pretrained", "neutral")
@@ -150,6 +153,8 @@ def with_choices(
     choices: Mapping[tuple[str, str], Choice],
     policy: Policy,
     said: Collection[str] = (),
+    *,
+    is_fixed: bool = True,
 ) -> list[dict[str, Any]]:
     """Groups with the choice that the situation makes for all of their parameters.
 
@@ -161,10 +166,11 @@ def with_choices(
         groups: as [`NormOpt`](hf_normopt.NormOpt) takes them.
         situation: of the model.
         choices: by state and role, see [`CHOICES`].
-        policy: the rules. A choice that smooths is left out where the statistic of a rule is not
-            one number for each row, which can be kept however parameters are divided.
+        policy: the rules. None is smoothed whose statistic is not one number for each row, which
+            can be kept however parameters are divided.
         said: roles and kinds about which an option has spoken. Their groups get no choice, nor do
             those with a rate of their own.
+        is_fixed: whether the step size is, for which alone smoothing was measured.
     """
     made = []
     for group in groups:
@@ -178,9 +184,10 @@ def with_choices(
             for name, _ in group["params"]
         }
         choice = found.pop() if len(found) == 1 else Choice()
-        if choice.smoothing is not None and not _can_smooth(group, policy, choice.smoothing):
-            choice = Choice()
-        made.append({**group, **choice._asdict()})
+        beta = choice.smoothing
+        if beta is not None and not (is_fixed and _can_smooth(group, policy, beta)):
+            choice = Choice(choice.unsmoothed)
+        made.append({**group, "factor": choice.factor, "smoothing": choice.smoothing})
     return made
 
 
