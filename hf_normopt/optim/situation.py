@@ -50,7 +50,7 @@ class Choice(NamedTuple):
 CHOICES: dict[tuple[str, str], Choice] = {
     ("new", "head"): Choice(10.0),  # MiniLM, 77 intents, 60 steps: 1.33 (2.23)
     ("beside adapters", "head"): Choice(5.0),  # the same with LoRA, 80 steps: 1.01 (1.60)
-    # A small Llama, 1,600 steps: 3.15; with neither 16 nor 64 nor smoothing 3.21 and more
+    # A small Llama, 1,600 steps: 3.15; unsmoothed at 16 and 1 times the rate 3.21
     ("scratch", "embedding"): Choice(64.0, smoothing=0.99, unsmoothed=16.0),
     ("scratch", "head"): Choice(4.0, smoothing=0.99),
 }
