@@ -42,6 +42,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"side": 256},
     {"length": 256},
     {"length": 64, "features_last": True, "large": True},
+    {"features_last": True, "channel": True},
 )
 
 

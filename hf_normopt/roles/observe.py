@@ -39,8 +39,8 @@ _CHANGES = 6  # that are tried in turn
 _TURNS = 20
 _FARTHER = 1  # turns later come changes that led no farther
 _ALIKE = 2  # inputs that were refused for one reason, before others that were for the same
-# Operations of all passes, after which no module is tried on other inputs. Of those that a config
-# tells there are few, and one of them is right.
+# Operations after which neither the model nor, counted anew, what it did not reach is tried on other
+# inputs. Of those that a config tells there are few, and one of them is right.
 _MOST, _MOST_OF_CONFIG = 3000, 15_000
 
 
@@ -61,6 +61,7 @@ def observe(model: nn.Module, inputs: Any = None) -> Seen:
         seen.copy_to_equals()
         _train_inplace(seen, twin)
         seen.ran = set(seen.uses)
+        twin.spent = 0
         _observe_rest_inplace(seen, twin, unwrapped(model))
     return seen
 

@@ -40,7 +40,9 @@ from .twin import Twin
 from .views import COPIES, table_layout
 
 _SMALL = 3  # matrices of a module whose features go on to the one that called it
-_MOST = 20_000  # operations of one pass
+_MOST = 200_000  # operations of one pass
+_MOST_ASKING = 20_000  # of one whose code asks for more than so many values
+_MOST_ASKED = 2000
 _SAME = COPIES | {"_unsafe_view", "repeat", "_reshape_alias", "_conj", "view_as_real_copy"}
 _POINTWISE = frozenset(
     ("complex", "polar", "real", "imag", "native_dropout", "dropout", "addcmul", "addcdiv", "lerp")
@@ -48,7 +50,7 @@ _POINTWISE = frozenset(
 
 
 class EndlessError(Exception):
-    """A pass of more operations than any model needs."""
+    """A pass of more operations than any model needs, or a loop until something converges."""
 
 
 class Watch(Mixing):
@@ -60,7 +62,7 @@ class Watch(Mixing):
 
     def __init__(self, twin: Twin) -> None:
         super().__init__(twin)
-        self.operations = 0
+        self.operations = self.asked = 0
         self.aside = False  # whether operations are not the twin's, but our own
         if not twin.notes:
             twin.notes.extend(self._parameters())
@@ -176,8 +178,9 @@ class Watch(Mixing):
         if self.aside:
             return func(*args, **kwargs)
         self.operations += 1
-        if self.operations > _MOST:  # a loop until something converges, which nothing does here
-            raise EndlessError(f"forward went on after {_MOST} operations")
+        self.asked += func is torch.ops.aten._local_scalar_dense.default
+        if self.operations > (_MOST if self.asked < _MOST_ASKED else _MOST_ASKING):
+            raise EndlessError(f"forward went on after {self.operations} operations")
         result = evaluate(func, args, kwargs)
         with suppress(Exception):  # an operation that is called otherwise than was thought of
             self.note(func, args, kwargs, result)
