@@ -250,12 +250,23 @@ def _token(view: View) -> Finding | None:
         or (kind and "gain" not in uses)
     ):
         return Finding("embedding", "a learned vector placed into the sequence", None, kind)
-    if uses.keys() == {"sum"} and several:
+    if uses.keys() == {"sum"} and several and not _has_gain(view):
         reason = "a table of vectors that is added to the sequence"
         return Finding("embedding", reason, uses["sum"])
     if _MAYBE_TOKEN.search(view.leaf) and uses.keys() <= {"sum"}:
         return Finding("embedding", "a learned vector placed into the sequence")
     return None
+
+
+def _has_gain(view: View) -> bool:
+    """Whether the module multiplies entry by entry by another parameter of the same shape."""
+    path = view.key.removesuffix(view.leaf)
+    return any(
+        other is not None
+        and tuple(other.shape) == view.shape
+        and "gain" in view.seen.uses.get(f"{path}{name}", ())
+        for name, other in view.owner._parameters.items()
+    )
 
 
 def _single(view: View) -> Finding | None:
@@ -286,6 +297,8 @@ def _vector(view: View) -> Finding | None:
     if "outer" in uses:
         reason = f"{_where(view)} multiplies numbers by it, which become vectors"
         return Finding("linear", reason, uses["outer"])
+    if "spread" in uses:
+        return Finding("other", f"{_where(view)} multiplies noise by it")
     if "gain" in uses:
         return Finding("norm", f"{view.owner_class} multiplies by it, entry by entry")
     if uses.keys() & {"sum", "offset"}:

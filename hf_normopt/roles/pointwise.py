@@ -41,6 +41,11 @@ def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[st
     return found
 
 
+def _is_whole(shown: Shown, repeated: frozenset[int]) -> bool:
+    """Whether single numbers were repeated along all axes of a parameter."""
+    return {j for j, size in enumerate(shown.shape) if size > 1} <= repeated
+
+
 def _lies_along(note: Note, features: list[int], output: Tensor) -> bool:
     """Whether tables have entries along several axes of features, such as heads, and no others."""
     found = []
@@ -90,10 +95,16 @@ class Pointwise(Follower):
             modulated = output.numel() > largest or any(n.shown for n in active)
             spread = [s.spread(output.shape) for n in notes for s in n.shown]
             shown = tuple(s for s in spread if s is not None and s.picked == NONE)
-            return replace(found, shown=shown if modulated else (), times=times)
+            return replace(
+                found, shown=shown if modulated else (), times=times or self._kept(notes)
+            )
         if len(operands) == 1 and active[0].shown:
             return replace(found, shown=active[0].shown)
         return found
+
+    def _kept(self, notes: list[Note]) -> tuple[tuple[Shown, frozenset[int]], ...]:
+        """The parameters among factors still, after a product with a constant."""
+        return notes[0].times if len(notes) == 1 else ()
 
     def _times(
         self, operands: list[Tensor], output: Tensor
@@ -122,6 +133,9 @@ class Pointwise(Follower):
         """
         rates = frozenset().union(*(n.rates for n in active))
         decayed = frozenset().union(*(n.decayed for n in active))
+        if name in ("sin", "cos"):
+            for shown in (s for n in active for s, repeated in n.times if _is_whole(s, repeated)):
+                self._use(shown.name, "rate")  # frequencies, which single numbers are multiplied by
         if name == "exp":
             rates |= {shown.name for n in active for shown, _ in n.times}
             decayed = frozenset()
@@ -231,6 +245,9 @@ class Pointwise(Follower):
         most = max((s.entries() for s in shown), default=0)
         how = "sum" if name in _SUMS_OF else "gain"
         found: dict[str, Shown] = {}
+        if any(getattr(value, "_is_noise", False) for value in constants):
+            for one in shown:
+                self._use(one.name, "spread")
         if constants and most < output.numel() and name in _REPEATS:
             is_mask = any(selection_of(value) is not None for value in constants)
             repeated = "place" if is_mask else "gain"

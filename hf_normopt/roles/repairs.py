@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .fields import tensors_in
 from .inputs import ROWS, Inputs
 
 Pair = tuple[int, int]
@@ -36,8 +38,7 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
         inputs: what was refused.
         said: the error.
     """
-    args, kwargs = inputs
-    values = [*args, *kwargs.values()]
+    values, form = tree_flatten(inputs)
     pairs = _pairs(said.rpartition(" (")[0] or said)
     kinds = [_typed] if _TYPES.search(said) else []
     kinds += [_same, _shaped, _scaled] if _AXES.search(said) else [_same, _scaled]
@@ -50,7 +51,7 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
         if other is None:
             continue
         new = [other if i in places else value for i, value in enumerate(values)]
-        yield tuple(new[: len(args)]), dict(zip(kwargs, new[len(args) :], strict=True))
+        yield tree_unflatten(new, form)
 
 
 def _together(values: list[Any]) -> list[tuple[int, ...]]:
@@ -68,8 +69,7 @@ def _together(values: list[Any]) -> list[tuple[int, ...]]:
 
 def described(inputs: Inputs) -> str:
     """The shapes and types of inputs, which tell whether two are alike."""
-    args, kwargs = inputs
-    values = (*args, *kwargs.values())
+    values = tree_flatten(inputs)[0]
     return str([(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in values])
 
 
@@ -77,9 +77,7 @@ def axes_of(inputs: Inputs, said: str) -> int:
     """The axes of arguments, those of one shape once; how many are wrong if the error says."""
     if asked := _UNPACKED.search(said):
         return abs(int(asked[1]) - int(asked[2]))
-    args, kwargs = inputs
-    tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-    return sum(len(shape) for shape, _ in {(v.shape, v.dtype) for v in tensors})
+    return sum(len(shape) for shape, _ in {(v.shape, v.dtype) for v in tensors_in(inputs)})
 
 
 def _pairs(said: str) -> list[Pair]:

@@ -121,7 +121,10 @@ def picked_parameter(
     if shown.start is not None:
         return None
     axes = shown.axes()
-    picked = shown.picked | {j for d in dims if d < len(axes) for j in axes[d]}
+    now = {j for d in dims if d < len(axes) for j in axes[d]}
+    if shown.expanded and not now:  # rows that are all the same
+        shown = replace(shown, how=shown.how or "place")
+    picked = shown.picked | now
     given = shown.given
     if name == "gather":
         return replace(

@@ -48,6 +48,8 @@ _POINTWISE = frozenset(
     ("complex", "polar", "real", "imag", "native_dropout", "dropout", "addcmul", "addcdiv", "lerp")
 ) | {"where", "rsub"}
 
+_RANDOM = ("rand", "normal", "uniform", "exponential", "bernoulli")
+
 
 class EndlessError(Exception):
     """A pass of more operations than any model needs, or a loop until something converges."""
@@ -190,6 +192,8 @@ class Watch(Mixing):
         """Note what an operation gives."""
         name = func.overloadpacket.__name__
         base = name.rstrip("_") if func._schema.is_mutable else name
+        if base.startswith(_RANDOM) and isinstance(result, Tensor):
+            result._is_noise = True  # type: ignore[attr-defined]
         if base.endswith("_like") or base.startswith("new_"):
             return
         with suppress(RuntimeError):
@@ -295,6 +299,8 @@ class Lists(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], str):
+            raise TypeError(f"a tensor has no attribute {args[1]!r}")
         if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].is_meta:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             index = tuple(torch.tensor(i) if _is_list(i) else i for i in index)
