@@ -134,6 +134,8 @@ class Follower(TorchDispatchMode):
         for shown in note.shown:
             final = shown.how or how
             layout = (layouts or {}).get(shown.name)
+            if final == "spread" and how != "sum":  # noise that is not added is as any activation
+                final = how
             if final == "scatter":
                 final, layout = ("packed", None) if how == "product" else ("place", None)
             elif final == "untracked":

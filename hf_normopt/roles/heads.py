@@ -80,7 +80,7 @@ class _Sight:
             return None
         made = {key: set(names) for key, names in fields.items() if wanted(key) or key == _WHOLE}
         if is_plain:  # what else is returned on the way to an output is none itself
-            above = self.upstream(set().union(*made.values()))
+            above = self.upstream(set().union(*made.values())) - self.seen.scored
             made = {key: names - above for key, names in made.items()}
         found = {}
         for key, names in made.items():

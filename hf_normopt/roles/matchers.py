@@ -217,7 +217,8 @@ def _raw_matrix(view: View) -> Finding | None:
     if "mixture" not in view.uses and view.uses.keys() & {"sum", "place"} and len(view.shape) == 2:
         return Finding("embedding", "vectors that are activations, and are multiplied by")
     if looked_up is not None:
-        reason, also_head = "rows looked up by an index, and multiplied by", view.head is not None
+        also_head = view.head is not None
+        reason = f"rows looked up by an index, and {'the head' if also_head else 'multiplied by'}"
         return Finding("embedding", reason, looked_up, _position(view.leaf), also_head)
     if view.head is not None and "transposed" not in view.uses:
         return Finding("head", view.head, layout)
@@ -299,6 +300,8 @@ def _vector(view: View) -> Finding | None:
         return Finding("linear", reason, uses["outer"])
     if "spread" in uses:
         return Finding("other", f"{_where(view)} multiplies noise by it")
+    if "gain" in uses and uses.keys() & {"sum", "offset"}:
+        return Finding("other", f"{_where(view)} multiplies by it, and adds it")
     if "gain" in uses:
         return Finding("norm", f"{view.owner_class} multiplies by it, entry by entry")
     if uses.keys() & {"sum", "offset"}:

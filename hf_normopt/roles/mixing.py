@@ -239,7 +239,7 @@ class Mixing(Products):
             return note
         self.use(note)
         is_share = "log" not in name
-        return replace(note, index=None, squashed=is_share, share=is_share)
+        return replace(note, index=None, squashed=is_share, share=is_share, scored=True)
 
     def gated(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """One half times the sigmoid of the other."""

@@ -40,8 +40,8 @@ _CHANGES = 6  # that are tried in turn
 _TURNS = 20
 _FARTHER = 1  # turns later come changes that led no farther
 _ALIKE = 2  # inputs that were refused for one reason, before others that were for the same
-# Operations after which neither the model nor, counted anew, what it did not reach is tried on other
-# inputs. Of those that a config tells there are few, and one of them is right.
+# Operations after which neither the model nor, counted anew, what it did not reach is tried on
+# other inputs. Of those that a config tells there are few, and one of them is right.
 _MOST, _MOST_OF_CONFIG = 3000, 15_000
 
 

@@ -46,6 +46,10 @@ def _is_whole(shown: Shown, repeated: frozenset[int]) -> bool:
     return {j for j, size in enumerate(shown.shape) if size > 1} <= repeated
 
 
+def _is_vector(shown: Shown) -> bool:
+    return not (shown.how or has_several_axes(shown.shape))
+
+
 def _lies_along(note: Note, features: list[int], output: Tensor) -> bool:
     """Whether tables have entries along several axes of features, such as heads, and no others."""
     found = []
@@ -246,8 +250,7 @@ class Pointwise(Follower):
         how = "sum" if name in _SUMS_OF else "gain"
         found: dict[str, Shown] = {}
         if any(getattr(value, "_is_noise", False) for value in constants):
-            for one in shown:
-                self._use(one.name, "spread")
+            shown = [replace(one, how="spread") if _is_vector(one) else one for one in shown]
         if constants and most < output.numel() and name in _REPEATS:
             is_mask = any(selection_of(value) is not None for value in constants)
             repeated = "place" if is_mask else "gain"
@@ -256,6 +259,8 @@ class Pointwise(Follower):
             shown = [replace(one, how="rate") if one.how == "gain" else one for one in shown]
         for one in shown:
             smaller = one.entries() < most and not one.inner  # factors cover what they multiply to
+            if one.how == "spread" and len(notes) > 1:
+                one = replace(one, how="")
             if len(notes) > 1 and smaller and not one.how and one.start is None:
                 one = replace(one, how=how)
             old = found.get(one.name)

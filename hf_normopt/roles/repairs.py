@@ -26,6 +26,7 @@ _UNPACKED = re.compile(r"values to unpack \(expected (\d+), got (\d+)\)")
 _TYPES = re.compile(r"type|Long|[Ii]ndices|[Ii]ntegers?|index|iterable|scalar")
 _PLACES = re.compile(r"\b(dim|dimension|axis|index|argument|operand|entry|at)\b:? [#-]?\d+")
 _MATRICES = re.compile(r"\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+")
+_BROADCAST = re.compile(r"of length (\d+) at (-\d+).*broadcastable to \[([\d, ]+)\]")
 _NUMBERS = 6  # of an error that are looked at
 _LARGEST = 4096  # size of an axis
 _MOST = 1 << 24  # entries of an argument
@@ -85,6 +86,10 @@ def _pairs(said: str) -> list[Pair]:
     matrices = _MATRICES.search(said)
     if matrices is not None:
         return [(int(matrices[1]), int(matrices[2]))]
+    if (broadcast := _BROADCAST.search(said)) is not None:
+        shape = [int(n) for n in broadcast[3].split(",")]
+        one, other = int(broadcast[1]), shape[int(broadcast[2])]
+        return [(other, one), (one, other)]
     # not those in names such as `float32`
     found = re.findall(r"(?<![\w.])\d+(?![\w.])", _PLACES.sub("", said))
     sizes = dict.fromkeys(int(n) for n in found if 0 < int(n) <= _LARGEST)
@@ -115,7 +120,9 @@ def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     for old, new in pairs:
         side = value.shape[-1] if value.ndim else 1
         if value.ndim > 3 and value.shape[-2] == side and max(old, new) >= 2 * side:
-            yield from _resized(value, side, max(1, round(side * math.sqrt(new / old))))
+            other = side * math.sqrt(new / old)
+            for size in (round(other), 4 * math.ceil(other / 4)):  # kernels without padding
+                yield from _resized(value, side, max(1, size))
         for size in dict.fromkeys(reversed(value.shape) if old else ()):
             for other in (size * new // old if size * new % old == 0 else 0, size + new - old):
                 if old != size and 0 < other <= _LARGEST:

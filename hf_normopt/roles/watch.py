@@ -168,6 +168,8 @@ class Watch(Mixing):
                 note = self.noted(tensor)
                 if note is not None:
                     makers |= note.last - self.weights if note.squashed else note.last
+                    if note.scored:
+                        self.seen.scored |= note.last - self.weights
                     self.not_summed(note)
                     if not path and note.fixed:
                         self.record(note, "return")
