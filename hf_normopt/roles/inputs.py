@@ -163,6 +163,7 @@ def _of_all_kinds(model: nn.Module, first: Tensor, rest: list[Any]) -> Iterator[
 
 _IDS = re.compile(r"ids$|^idx|token|word|^text")
 _IMAGE = re.compile(r"^im(g|age)s?$|pixel")
+_SOUND = re.compile(r"^(wav|audio|sound|speech|signal)")
 _NUMBERS = re.compile(r"num|cont|dense|feat|wav|audio|xyz|coord|point")
 _FEW = 12  # shapes that one module takes which are tried before all that others take
 
@@ -189,6 +190,8 @@ def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tenso
         shapes |= dict.fromkeys(shape for its in taken for shape in its[few])
     if _IMAGE.search(name):
         shapes = {(ROWS, 3, n, n): None for n in sides} | shapes
+    if _SOUND.search(name):
+        shapes = {(ROWS, 1, 1600): None, (ROWS, 1600): None} | shapes
     ids = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
     tokens = [torch.arange(ROWS * n).view(ROWS, n) % ids for n in lengths]
     first = next((m for m in model.modules() if not m._modules and m._parameters), None)

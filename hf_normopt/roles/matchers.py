@@ -240,6 +240,8 @@ def _token(view: View) -> Finding | None:
     uses = _uses(view)
     if math.prod(view.shape) == 1 or re.fullmatch(r"b(_?\d+|_[a-z]+)?", view.leaf):
         return None
+    if "sink" in uses:
+        return Finding("other", f"stands beside the logits of a softmax in {_where(view)}")
     kind = _position(view.leaf)
     several = has_several_axes(view.shape)
     if "lookup" in uses and len(view.shape) > 1:

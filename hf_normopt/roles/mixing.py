@@ -12,7 +12,7 @@ from ..norms.layouts import Layout
 from .follow import are_same, expanded_to, mixture, resized_to, tensors_of
 from .notes import LARGEST, Note, Shown, essential, is_batch, narrowed
 from .products import Products
-from .views import numbered, picked_parameter, table_layout
+from .views import numbered, picked_parameter, scattered, table_layout
 
 GAINS = {
     "native_layer_norm": (2, 3),
@@ -103,6 +103,7 @@ class Mixing(Products):
             index=self._joined_index(name, notes, dim, result),
             squashed=all(n.squashed for n in active),
             head_size=max(n.head_size for n in active),
+            joined=frozenset(s.name for n in known if n.fixed for s in n.shown),
         )
 
     def _joined_index(
@@ -150,11 +151,7 @@ class Mixing(Products):
         notes = self.notes_of(tensors_of((args, kwargs)))
         target = self.noted(args[0])
         if notes and all(n.fixed for n in notes):
-            shown = tuple(
-                replace(s, how=s.how or "scatter", view=torch.empty((), device="meta"), given=())
-                for n in notes
-                for s in n.shown
-            )
+            shown = tuple(scattered(s) for n in notes for s in n.shown)
             whole = name == "copy" and target is None
             return Note(shown=notes[0].shown if whole else shown, fixed=True)
         self.record_fixed(notes, "place")
@@ -237,6 +234,8 @@ class Mixing(Products):
             return Note(squashed=True)
         if note is None or note.fixed:
             return note
+        for parameter in note.joined:
+            self._use(parameter, "sink")
         self.use(note)
         is_share = "log" not in name
         return replace(note, index=None, squashed=is_share, share=is_share, scored=True)

@@ -145,6 +145,7 @@ class Note:
         scored: whether a softmax, or its logarithm, has just given it.
         last: those of them after which no normalisation came: they may have made an output.
         stacked: whether several independent matrices have just made it.
+        joined: parameters that were just put beside it.
         patches: whether it holds patches of an image, as of `unfold`.
         head_size: size of the heads of the attention that gave it, 0 if none did.
         times: parameters that it was just multiplied by, entry by entry, with those of their stored
@@ -162,6 +163,7 @@ class Note:
     scored: bool = False
     last: frozenset[str] = frozenset()
     stacked: bool = False
+    joined: frozenset[str] = frozenset()
     patches: bool = False
     head_size: int = 0
     times: tuple[tuple[Shown, frozenset[int]], ...] = ()

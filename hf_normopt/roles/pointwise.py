@@ -100,15 +100,16 @@ class Pointwise(Follower):
             spread = [s.spread(output.shape) for n in notes for s in n.shown]
             shown = tuple(s for s in spread if s is not None and s.picked == NONE)
             return replace(
-                found, shown=shown if modulated else (), times=times or self._kept(notes)
+                found, shown=shown if modulated else (), times=times or self._kept(operands)
             )
         if len(operands) == 1 and active[0].shown:
             return replace(found, shown=active[0].shown)
         return found
 
-    def _kept(self, notes: list[Note]) -> tuple[tuple[Shown, frozenset[int]], ...]:
-        """The parameters among factors still, after a product with a constant."""
-        return notes[0].times if len(notes) == 1 else ()
+    def _kept(self, operands: list[Tensor]) -> tuple[tuple[Shown, frozenset[int]], ...]:
+        """The parameters among factors still, after a product with a number."""
+        notes = [self.noted(v) for v in operands if self.noted(v) is not None or v.numel() > 1]
+        return notes[0].times if len(notes) == 1 and notes[0] is not None else ()
 
     def _times(
         self, operands: list[Tensor], output: Tensor

@@ -121,7 +121,8 @@ def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
         side = value.shape[-1] if value.ndim else 1
         if value.ndim > 3 and value.shape[-2] == side and max(old, new) >= 2 * side:
             other = side * math.sqrt(new / old)
-            for size in (round(other), 4 * math.ceil(other / 4)):  # kernels without padding
+            middle = (side + other) / 2  # kernels without padding
+            for size in (round(other), 4 * math.ceil(other / 4), 4 * math.ceil(middle / 4)):
                 yield from _resized(value, side, max(1, size))
         for size in dict.fromkeys(reversed(value.shape) if old else ()):
             for other in (size * new // old if size * new % old == 0 else 0, size + new - old):

@@ -65,6 +65,12 @@ def untracked(shown: Shown) -> Shown:
     return replace(shown, view=nothing, given=(), start=None, how=shown.how or "untracked")
 
 
+def scattered(shown: Shown) -> Shown:
+    """A parameter that was written somewhere into a tensor."""
+    nothing = torch.empty((), device="meta")
+    return replace(shown, how=shown.how or "scatter", view=nothing, given=())
+
+
 def repeated(shown: Shown, output: Tensor) -> Shown | None:
     """A parameter that was repeated, as activations are."""
     view = shown.view

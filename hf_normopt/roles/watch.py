@@ -37,7 +37,7 @@ from .operations import evaluate, is_real
 from .parts import divided
 from .products import ROWS
 from .twin import Twin
-from .views import COPIES, table_layout
+from .views import COPIES, scattered, table_layout
 
 _SMALL = 3  # matrices of a module whose features go on to the one that called it
 _MOST = 200_000  # operations of one pass
@@ -186,6 +186,8 @@ class Watch(Mixing):
         if self.operations > (_MOST if self.asked < _MOST_ASKED else _MOST_ASKING):
             raise EndlessError(f"forward went on after {self.operations} operations")
         result = evaluate(func, args, kwargs)
+        if torch._C._current_autograd_node() is not None:
+            return result  # a gradient that forward asks for, as of an energy
         with suppress(Exception):  # an operation that is called otherwise than was thought of
             self.note(func, args, kwargs, result)
         return result
@@ -248,8 +250,9 @@ class Watch(Mixing):
         key = target.untyped_storage()._cdata
         self.kept.append(target)
         old = self.written.get(key)
-        made = mixture([note] if old is None else [note, old])
-        self.written[key] = replace(made, fixed=note.fixed and (old is None or old.fixed))
+        notes = [note] if old is None else [note, old]
+        shown = tuple(scattered(s) for n in notes if n.fixed for s in n.shown)
+        self.written[key] = replace(mixture(notes), fixed=all(n.fixed for n in notes), shown=shown)
 
     def finish(self) -> None:
         """Divide each matrix as its features were used."""
