@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fields import Fields
+from .fields import Fields, tensors_in
 from .makers import Case, arguments
 from .twin import steers, unwrapped
 
@@ -141,6 +141,19 @@ def with_fields(model: nn.Module, device: str = "meta") -> Iterator[Inputs]:
 
     for first in _first_arguments(model, "", device):
         yield (of(first), *(_further(model, name, first) for name in names[1:])), {}
+
+
+def with_labels(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
+    """The inputs with labels that `forward` may take, and then without."""
+    args, kwargs = inputs
+    names = list(Case(model, "meta").parameters)[len(args) :]
+    labels = [n for n in names if n not in kwargs and re.search(r"label|target", n)]
+    first = next(tensors_in(inputs), None)
+    if labels and first is not None:
+        for axes in range(1, min(first.ndim, 2) + 1):
+            zeros = torch.zeros(first.shape[:axes], dtype=torch.int64)
+            yield args, kwargs | dict.fromkeys(labels, zeros)
+    yield inputs
 
 
 def _of_all_kinds(model: nn.Module, first: Tensor, rest: list[Any]) -> Iterator[list[Any]]:

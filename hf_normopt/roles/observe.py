@@ -25,7 +25,7 @@ from torch import nn
 
 from .fields import are_asked
 from .follow import note_of, tensors_of
-from .inputs import Inputs, candidates, normalise, with_fields, with_places
+from .inputs import Inputs, candidates, normalise, with_fields, with_labels, with_places
 from .repairs import axes_of, described, repaired
 from .seen import Seen
 from .twin import Twin, structure, undisturbed, unwrapped
@@ -204,7 +204,7 @@ def _run(
 
 
 def _train_inplace(seen: Seen, twin: Twin) -> None:
-    """Run once more in training mode, if not all was reached: noise, and heads for a loss.
+    """Run once more in training mode, if not all was reached: noise, and what takes labels.
 
     Models with a config have labels for that, and run but once.
     """
@@ -214,12 +214,13 @@ def _train_inplace(seen: Seen, twin: Twin) -> None:
     modules = list(twin.module.modules())
     for module in modules:
         module.training = True
-    trained = _run(twin, twin.module, "", *seen.inputs)
+    trained = (_run(twin, twin.module, "", *i) for i in with_labels(twin.module, seen.inputs))
+    ended = next((run for run in trained if not run.failure), None)
     for module in modules:
         module.training = False
-    if not trained.failure:
-        seen.update(trained)
-        seen.also_returned(trained)
+    if ended is not None:
+        seen.update(ended)
+        seen.also_returned(ended)
 
 
 def _observe_rest_inplace(seen: Seen, twin: Twin, model: nn.Module) -> None:

@@ -119,7 +119,8 @@ def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     """
     for old, new in pairs:
         side = value.shape[-1] if value.ndim else 1
-        if value.ndim > 3 and value.shape[-2] == side and max(old, new) >= 2 * side:
+        is_square = value.ndim > 3 and value.shape[-2] == side and value.shape[-3] not in (old, new)
+        if is_square and 2 * max(old, new) >= side:
             other = side * math.sqrt(new / old)
             middle = (side + other) / 2  # kernels without padding
             for size in (round(other), 4 * math.ceil(other / 4), 4 * math.ceil(middle / 4)):
