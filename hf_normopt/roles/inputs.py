@@ -178,6 +178,7 @@ _IDS = re.compile(r"ids$|^idx|token|word|^text")
 _IMAGE = re.compile(r"^im(g|age)s?$|pixel")
 _SOUND = re.compile(r"^(wav|audio|sound|speech|signal)")
 _NUMBERS = re.compile(r"num|cont|dense|feat|wav|audio|xyz|coord|point")
+_COLOURS = 4  # channels of an image, at most
 _FEW = 12  # shapes that one module takes which are tried before all that others take
 
 
@@ -197,7 +198,7 @@ def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tenso
     takes_ids = _IDS.search(name) is not None
     taken = [
         list(_taken(module, lengths, sides, raw))
-        for module in ([] if takes_ids else model.modules())
+        for module in ([] if takes_ids else sorted(model.modules(), key=_is_inside))
     ]
     for few in (slice(0, _FEW), slice(_FEW, None)):
         shapes |= dict.fromkeys(shape for its in taken for shape in its[few])
@@ -215,6 +216,11 @@ def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tenso
     for shape in list(shapes)[:40]:
         yield torch.empty(shape, device=device)
     yield from tokens
+
+
+def _is_inside(module: nn.Module) -> bool:
+    """Whether a module takes activations, unlike a kernel with a colour's channels."""
+    return not (isinstance(module, nn.modules.conv._ConvNd) and module.in_channels <= _COLOURS)
 
 
 def _sides(model: nn.Module, raw: list[torch.Size]) -> list[int]:
@@ -290,8 +296,13 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
         return torch.zeros(2, rows, dtype=torch.int64)
     if re.search(r"^batch$|_batch$", name):  # of a graph's nodes: in which graph they are
         return torch.zeros(first.shape[0], dtype=torch.int64)
-    if re.search(r"label|target|class|^y$|^t$|step|^idx|index|type|depth|expert|which", name):
+    if re.search(r"label|target|class|cls|^y$|^t$|step|^idx|index|type|depth|expert|which", name):
         return torch.zeros(rows, dtype=torch.int64)
+    if re.search(r"sigma|snr|noise_level", name):
+        return torch.empty(rows, device=first.device)
+    if re.search(r"^adj|laplacian", name):  # of a graph whose nodes come before features
+        nodes = first.shape[-2] if first.ndim > 1 else rows
+        return torch.empty(nodes, nodes, device=first.device)
     if re.search(r"(^|_)cat|sparse", name):  # categories, one for each table
         tables = [len(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
         return torch.zeros(rows, max(tables, default=1), dtype=torch.int64)

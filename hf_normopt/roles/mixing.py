@@ -237,8 +237,11 @@ class Mixing(Products):
         for parameter in note.joined:
             self._use(parameter, "sink")
         self.use(note)
-        is_share = "log" not in name
-        return replace(note, index=None, squashed=is_share, share=is_share, scored=True)
+        if "log" in name:  # scores, also where a normalisation gave them
+            return replace(
+                note, index=None, squashed=False, share=False, scored=True, last=note.makers
+            )
+        return replace(note, index=None, squashed=True, share=True)
 
     def gated(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """One half times the sigmoid of the other."""

@@ -142,7 +142,7 @@ class Note:
         index: numbers of the features that it holds, with its axes.
         squashed: whether a softmax or sigmoid came after the matrices that made it: weights.
         share: whether a softmax has just given it.
-        scored: whether a softmax, or its logarithm, has just given it.
+        scored: whether the logarithm of a softmax has just given it.
         last: those of them after which no normalisation came: they may have made an output.
         stacked: whether several independent matrices have just made it.
         joined: parameters that were just put beside it.

@@ -132,10 +132,12 @@ def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
 
 
 def _resized(value: Tensor, old: int, new: int) -> Iterator[Tensor | None]:
-    """An axis of some size with another one; both sides of a square image at once."""
+    """An axis of some size with another one; both sides of a square at once."""
     first = min(1, value.ndim - 1)  # after the rows
     axes = [(d,) for d in reversed(range(first, value.ndim)) if value.shape[d] == old]
     sides = tuple(d for d in range(2, value.ndim) if value.shape[d] == old)
+    if tuple(value.shape) == (old, old):  # a graph's edges
+        sides = (0, 1)
     for change in [sides] if len(sides) > 1 else axes:
         yield _filled(tuple(new if d in change else n for d, n in enumerate(value.shape)), value)
 

@@ -48,6 +48,7 @@ _POINTWISE = frozenset(
     ("complex", "polar", "real", "imag", "native_dropout", "dropout", "addcmul", "addcdiv", "lerp")
 ) | {"where", "rsub"}
 
+_COMPARISONS = ("gt", "ge", "lt", "le")
 _RANDOM = ("rand", "normal", "uniform", "exponential", "bernoulli")
 
 
@@ -203,8 +204,13 @@ class Watch(Mixing):
         with suppress(RuntimeError):
             self.select(func, base, args, result)
         notes = self.notes_of(tensors_of((args, kwargs)))
+        if base == "_to_copy" and is_real(result) and hasattr(args[0], "_compared"):
+            result._note = args[0]._compared  # a step function, as of spikes
         if not notes:
             return
+        active = [n for n in notes if not n.fixed]
+        if base in _COMPARISONS and active and isinstance(result, Tensor):
+            result._compared = mixture(active)  # type: ignore[attr-defined]
         if func.is_view or base in _SAME:
             return self.view(func, args, kwargs, result)
         method = _NOTED.get(base)
