@@ -290,9 +290,14 @@ def _leaves(value: Any, depth: int) -> Iterator[Tensor]:
         elif isinstance(value, (list, tuple)):
             for item in value:
                 yield from _leaves(item, depth + 1)
-        elif hasattr(value, "__dataclass_fields__"):
+        elif is_record(value):
             for item in vars(value).values():
                 yield from _leaves(item, depth + 1)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is an object that holds others, such as a dataclass or a distribution."""
+    return hasattr(value, "__dict__") and not (callable(value) or isinstance(value, Tensor))
 
 
 def mixture(notes: list[Note]) -> Note:

@@ -12,7 +12,14 @@ from ..norms.layouts import Layout
 from .follow import are_same, expanded_to, mixture, resized_to, tensors_of
 from .notes import LARGEST, Note, Shown, essential, is_batch, narrowed
 from .products import Products
-from .views import numbered, picked_parameter, scattered, table_layout
+from .views import (
+    has_several_axes,
+    is_vector,
+    numbered,
+    picked_parameter,
+    scattered,
+    table_layout,
+)
 
 GAINS = {
     "native_layer_norm": (2, 3),
@@ -138,8 +145,12 @@ class Mixing(Products):
     ) -> Note:
         shown: list[Shown] = []
         at = 0
+        known = [one for note in notes if note is not None for one in note.shown]
+        is_bank = any(has_several_axes(one.shape) for one in known)
         for value, note in zip(values, notes, strict=True):
             for one in note.shown if note is not None else ():
+                if is_bank and is_vector(one) and value.shape[dim] == 1:  # a row beside others
+                    one = replace(one, how="place")
                 if one.start is None:
                     view = one.view.unsqueeze(dim) if name == "stack" else one.view
                     shown.append(replace(one, view=view, start=(dim, at)))
@@ -232,8 +243,11 @@ class Mixing(Products):
             for shown in note.shown:  # vectors that are compared, as of the nodes of a graph
                 self._use(shown.name, "place")
             return Note(squashed=True)
-        if note is None or note.fixed:
-            return note
+        if note is not None and note.fixed:  # shares of a few layers or features
+            shares = [replace(s, how="gain") if is_vector(s) else s for s in note.shown]
+            return replace(note, shown=tuple(shares))
+        if note is None:
+            return None
         for parameter in note.joined:
             self._use(parameter, "sink")
         self.use(note)

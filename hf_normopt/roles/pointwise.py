@@ -13,7 +13,7 @@ from torch import Tensor
 from ..norms.layouts import Layout
 from .follow import Follower, expanded_to, mixture, selection_of, tensors_of
 from .notes import NONE, Note, Shown, essential, is_batch
-from .views import has_several_axes, numbered, table_layout
+from .views import has_several_axes, is_vector, numbered, table_layout
 
 _SUMS_OF = frozenset(("add", "sub", "rsub", "addcmul", "addcdiv", "subtract"))
 _PRODUCTS_OF = frozenset(("mul", "div", "multiply", "addcmul"))
@@ -44,10 +44,6 @@ def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[st
 def _is_whole(shown: Shown, repeated: frozenset[int]) -> bool:
     """Whether single numbers were repeated along all axes of a parameter."""
     return {j for j, size in enumerate(shown.shape) if size > 1} <= repeated
-
-
-def _is_vector(shown: Shown) -> bool:
-    return not (shown.how or has_several_axes(shown.shape))
 
 
 def _lies_along(note: Note, features: list[int], output: Tensor) -> bool:
@@ -251,7 +247,7 @@ class Pointwise(Follower):
         how = "sum" if name in _SUMS_OF else "gain"
         found: dict[str, Shown] = {}
         if any(getattr(value, "_is_noise", False) for value in constants):
-            shown = [replace(one, how="spread") if _is_vector(one) else one for one in shown]
+            shown = [replace(one, how="spread") if is_vector(one) else one for one in shown]
         if constants and most < output.numel() and name in _REPEATS:
             is_mask = any(selection_of(value) is not None for value in constants)
             repeated = "place" if is_mask else "gain"

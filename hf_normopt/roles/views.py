@@ -230,6 +230,11 @@ def has_several_axes(shape: Sequence[int]) -> bool:
     return sum(size > 1 for size in shape) > 1
 
 
+def is_vector(shown: Shown) -> bool:
+    """Whether a parameter is a vector with which nothing was done that decides its role."""
+    return not (shown.how or has_several_axes(shown.shape))
+
+
 def numbered(words: list[str]) -> list[str]:
     """Names of axes, with numbers where a name stands for several."""
     return [

@@ -25,6 +25,7 @@ from ..norms.layouts import usual_layout
 from .follow import (
     choice,
     is_plain,
+    is_record,
     mixture,
     note_of,
     selection,
@@ -296,10 +297,10 @@ class Watch(Mixing):
 def _fields(output: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(output, Mapping):
         yield from ((str(key), value) for key, value in output.items())
-    elif hasattr(output, "__dataclass_fields__"):
-        yield from vars(output).items()
     elif hasattr(output, "_fields"):
         yield from zip(output._fields, output, strict=True)
+    elif is_record(output):
+        yield from vars(output).items()
     else:
         yield "output", output
 
