@@ -176,6 +176,7 @@ def _of_all_kinds(model: nn.Module, first: Tensor, rest: list[Any]) -> Iterator[
 
 _IDS = re.compile(r"ids$|^idx|token|word|^text")
 _IMAGE = re.compile(r"^im(g|age)s?$|pixel")
+_FRAMES = re.compile(r"video|frames|clip")
 _SOUND = re.compile(r"^(wav|audio|sound|speech|signal)")
 _NUMBERS = re.compile(r"num|cont|dense|feat|wav|audio|xyz|coord|point")
 _COLOURS = 4  # channels of an image, at most
@@ -204,6 +205,9 @@ def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tenso
         shapes |= dict.fromkeys(shape for its in taken for shape in its[few])
     if _IMAGE.search(name):
         shapes = {(ROWS, 3, n, n): None for n in sides} | shapes
+    flat = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if flat is not None and _FRAMES.search(name):
+        shapes = {(ROWS, 4, flat.in_channels, n, n): None for n in sides} | shapes
     if _SOUND.search(name):
         shapes = {(ROWS, 1, 1600): None, (ROWS, 1600): None} | shapes
     ids = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
@@ -311,6 +315,8 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
     keys = list(_keys(model))
     if keys and re.search(r"task|name|head|lang|domain|key|mode|which", name):
         return keys[0]
+    if re.search(r"task|domain|lang|speaker|_id$", name):
+        return torch.zeros(rows, dtype=torch.int64)
     return first
 
 

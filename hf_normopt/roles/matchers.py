@@ -253,7 +253,7 @@ def _token(view: View) -> Finding | None:
         or (kind and "gain" not in uses)
     ):
         return Finding("embedding", "a learned vector placed into the sequence", None, kind)
-    if uses.keys() == {"sum"} and several and not _has_gain(view):
+    if uses.keys() == {"sum"} and several and not (_has_gain(view) or _is_of_experts(view)):
         reason = "a table of vectors that is added to the sequence"
         return Finding("embedding", reason, uses["sum"])
     if _MAYBE_TOKEN.search(view.leaf) and uses.keys() <= {"sum"}:
@@ -270,6 +270,17 @@ def _has_gain(view: View) -> bool:
         and "gain" in view.seen.uses.get(f"{path}{name}", ())
         for name, other in view.owner._parameters.items()
     )
+
+
+def _is_of_experts(view: View) -> bool:
+    """Whether it is added to what a raw matrix gives, and has all axes of that but one."""
+    path = view.key.removesuffix(view.leaf)
+    matrix = view.seen.beside.get(view.key, "")
+    other = view.owner._parameters.get(matrix.removeprefix(path))
+    if other is None:
+        return False
+    shape = tuple(other.shape)
+    return any(shape[:d] + shape[d + 1 :] == view.shape for d in range(len(shape)))
 
 
 def _single(view: View) -> Finding | None:
