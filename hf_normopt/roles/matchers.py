@@ -253,23 +253,12 @@ def _token(view: View) -> Finding | None:
         or (kind and "gain" not in uses)
     ):
         return Finding("embedding", "a learned vector placed into the sequence", None, kind)
-    if uses.keys() == {"sum"} and several and not (_has_gain(view) or _is_of_experts(view)):
+    if uses.keys() == {"sum"} and several and not _is_of_experts(view):
         reason = "a table of vectors that is added to the sequence"
         return Finding("embedding", reason, uses["sum"])
     if _MAYBE_TOKEN.search(view.leaf) and uses.keys() <= {"sum"}:
         return Finding("embedding", "a learned vector placed into the sequence")
     return None
-
-
-def _has_gain(view: View) -> bool:
-    """Whether the module multiplies entry by entry by another parameter of the same shape."""
-    path = view.key.removesuffix(view.leaf)
-    return any(
-        other is not None
-        and tuple(other.shape) == view.shape
-        and "gain" in view.seen.uses.get(f"{path}{name}", ())
-        for name, other in view.owner._parameters.items()
-    )
 
 
 def _is_of_experts(view: View) -> bool:

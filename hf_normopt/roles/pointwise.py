@@ -57,12 +57,6 @@ def _lies_along(note: Note, features: list[int], output: Tensor) -> bool:
     return bool(found) and all(found)
 
 
-def _are_scaled_alike(note: Note, offset: Note) -> bool:
-    """Whether activations were just multiplied by tables of the shape of what is added to them."""
-    scales = {shown.shape for shown, _ in note.times if has_several_axes(shown.shape)}
-    return bool(scales & {shown.shape for shown in offset.shown})
-
-
 class Pointwise(Follower):
     """Notes what multiplies activations entry by entry, and what is added to them."""
 
@@ -173,7 +167,7 @@ class Pointwise(Follower):
                 self._link(note, essential(index))
             if how == "sum" and output.ndim - len(axes) > 1 and _lies_along(note, axes, output):
                 how = "offset"
-        if how == "sum" and any(n.stacked or _are_scaled_alike(n, note) for n in active):
+        if how == "sum" and any(n.stacked or self._are_scaled_alike(n, note) for n in active):
             how = "offset"
         layouts = dict(layouts)
         for shown in note.shown if not layouts else ():
@@ -184,6 +178,11 @@ class Pointwise(Follower):
                     rows = set(range(len(shown.shape))) - set(features)
                     layouts[shown.name] = table_layout(len(shown.shape), rows)
         self.record(note, how, layouts)
+
+    def _are_scaled_alike(self, note: Note, offset: Note) -> bool:
+        """Whether activations were multiplied by a table of the shape of what is added to them."""
+        shapes = {self.twin.shapes[name] for name in note.decayed}
+        return any(s.shape in shapes and has_several_axes(s.shape) for s in offset.shown)
 
     def _link(self, note: Note, index: Tensor) -> None:
         """A vector that is added to the features of a matrix is divided as they are."""
