@@ -67,12 +67,7 @@ def matched(
         ValueError: if the checkpoint is another optimizer's or damaged, or if parameters are
             missing, added, of another shape or under another rule, unless `on_mismatch="reset"`.
     """
-    absent = [key for key in ("state", "param_groups") if key not in state_dict]
-    if absent:
-        keys = ", ".join(map(str, state_dict)) or "nothing"
-        raise ValueError(
-            f"This is no state of an optimizer: it has {keys}, and not {' and '.join(absent)}."
-        )
+    _refuse_others(state_dict)
     states, saved_groups = state_dict["state"], state_dict["param_groups"]
     own = dict(_entries(groups, range(sum(len(group["param_names"]) for group in groups))))
     saved, complaints = _compared(saved_groups, own)
@@ -87,9 +82,7 @@ def matched(
     memory: dict[str, Any] = _first(saved_groups, "memory") or {}
     keeps_memory = bool(fitting) and all(map(_is_finite, memory.values()))
     if memory and (complaints or not keeps_memory):
-        values = ", ".join(f"{key} {float(value):.3g}" for key, value in memory.items())
-        goes_on = "eta goes on, all else" if keeps_memory else "it"
-        complaints.append(f"its step size was at {values}: {goes_on} starts anew")
+        complaints.append(_memory_complaint(memory, keeps_memory))
     _report(complaints, on_mismatch)
 
     state = {
@@ -104,6 +97,23 @@ def matched(
         group["resets"] = [] if i else _first(saved_groups, "resets") or []
         group["guard"] = {} if i else _first(saved_groups, "guard") or {}
     return {**state_dict, "state": state, "param_groups": made}, complaints
+
+
+def _refuse_others(state_dict: Mapping[str, Any]) -> None:
+    """Complain of what is no optimizer's state."""
+    absent = [key for key in ("state", "param_groups") if key not in state_dict]
+    if absent:
+        keys = ", ".join(map(str, state_dict)) or "nothing"
+        raise ValueError(
+            f"This is no state of an optimizer: it has {keys}, and not {' and '.join(absent)}."
+        )
+
+
+def _memory_complaint(memory: Mapping[str, Any], goes_on: bool) -> str:
+    """What becomes of a saved step size beside parameters of which some start anew."""
+    values = ", ".join(f"{key} {float(value):.3g}" for key, value in memory.items())
+    what = "eta goes on, all else" if goes_on else "it"
+    return f"its step size was at {values}: {what} starts anew"
 
 
 def _compared(

@@ -119,13 +119,8 @@ def asked_groups(
     outside = _holder([one for key, one in by_id.items() if key not in own], model)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for module, patterns in _parts(model, outside, overrides or {}):
-        params = dict(module.named_parameters())
         specs = classify(module, patterns, inputs=inputs if module is model else None, heads=heads)
-        wishes: dict[tuple[float | None, float | None], list[ParamSpec]] = {}
-        for spec in specs:
-            one = by_id.get(id(params[spec.name]))
-            if one is not None:
-                wishes.setdefault((one.lr, one.weight_decay), []).append(spec)
+        wishes = _by_options(module, specs, by_id)
         _explain_split_products(wishes.values(), policy)
         for (rate, weight_decay), members in wishes.items():
             options = {} if rate in (None, lr) else {"lr": rate}
@@ -137,6 +132,25 @@ def asked_groups(
             f"{type(model).__name__} has requires_grad=True."
         )
     return sorted(found.values(), key=_place)
+
+
+def _by_options(
+    module: nn.Module, specs: Iterable[ParamSpec], asked: Mapping[int, Asked]
+) -> dict[tuple[float | None, float | None], list[ParamSpec]]:
+    """A module's parameters by the rate and the weight decay that are asked for them.
+
+    Args:
+        module: that has the parameters.
+        specs: of all its parameters.
+        asked: what is to be trained, by the `id` of the parameter.
+    """
+    params = dict(module.named_parameters())
+    wishes: dict[tuple[float | None, float | None], list[ParamSpec]] = {}
+    for spec in specs:
+        one = asked.get(id(params[spec.name]))
+        if one is not None:
+            wishes.setdefault((one.lr, one.weight_decay), []).append(spec)
+    return wishes
 
 
 def _add_inplace(

@@ -47,9 +47,12 @@ class Part:
 
 
 def _kernel(view: View) -> str:
-    """PEFT's factors of a kernel are kernels; others of three axes may be stacked matrices."""
-    stacked = _added(view.owners) is None and "product" in view.uses
-    return "conv" if len(view.shape) > 2 and not stacked else "linear"
+    """PEFT's factors of a kernel are kernels; others of three axes are stacked matrices."""
+    axes = len(view.shape)
+    is_kernel = axes > 2 and "product" not in view.uses
+    if _added(view.owners) is None:
+        is_kernel = is_kernel and (axes > 3 or "kernel" in view.uses)
+    return "conv" if is_kernel else "linear"
 
 
 def _factor(view: View) -> str:

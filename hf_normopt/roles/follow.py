@@ -134,6 +134,8 @@ class Follower(TorchDispatchMode):
         for shown in note.shown:
             final = shown.how or how
             layout = (layouts or {}).get(shown.name)
+            if final == "spread" and how != "sum":  # noise that is not added is as any activation
+                final = how
             if final == "scatter":
                 final, layout = ("packed", None) if how == "product" else ("place", None)
             elif final == "untracked":
@@ -288,9 +290,14 @@ def _leaves(value: Any, depth: int) -> Iterator[Tensor]:
         elif isinstance(value, (list, tuple)):
             for item in value:
                 yield from _leaves(item, depth + 1)
-        elif hasattr(value, "__dataclass_fields__"):
+        elif is_record(value):
             for item in vars(value).values():
                 yield from _leaves(item, depth + 1)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is an object that holds others, such as a dataclass or a distribution."""
+    return hasattr(value, "__dict__") and not (callable(value) or isinstance(value, Tensor))
 
 
 def mixture(notes: list[Note]) -> Note:

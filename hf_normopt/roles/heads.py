@@ -80,7 +80,7 @@ class _Sight:
             return None
         made = {key: set(names) for key, names in fields.items() if wanted(key) or key == _WHOLE}
         if is_plain:  # what else is returned on the way to an output is none itself
-            above = self.upstream(set().union(*made.values()))
+            above = self.upstream(set().union(*made.values())) - self.seen.scored
             made = {key: names - above for key, names in made.items()}
         found = {}
         for key, names in made.items():
@@ -193,18 +193,26 @@ class _Sight:
         """Matrices that did not run, in the same dictionary or list as a head that did."""
         found = {}
         ran = {self.stands(name) for name in self.seen.ran}
-        for name, module in self.modules.items():
-            if not isinstance(module, (nn.ModuleDict, nn.ModuleList)):
-                continue
-            below = f"{place(name)}.".lstrip(".")
-            for head in heads:
-                rest = head.removeprefix(below).partition(".")[2]
-                if head.startswith(below):
-                    for child in module._modules:
-                        other = f"{below}{child}.{rest}".rstrip(".")
-                        if other not in ran and is_matrix(self.modules.get(other, nn.Identity())):
-                            found[other] = f"did not run, beside the head {head}"
+        for group in self.groups():
+            for name in group:
+                rest = next((h[len(name) :] for h in heads if f"{h}.".startswith(f"{name}.")), None)
+                for other in group if rest is not None else ():
+                    stands = f"{other}{rest}"
+                    if stands not in ran and is_matrix(self.modules.get(stands, nn.Identity())):
+                        found[stands] = f"did not run, beside the head {name}{rest}"
         return found
+
+    def groups(self) -> Iterator[list[str]]:
+        """The places of modules that a dictionary or list holds, registered or not."""
+        places = {id(module): place(name) for name, module in self.modules.items()}
+        for module in self.modules.values():
+            holds = isinstance(module, (nn.ModuleDict, nn.ModuleList))
+            for name, group in vars(module).items():
+                if not isinstance(group, (dict, list, tuple)) or (name == "_modules" and not holds):
+                    continue
+                values = group.values() if isinstance(group, dict) else group
+                if all(isinstance(value, nn.Module) for value in values):
+                    yield [places[id(value)] for value in values if id(value) in places]
 
 
 def _is_collection(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fields import Fields, tensors_in
 from .makers import Case, arguments
 from .twin import steers, unwrapped
 
@@ -42,6 +43,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"side": 256},
     {"length": 256},
     {"length": 64, "features_last": True, "large": True},
+    {"features_last": True, "channel": True},
 )
 
 
@@ -123,6 +125,37 @@ def _from_widths(model: nn.Module, device: str) -> Iterator[Inputs]:
             yield tuple(values[:count]), by_name | kwargs
 
 
+def with_fields(model: nn.Module, device: str = "meta") -> Iterator[Inputs]:
+    """Arguments whose first one has fields, as a batch has."""
+    names = [name for name, needed in Case(model, device).parameters.items() if needed]
+
+    def of(first: Tensor) -> Fields:
+        def make(name: str, known: dict[str, Any]) -> Any:
+            if re.search(r"^(n|num)_", name):
+                return ROWS
+            if _IDS.search(name) or _IMAGE.search(name):
+                return next(_first_arguments(model, name, device), first)
+            return _further(model, name, first)
+
+        return Fields(make)
+
+    for first in _first_arguments(model, "", device):
+        yield (of(first), *(_further(model, name, first) for name in names[1:])), {}
+
+
+def with_labels(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
+    """The inputs with labels that `forward` may take, and then without."""
+    args, kwargs = inputs
+    names = list(Case(model, "meta").parameters)[len(args) :]
+    labels = [n for n in names if n not in kwargs and re.search(r"label|target", n)]
+    first = next(tensors_in(inputs), None)
+    if labels and first is not None:
+        for axes in range(1, min(first.ndim, 2) + 1):
+            zeros = torch.zeros(first.shape[:axes], dtype=torch.int64)
+            yield args, kwargs | dict.fromkeys(labels, zeros)
+    yield inputs
+
+
 def _of_all_kinds(model: nn.Module, first: Tensor, rest: list[Any]) -> Iterator[list[Any]]:
     """Arguments, where those whose name says nothing are like the first, texts or vectors."""
     yield [first, *rest]
@@ -141,6 +174,12 @@ def _of_all_kinds(model: nn.Module, first: Tensor, rest: list[Any]) -> Iterator[
         yield [first, *(other if value is first else value for value in rest)]
 
 
+_IDS = re.compile(r"ids$|^idx|token|word|^text")
+_IMAGE = re.compile(r"^im(g|age)s?$|pixel")
+_FRAMES = re.compile(r"video|frames|clip")
+_SOUND = re.compile(r"^(wav|audio|sound|speech|signal)")
+_NUMBERS = re.compile(r"num|cont|dense|feat|wav|audio|xyz|coord|point")
+_COLOURS = 4  # channels of an image, at most
 _FEW = 12  # shapes that one module takes which are tried before all that others take
 
 
@@ -157,19 +196,25 @@ def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tenso
     sizes = [n for n in (*tables, *(n for s in raw for n in s)) if 1 < n <= 512]
     lengths = list(dict.fromkeys([8, 4, *sizes]))[:6]
     sides = [*[32, *_sides(model, raw)][:5], 224, 28, 8]
-    takes_ids = re.search(r"ids$|^idx|token|word", name) is not None
+    takes_ids = _IDS.search(name) is not None
     taken = [
         list(_taken(module, lengths, sides, raw))
-        for module in ([] if takes_ids else model.modules())
+        for module in ([] if takes_ids else sorted(model.modules(), key=_is_inside))
     ]
     for few in (slice(0, _FEW), slice(_FEW, None)):
         shapes |= dict.fromkeys(shape for its in taken for shape in its[few])
-    if re.search(r"^im(g|age)s?$|pixel", name):
+    if _IMAGE.search(name):
         shapes = {(ROWS, 3, n, n): None for n in sides} | shapes
+    flat = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if flat is not None and _FRAMES.search(name):
+        shapes = {(ROWS, 4, flat.in_channels, n, n): None for n in sides} | shapes
+    if _SOUND.search(name):
+        shapes = {(ROWS, 1, 1600): None, (ROWS, 1600): None} | shapes
     ids = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
     tokens = [torch.arange(ROWS * n).view(ROWS, n) % ids for n in lengths]
     first = next((m for m in model.modules() if not m._modules and m._parameters), None)
-    if takes_ids or isinstance(first, (nn.Embedding, nn.EmbeddingBag)):
+    first_is_table = isinstance(first, (nn.Embedding, nn.EmbeddingBag))
+    if takes_ids or (first_is_table and not _NUMBERS.search(name)):
         yield from tokens
         tokens = []
     for shape in list(shapes)[:40]:
@@ -177,10 +222,16 @@ def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tenso
     yield from tokens
 
 
+def _is_inside(module: nn.Module) -> bool:
+    """Whether a module takes activations, unlike a kernel with a colour's channels."""
+    return not (isinstance(module, nn.modules.conv._ConvNd) and module.in_channels <= _COLOURS)
+
+
 def _sides(model: nn.Module, raw: list[torch.Size]) -> list[int]:
     """Sides of images that raw parameters fit: patches of them, and positions of all patches."""
     patches = [s[-1] for s in raw if len(s) == 4 and s[-1] > 3]
-    strides = {m.stride[-1] for m in model.modules() if isinstance(m, nn.Conv2d)} | set(patches)
+    kinds = (nn.Conv2d, nn.Conv3d)
+    strides = {m.stride[-1] for m in model.modules() if isinstance(m, kinds)} | set(patches)
     counts = {n - token for s in raw for n in s for token in (0, 1)}
     grids = [math.isqrt(n) for n in counts if n > 3 and math.isqrt(n) ** 2 == n]
     fits = [grid * stride for stride in strides if stride > 1 for grid in grids]
@@ -193,6 +244,12 @@ def _taken(
     """Shapes of what a module takes by itself."""
     if isinstance(module, nn.modules.conv._ConvNd):
         dims = len(module.kernel_size)
+        if dims == 3:  # videos
+            counts = dict.fromkeys(n for s in raw for n in sorted(s) if 1 < n <= 32)
+            frames = [*(n * module.stride[0] for n in list(counts)[:3]), 8]
+            for count, side in itertools.product(dict.fromkeys(frames), sides[:4]):
+                yield (ROWS, module.in_channels, count, side, side)
+            return
         strided = [s[-1] * module.stride[-1] for s in raw if len(s) == dims + 2]
         sides = sides if dims == 2 else [32, *lengths]
         for side in dict.fromkeys([*strided, *sides]):
@@ -241,16 +298,37 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
         return torch.ones(shape, dtype=torch.bool)
     if re.search(r"edge_index|edges", name):  # of a graph: from which node, to which
         return torch.zeros(2, rows, dtype=torch.int64)
-    if re.search(r"label|target|class|^y$|^t$|step|^idx|index|type|depth|expert|which", name):
+    if re.search(r"^batch$|_batch$", name):  # of a graph's nodes: in which graph they are
+        return torch.zeros(first.shape[0], dtype=torch.int64)
+    if re.search(r"label|target|class|cls|^y$|^t$|step|^idx|index|type|depth|expert|which", name):
         return torch.zeros(rows, dtype=torch.int64)
+    if re.search(r"sigma|snr|noise_level", name):
+        return torch.empty(rows, device=first.device)
+    if re.search(r"^adj|laplacian", name):  # of a graph whose nodes come before features
+        nodes = first.shape[-2] if first.ndim > 1 else rows
+        return torch.empty(nodes, nodes, device=first.device)
+    if re.search(r"(^|_)cat|sparse", name):  # categories, one for each table
+        tables = [len(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+        return torch.zeros(rows, max(tables, default=1), dtype=torch.int64)
     if re.search(r"length|lens$", name):
         return torch.full((rows,), first.shape[1])
-    keys = [
-        k for m in model.modules() if isinstance(m, (nn.ModuleDict, nn.ParameterDict)) for k in m
-    ]
+    keys = list(_keys(model))
     if keys and re.search(r"task|name|head|lang|domain|key|mode|which", name):
         return keys[0]
+    if re.search(r"task|domain|lang|speaker|_id$", name):
+        return torch.zeros(rows, dtype=torch.int64)
     return first
+
+
+def _keys(model: nn.Module) -> Iterator[str]:
+    """Names in dictionaries of modules or parameters; those of the last one come first."""
+    for module in reversed(list(model.modules())):
+        if isinstance(module, (nn.ModuleDict, nn.ParameterDict)):
+            yield from module
+        plain = [v for k, v in vars(module).items() if isinstance(v, dict) and k[0] != "_"]
+        for held in reversed(plain):
+            if held and all(isinstance(value, nn.Module) for value in held.values()):
+                yield from (key for key in held if isinstance(key, str))
 
 
 def _rotated(config: Any) -> int:

@@ -198,14 +198,20 @@ class Case:
     # --------------------------------------------------------------- sound
 
     def sound(self) -> Tensor:
-        """Samples (rows, time), or what a spectrogram is if the config has one."""
+        """Samples (rows, time), or what a spectrogram is if the config has one.
+
+        A sound lasts as long as its spectrogram, where a case gives it a channel.
+        """
         if self.get("num_mel_bins") and self.get("max_length") and self.has("input_values"):
             return self.floats(
                 self.rows, int(self.get("max_length")), int(self.get("num_mel_bins"))
             )
         if self.get("audio_channels"):
             return self.floats(self.rows, int(self.get("audio_channels")), 4800)
-        return self.floats(self.rows, 4000)
+        if self.choices.get("channel"):
+            frames = self.values["input_features"].shape[1] if self.has("input_features") else 64
+            return self.floats(self.rows, 1, frames * int(self.get("hop_length", default=320)))
+        return self.floats(self.rows, 16_000 if self.choices.get("large") else 4000)
 
     def spectrogram(self) -> Tensor:
         """Spectrograms, features before time unless the case says otherwise."""

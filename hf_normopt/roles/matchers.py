@@ -217,7 +217,8 @@ def _raw_matrix(view: View) -> Finding | None:
     if "mixture" not in view.uses and view.uses.keys() & {"sum", "place"} and len(view.shape) == 2:
         return Finding("embedding", "vectors that are activations, and are multiplied by")
     if looked_up is not None:
-        reason, also_head = "rows looked up by an index, and multiplied by", view.head is not None
+        also_head = view.head is not None
+        reason = f"rows looked up by an index, and {'the head' if also_head else 'multiplied by'}"
         return Finding("embedding", reason, looked_up, _position(view.leaf), also_head)
     if view.head is not None and "transposed" not in view.uses:
         return Finding("head", view.head, layout)
@@ -239,6 +240,8 @@ def _token(view: View) -> Finding | None:
     uses = _uses(view)
     if math.prod(view.shape) == 1 or re.fullmatch(r"b(_?\d+|_[a-z]+)?", view.leaf):
         return None
+    if "sink" in uses:
+        return Finding("other", f"stands beside the logits of a softmax in {_where(view)}")
     kind = _position(view.leaf)
     several = has_several_axes(view.shape)
     if "lookup" in uses and len(view.shape) > 1:
@@ -250,12 +253,23 @@ def _token(view: View) -> Finding | None:
         or (kind and "gain" not in uses)
     ):
         return Finding("embedding", "a learned vector placed into the sequence", None, kind)
-    if uses.keys() == {"sum"} and several:
+    if uses.keys() == {"sum"} and several and not _is_of_experts(view):
         reason = "a table of vectors that is added to the sequence"
         return Finding("embedding", reason, uses["sum"])
     if _MAYBE_TOKEN.search(view.leaf) and uses.keys() <= {"sum"}:
         return Finding("embedding", "a learned vector placed into the sequence")
     return None
+
+
+def _is_of_experts(view: View) -> bool:
+    """Whether it is added to what a raw matrix gives, and has all axes of that but one."""
+    path = view.key.removesuffix(view.leaf)
+    matrix = view.seen.beside.get(view.key, "")
+    other = view.owner._parameters.get(matrix.removeprefix(path))
+    if other is None:
+        return False
+    shape = tuple(other.shape)
+    return any(shape[:d] + shape[d + 1 :] == view.shape for d in range(len(shape)))
 
 
 def _single(view: View) -> Finding | None:
@@ -286,6 +300,10 @@ def _vector(view: View) -> Finding | None:
     if "outer" in uses:
         reason = f"{_where(view)} multiplies numbers by it, which become vectors"
         return Finding("linear", reason, uses["outer"])
+    if "spread" in uses:
+        return Finding("other", f"{_where(view)} multiplies noise by it")
+    if "gain" in uses and uses.keys() & {"sum", "offset"}:
+        return Finding("other", f"{_where(view)} multiplies by it, and adds it")
     if "gain" in uses:
         return Finding("norm", f"{view.owner_class} multiplies by it, entry by entry")
     if uses.keys() & {"sum", "offset"}:

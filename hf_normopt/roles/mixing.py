@@ -12,7 +12,14 @@ from ..norms.layouts import Layout
 from .follow import are_same, expanded_to, mixture, resized_to, tensors_of
 from .notes import LARGEST, Note, Shown, essential, is_batch, narrowed
 from .products import Products
-from .views import numbered, picked_parameter, table_layout
+from .views import (
+    has_several_axes,
+    is_vector,
+    numbered,
+    picked_parameter,
+    scattered,
+    table_layout,
+)
 
 GAINS = {
     "native_layer_norm": (2, 3),
@@ -103,6 +110,7 @@ class Mixing(Products):
             index=self._joined_index(name, notes, dim, result),
             squashed=all(n.squashed for n in active),
             head_size=max(n.head_size for n in active),
+            joined=frozenset(s.name for n in known if n.fixed for s in n.shown),
         )
 
     def _joined_index(
@@ -137,8 +145,12 @@ class Mixing(Products):
     ) -> Note:
         shown: list[Shown] = []
         at = 0
+        known = [one for note in notes if note is not None for one in note.shown]
+        is_bank = any(has_several_axes(one.shape) for one in known)
         for value, note in zip(values, notes, strict=True):
             for one in note.shown if note is not None else ():
+                if is_bank and is_vector(one) and value.shape[dim] == 1:  # a row beside others
+                    one = replace(one, how="place")
                 if one.start is None:
                     view = one.view.unsqueeze(dim) if name == "stack" else one.view
                     shown.append(replace(one, view=view, start=(dim, at)))
@@ -150,11 +162,7 @@ class Mixing(Products):
         notes = self.notes_of(tensors_of((args, kwargs)))
         target = self.noted(args[0])
         if notes and all(n.fixed for n in notes):
-            shown = tuple(
-                replace(s, how=s.how or "scatter", view=torch.empty((), device="meta"), given=())
-                for n in notes
-                for s in n.shown
-            )
+            shown = tuple(scattered(s) for n in notes for s in n.shown)
             whole = name == "copy" and target is None
             return Note(shown=notes[0].shown if whole else shown, fixed=True)
         self.record_fixed(notes, "place")
@@ -235,11 +243,19 @@ class Mixing(Products):
             for shown in note.shown:  # vectors that are compared, as of the nodes of a graph
                 self._use(shown.name, "place")
             return Note(squashed=True)
-        if note is None or note.fixed:
-            return note
+        if note is not None and note.fixed:  # shares of a few layers or features
+            shares = [replace(s, how="gain") if is_vector(s) else s for s in note.shown]
+            return replace(note, shown=tuple(shares))
+        if note is None:
+            return None
+        for parameter in note.joined:
+            self._use(parameter, "sink")
         self.use(note)
-        is_share = "log" not in name
-        return replace(note, index=None, squashed=is_share, share=is_share)
+        if "log" in name:  # scores, also where a normalisation gave them
+            return replace(
+                note, index=None, squashed=False, share=False, scored=True, last=note.makers
+            )
+        return replace(note, index=None, squashed=True, share=True)
 
     def gated(self, name: str, args: Any, kwargs: Any, result: Any) -> Note | None:
         """One half times the sigmoid of the other."""

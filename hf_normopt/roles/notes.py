@@ -30,7 +30,7 @@ class Shown:
         view: a view of its memory, with the axes of the tensor; 0 is the stride of an axis that
             shows none of it.
         how: what was done with it before, where that decides its role: "gain", "sum", "scatter",
-            "place", "rate".
+            "place", "rate", "spread".
         inner: stored axes that a product with another parameter contracted.
         picked: stored axes that an index went along.
         start: (axis, first position) where a concatenation put it, if one did.
@@ -142,8 +142,10 @@ class Note:
         index: numbers of the features that it holds, with its axes.
         squashed: whether a softmax or sigmoid came after the matrices that made it: weights.
         share: whether a softmax has just given it.
+        scored: whether the logarithm of a softmax has just given it.
         last: those of them after which no normalisation came: they may have made an output.
         stacked: whether several independent matrices have just made it.
+        joined: parameters that were just put beside it.
         patches: whether it holds patches of an image, as of `unfold`.
         head_size: size of the heads of the attention that gave it, 0 if none did.
         times: parameters that it was just multiplied by, entry by entry, with those of their stored
@@ -158,8 +160,10 @@ class Note:
     index: Tensor | None = None
     squashed: bool = False
     share: bool = False
+    scored: bool = False
     last: frozenset[str] = frozenset()
     stacked: bool = False
+    joined: frozenset[str] = frozenset()
     patches: bool = False
     head_size: int = 0
     times: tuple[tuple[Shown, frozenset[int]], ...] = ()

@@ -23,8 +23,9 @@ from typing import Any
 
 from torch import nn
 
+from .fields import are_asked
 from .follow import note_of, tensors_of
-from .inputs import Inputs, candidates, normalise, with_places
+from .inputs import Inputs, candidates, normalise, with_fields, with_labels, with_places
 from .repairs import axes_of, described, repaired
 from .seen import Seen
 from .twin import Twin, structure, undisturbed, unwrapped
@@ -39,8 +40,8 @@ _CHANGES = 6  # that are tried in turn
 _TURNS = 20
 _FARTHER = 1  # turns later come changes that led no farther
 _ALIKE = 2  # inputs that were refused for one reason, before others that were for the same
-# Operations of all passes, after which no module is tried on other inputs. Of those that a config
-# tells there are few, and one of them is right.
+# Operations after which neither the model nor, counted anew, what it did not reach is tried on
+# other inputs. Of those that a config tells there are few, and one of them is right.
 _MOST, _MOST_OF_CONFIG = 3000, 15_000
 
 
@@ -61,6 +62,7 @@ def observe(model: nn.Module, inputs: Any = None) -> Seen:
         seen.copy_to_equals()
         _train_inplace(seen, twin)
         seen.ran = set(seen.uses)
+        twin.spent = 0
         _observe_rest_inplace(seen, twin, unwrapped(model))
     return seen
 
@@ -72,6 +74,11 @@ def _best(twin: Twin, module: nn.Module, path: str, given: Iterable[Any], tries:
     """
     attempts = _Attempts(twin, module, path)
     guesses = itertools.islice(_as_far_as_they_go(given), tries)
+    for inputs in itertools.islice(guesses, 1):
+        if attempts.run(inputs):
+            return attempts.best
+    if are_asked(attempts.best.failure) and not hasattr(module, "config"):
+        guesses = itertools.islice(_as_far_as_they_go(with_fields(module)), tries)
     while few := list(itertools.islice(guesses, _GUESSES)):
         if any(attempts.run(inputs) for inputs in few):
             return attempts.best
@@ -101,8 +108,11 @@ class _Attempts:
             before: the refused ones of which these are a change.
         """
         args, kwargs = inputs
-        for _ in range(3):
+        for _ in range(5):
+            known = described((args, kwargs))
             seen = _run(self.twin, self.module, self.path, args, kwargs)
+            if described((args, kwargs)) != known:
+                continue  # once more with the fields that were asked for
             if not seen.failure:
                 self.best = seen
                 return True
@@ -194,7 +204,7 @@ def _run(
 
 
 def _train_inplace(seen: Seen, twin: Twin) -> None:
-    """Run once more in training mode, if not all was reached: noise, and heads for a loss.
+    """Run once more in training mode, if not all was reached: noise, and what takes labels.
 
     Models with a config have labels for that, and run but once.
     """
@@ -204,12 +214,13 @@ def _train_inplace(seen: Seen, twin: Twin) -> None:
     modules = list(twin.module.modules())
     for module in modules:
         module.training = True
-    trained = _run(twin, twin.module, "", *seen.inputs)
+    trained = (_run(twin, twin.module, "", *i) for i in with_labels(twin.module, seen.inputs))
+    ended = next((run for run in trained if not run.failure), None)
     for module in modules:
         module.training = False
-    if not trained.failure:
-        seen.update(trained)
-        seen.also_returned(trained)
+    if ended is not None:
+        seen.update(ended)
+        seen.also_returned(ended)
 
 
 def _observe_rest_inplace(seen: Seen, twin: Twin, model: nn.Module) -> None:

@@ -68,6 +68,7 @@ def _of_integers(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
 
 
 _FEW = 16  # numbers that are computed
+_GUARD = 1e-7  # no unknown number is as near to 0
 _LARGEST = 1 << 24  # entries of integers that are computed
 
 
@@ -184,6 +185,8 @@ def _guess(value: bool) -> Callable[..., Any]:
         if func._schema.is_mutable:
             return NotImplemented
         shapes = [a.shape for a in args if isinstance(a, Tensor)]
+        if name in ("lt", "le") and isinstance(args[1], float) and 0 < args[1] < _GUARD:
+            return _constant(False, shapes[0], torch.bool)
         same = len(args) > 1 and args[0] is args[1]
         answer = value or (same and name == "eq")
         return _constant(answer, torch.broadcast_shapes(*shapes), torch.bool)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..norms.layouts import Layout
 from .follow import Follower, expanded_to, mixture, selection_of, tensors_of
 from .notes import NONE, Note, Shown, essential, is_batch
-from .views import has_several_axes, numbered, table_layout
+from .views import has_several_axes, is_vector, numbered, table_layout
 
 _SUMS_OF = frozenset(("add", "sub", "rsub", "addcmul", "addcdiv", "subtract"))
 _PRODUCTS_OF = frozenset(("mul", "div", "multiply", "addcmul"))
@@ -41,6 +41,11 @@ def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[st
     return found
 
 
+def _is_whole(shown: Shown, repeated: frozenset[int]) -> bool:
+    """Whether single numbers were repeated along all axes of a parameter."""
+    return {j for j, size in enumerate(shown.shape) if size > 1} <= repeated
+
+
 def _lies_along(note: Note, features: list[int], output: Tensor) -> bool:
     """Whether tables have entries along several axes of features, such as heads, and no others."""
     found = []
@@ -50,12 +55,6 @@ def _lies_along(note: Note, features: list[int], output: Tensor) -> bool:
         along = {d for d, stored in enumerate(axes) if stored and output.shape[d] > 1}
         found.append(len(along) > 1 and along <= set(features))
     return bool(found) and all(found)
-
-
-def _are_scaled_alike(note: Note, offset: Note) -> bool:
-    """Whether activations were just multiplied by tables of the shape of what is added to them."""
-    scales = {shown.shape for shown, _ in note.times if has_several_axes(shown.shape)}
-    return bool(scales & {shown.shape for shown in offset.shown})
 
 
 class Pointwise(Follower):
@@ -90,10 +89,17 @@ class Pointwise(Follower):
             modulated = output.numel() > largest or any(n.shown for n in active)
             spread = [s.spread(output.shape) for n in notes for s in n.shown]
             shown = tuple(s for s in spread if s is not None and s.picked == NONE)
-            return replace(found, shown=shown if modulated else (), times=times)
+            return replace(
+                found, shown=shown if modulated else (), times=times or self._kept(operands)
+            )
         if len(operands) == 1 and active[0].shown:
             return replace(found, shown=active[0].shown)
         return found
+
+    def _kept(self, operands: list[Tensor]) -> tuple[tuple[Shown, frozenset[int]], ...]:
+        """The parameters among factors still, after a product with a number."""
+        notes = [self.noted(v) for v in operands if self.noted(v) is not None or v.numel() > 1]
+        return notes[0].times if len(notes) == 1 and notes[0] is not None else ()
 
     def _times(
         self, operands: list[Tensor], output: Tensor
@@ -122,6 +128,9 @@ class Pointwise(Follower):
         """
         rates = frozenset().union(*(n.rates for n in active))
         decayed = frozenset().union(*(n.decayed for n in active))
+        if name in ("sin", "cos"):
+            for shown in (s for n in active for s, repeated in n.times if _is_whole(s, repeated)):
+                self._use(shown.name, "rate")  # frequencies, which single numbers are multiplied by
         if name == "exp":
             rates |= {shown.name for n in active for shown, _ in n.times}
             decayed = frozenset()
@@ -158,7 +167,7 @@ class Pointwise(Follower):
                 self._link(note, essential(index))
             if how == "sum" and output.ndim - len(axes) > 1 and _lies_along(note, axes, output):
                 how = "offset"
-        if how == "sum" and any(n.stacked or _are_scaled_alike(n, note) for n in active):
+        if how == "sum" and any(n.stacked or self._are_scaled_alike(n, note) for n in active):
             how = "offset"
         layouts = dict(layouts)
         for shown in note.shown if not layouts else ():
@@ -169,6 +178,11 @@ class Pointwise(Follower):
                     rows = set(range(len(shown.shape))) - set(features)
                     layouts[shown.name] = table_layout(len(shown.shape), rows)
         self.record(note, how, layouts)
+
+    def _are_scaled_alike(self, note: Note, offset: Note) -> bool:
+        """Whether activations were multiplied by a table of the shape of what is added to them."""
+        shapes = {self.twin.shapes[name] for name in note.decayed}
+        return any(s.shape in shapes and has_several_axes(s.shape) for s in offset.shown)
 
     def _link(self, note: Note, index: Tensor) -> None:
         """A vector that is added to the features of a matrix is divided as they are."""
@@ -231,6 +245,8 @@ class Pointwise(Follower):
         most = max((s.entries() for s in shown), default=0)
         how = "sum" if name in _SUMS_OF else "gain"
         found: dict[str, Shown] = {}
+        if any(getattr(value, "_is_noise", False) for value in constants):
+            shown = [replace(one, how="spread") if is_vector(one) else one for one in shown]
         if constants and most < output.numel() and name in _REPEATS:
             is_mask = any(selection_of(value) is not None for value in constants)
             repeated = "place" if is_mask else "gain"
@@ -239,6 +255,8 @@ class Pointwise(Follower):
             shown = [replace(one, how="rate") if one.how == "gain" else one for one in shown]
         for one in shown:
             smaller = one.entries() < most and not one.inner  # factors cover what they multiply to
+            if one.how == "spread" and len(notes) > 1:
+                one = replace(one, how="")
             if len(notes) > 1 and smaller and not one.how and one.start is None:
                 one = replace(one, how=how)
             old = found.get(one.name)

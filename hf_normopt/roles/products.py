@@ -257,6 +257,10 @@ class Products(Pointwise):
             self.use(note)
         known = [note for note in notes if note is not None]
         self.record_fixed(known, "place")
+        mask = next(
+            (v for v in (*args[3:], kwargs.get("attn_mask")) if isinstance(v, Tensor)), None
+        )
+        self.record_fixed(self.notes_of([mask]), "sum")
         return replace(
             mixture([notes[2]] if notes[2] is not None else []),
             head_size=next(tensors_of(result)).shape[-1],

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .fields import tensors_in
 from .inputs import ROWS, Inputs
 
 Pair = tuple[int, int]
@@ -24,6 +26,7 @@ _UNPACKED = re.compile(r"values to unpack \(expected (\d+), got (\d+)\)")
 _TYPES = re.compile(r"type|Long|[Ii]ndices|[Ii]ntegers?|index|iterable|scalar")
 _PLACES = re.compile(r"\b(dim|dimension|axis|index|argument|operand|entry|at)\b:? [#-]?\d+")
 _MATRICES = re.compile(r"\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+")
+_BROADCAST = re.compile(r"of length (\d+) at (-\d+).*broadcastable to \[([\d, ]+)\]")
 _NUMBERS = 6  # of an error that are looked at
 _LARGEST = 4096  # size of an axis
 _MOST = 1 << 24  # entries of an argument
@@ -36,8 +39,7 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
         inputs: what was refused.
         said: the error.
     """
-    args, kwargs = inputs
-    values = [*args, *kwargs.values()]
+    values, form = tree_flatten(inputs)
     pairs = _pairs(said.rpartition(" (")[0] or said)
     kinds = [_typed] if _TYPES.search(said) else []
     kinds += [_same, _shaped, _scaled] if _AXES.search(said) else [_same, _scaled]
@@ -50,7 +52,7 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
         if other is None:
             continue
         new = [other if i in places else value for i, value in enumerate(values)]
-        yield tuple(new[: len(args)]), dict(zip(kwargs, new[len(args) :], strict=True))
+        yield tree_unflatten(new, form)
 
 
 def _together(values: list[Any]) -> list[tuple[int, ...]]:
@@ -68,8 +70,7 @@ def _together(values: list[Any]) -> list[tuple[int, ...]]:
 
 def described(inputs: Inputs) -> str:
     """The shapes and types of inputs, which tell whether two are alike."""
-    args, kwargs = inputs
-    values = (*args, *kwargs.values())
+    values = tree_flatten(inputs)[0]
     return str([(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in values])
 
 
@@ -77,9 +78,7 @@ def axes_of(inputs: Inputs, said: str) -> int:
     """The axes of arguments, those of one shape once; how many are wrong if the error says."""
     if asked := _UNPACKED.search(said):
         return abs(int(asked[1]) - int(asked[2]))
-    args, kwargs = inputs
-    tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-    return sum(len(shape) for shape, _ in {(v.shape, v.dtype) for v in tensors})
+    return sum(len(shape) for shape, _ in {(v.shape, v.dtype) for v in tensors_in(inputs)})
 
 
 def _pairs(said: str) -> list[Pair]:
@@ -87,6 +86,10 @@ def _pairs(said: str) -> list[Pair]:
     matrices = _MATRICES.search(said)
     if matrices is not None:
         return [(int(matrices[1]), int(matrices[2]))]
+    if (broadcast := _BROADCAST.search(said)) is not None:
+        shape = [int(n) for n in broadcast[3].split(",")]
+        one, other = int(broadcast[1]), shape[int(broadcast[2])]
+        return [(other, one), (one, other)]
     # not those in names such as `float32`
     found = re.findall(r"(?<![\w.])\d+(?![\w.])", _PLACES.sub("", said))
     sizes = dict.fromkeys(int(n) for n in found if 0 < int(n) <= _LARGEST)
@@ -116,8 +119,12 @@ def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     """
     for old, new in pairs:
         side = value.shape[-1] if value.ndim else 1
-        if value.ndim > 3 and value.shape[-2] == side and max(old, new) >= 2 * side:
-            yield from _resized(value, side, max(1, round(side * math.sqrt(new / old))))
+        is_square = value.ndim > 3 and value.shape[-2] == side and value.shape[-3] not in (old, new)
+        if is_square and 2 * max(old, new) >= side:
+            other = side * math.sqrt(new / old)
+            middle = (side + other) / 2  # kernels without padding
+            for size in (round(other), 4 * math.ceil(other / 4), 4 * math.ceil(middle / 4)):
+                yield from _resized(value, side, max(1, size))
         for size in dict.fromkeys(reversed(value.shape) if old else ()):
             for other in (size * new // old if size * new % old == 0 else 0, size + new - old):
                 if old != size and 0 < other <= _LARGEST:
@@ -125,10 +132,12 @@ def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
 
 
 def _resized(value: Tensor, old: int, new: int) -> Iterator[Tensor | None]:
-    """An axis of some size with another one; both sides of a square image at once."""
+    """An axis of some size with another one; both sides of a square at once."""
     first = min(1, value.ndim - 1)  # after the rows
     axes = [(d,) for d in reversed(range(first, value.ndim)) if value.shape[d] == old]
     sides = tuple(d for d in range(2, value.ndim) if value.shape[d] == old)
+    if tuple(value.shape) == (old, old):  # a graph's edges
+        sides = (0, 1)
     for change in [sides] if len(sides) > 1 else axes:
         yield _filled(tuple(new if d in change else n for d, n in enumerate(value.shape)), value)
 

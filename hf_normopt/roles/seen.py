@@ -18,13 +18,15 @@ class Seen:
             "offset" (to a product), "place", "return", "packed", "mixture" (a mean of several
             matrices, before it is used), "transposed" (a product along its other axis), "rate"
             (multiplied by positions before an exponential, or of a recurrence), "outer" (numbers
-            times vectors), with the layout that this gives.
+            times vectors), "spread" (times noise), "sink" (beside the logits of a softmax), with
+            the layout that this gives.
         matrices: by parameter, how what a matrix gives is divided.
         beside: by bias, the matrix to whose features it is added.
         divided: by matrix, the number of pieces that a view divided its stored axes into.
         head_sizes: by matrix after an attention, the size of the attention's heads.
         feeds: by matrix, those that made its inputs last.
         fields: by model (its name), for each field of its output the matrices that made it last.
+        scored: the matrices that made distributions which were returned.
         where: by parameter, the class of the module that used it.
         partly: parameters of the module in which a pass ended.
         ran: the parameters that the model's own `forward` reached.
@@ -41,6 +43,7 @@ class Seen:
     head_sizes: dict[str, int] = field(default_factory=dict)
     feeds: dict[str, set[str]] = field(default_factory=dict)
     fields: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
+    scored: set[str] = field(default_factory=set)
     where: dict[str, str] = field(default_factory=dict)
     partly: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)

@@ -69,7 +69,7 @@ class Twin:
         alike: for the parameters of a layer that may be skipped, those of the layer that ran.
         dropped: names of the modules whose forward hooks the copy does not have.
         copies: by the original's `id`, each object that was copied; it keeps the ids valid.
-        spent: operations of all passes so far.
+        spent: operations of the passes over the model, or over what it did not reach.
         notes: the parameters of the copy, and what is noted of them before a pass.
         sizes: by `id`, the number of matrices in a module of the copy.
     """

@@ -65,6 +65,12 @@ def untracked(shown: Shown) -> Shown:
     return replace(shown, view=nothing, given=(), start=None, how=shown.how or "untracked")
 
 
+def scattered(shown: Shown) -> Shown:
+    """A parameter that was written somewhere into a tensor."""
+    nothing = torch.empty((), device="meta")
+    return replace(shown, how=shown.how or "scatter", view=nothing, given=())
+
+
 def repeated(shown: Shown, output: Tensor) -> Shown | None:
     """A parameter that was repeated, as activations are."""
     view = shown.view
@@ -121,7 +127,10 @@ def picked_parameter(
     if shown.start is not None:
         return None
     axes = shown.axes()
-    picked = shown.picked | {j for d in dims if d < len(axes) for j in axes[d]}
+    now = {j for d in dims if d < len(axes) for j in axes[d]}
+    if shown.expanded and not now:  # rows that are all the same
+        shown = replace(shown, how=shown.how or "place")
+    picked = shown.picked | now
     given = shown.given
     if name == "gather":
         return replace(
@@ -219,6 +228,11 @@ def kernel_layout(name: str, shown: Shown, transposed: bool, groups: int) -> Lay
 def has_several_axes(shape: Sequence[int]) -> bool:
     """Whether more than one axis has more than one entry, so that it is no vector."""
     return sum(size > 1 for size in shape) > 1
+
+
+def is_vector(shown: Shown) -> bool:
+    """Whether a parameter is a vector with which nothing was done that decides its role."""
+    return not (shown.how or has_several_axes(shown.shape))
 
 
 def numbered(words: list[str]) -> list[str]:

@@ -25,6 +25,7 @@ from ..norms.layouts import usual_layout
 from .follow import (
     choice,
     is_plain,
+    is_record,
     mixture,
     note_of,
     selection,
@@ -37,18 +38,23 @@ from .operations import evaluate, is_real
 from .parts import divided
 from .products import ROWS
 from .twin import Twin
-from .views import COPIES, table_layout
+from .views import COPIES, scattered, table_layout
 
 _SMALL = 3  # matrices of a module whose features go on to the one that called it
-_MOST = 20_000  # operations of one pass
+_MOST = 200_000  # operations of one pass
+_MOST_ASKING = 20_000  # of one whose code asks for more than so many values
+_MOST_ASKED = 2000
 _SAME = COPIES | {"_unsafe_view", "repeat", "_reshape_alias", "_conj", "view_as_real_copy"}
 _POINTWISE = frozenset(
     ("complex", "polar", "real", "imag", "native_dropout", "dropout", "addcmul", "addcdiv", "lerp")
 ) | {"where", "rsub"}
 
+_COMPARISONS = ("gt", "ge", "lt", "le")
+_RANDOM = ("rand", "normal", "uniform", "exponential", "bernoulli")
+
 
 class EndlessError(Exception):
-    """A pass of more operations than any model needs."""
+    """A pass of more operations than any model needs, or a loop until something converges."""
 
 
 class Watch(Mixing):
@@ -60,7 +66,7 @@ class Watch(Mixing):
 
     def __init__(self, twin: Twin) -> None:
         super().__init__(twin)
-        self.operations = 0
+        self.operations = self.asked = 0
         self.aside = False  # whether operations are not the twin's, but our own
         if not twin.notes:
             twin.notes.extend(self._parameters())
@@ -164,6 +170,8 @@ class Watch(Mixing):
                 note = self.noted(tensor)
                 if note is not None:
                     makers |= note.last - self.weights if note.squashed else note.last
+                    if note.scored:
+                        self.seen.scored |= note.last - self.weights
                     self.not_summed(note)
                     if not path and note.fixed:
                         self.record(note, "return")
@@ -176,9 +184,12 @@ class Watch(Mixing):
         if self.aside:
             return func(*args, **kwargs)
         self.operations += 1
-        if self.operations > _MOST:  # a loop until something converges, which nothing does here
-            raise EndlessError(f"forward went on after {_MOST} operations")
+        self.asked += func is torch.ops.aten._local_scalar_dense.default
+        if self.operations > (_MOST if self.asked < _MOST_ASKED else _MOST_ASKING):
+            raise EndlessError(f"forward went on after {self.operations} operations")
         result = evaluate(func, args, kwargs)
+        if torch._C._current_autograd_node() is not None:
+            return result  # a gradient that forward asks for, as of an energy
         with suppress(Exception):  # an operation that is called otherwise than was thought of
             self.note(func, args, kwargs, result)
         return result
@@ -187,13 +198,20 @@ class Watch(Mixing):
         """Note what an operation gives."""
         name = func.overloadpacket.__name__
         base = name.rstrip("_") if func._schema.is_mutable else name
+        if base.startswith(_RANDOM) and isinstance(result, Tensor):
+            result._is_noise = True  # type: ignore[attr-defined]
         if base.endswith("_like") or base.startswith("new_"):
             return
         with suppress(RuntimeError):
             self.select(func, base, args, result)
         notes = self.notes_of(tensors_of((args, kwargs)))
+        if base == "_to_copy" and is_real(result) and hasattr(args[0], "_compared"):
+            result._note = args[0]._compared  # a step function, as of spikes
         if not notes:
             return
+        active = [n for n in notes if not n.fixed]
+        if base in _COMPARISONS and active and isinstance(result, Tensor):
+            result._compared = mixture(active)  # type: ignore[attr-defined]
         if func.is_view or base in _SAME:
             return self.view(func, args, kwargs, result)
         method = _NOTED.get(base)
@@ -239,8 +257,9 @@ class Watch(Mixing):
         key = target.untyped_storage()._cdata
         self.kept.append(target)
         old = self.written.get(key)
-        made = mixture([note] if old is None else [note, old])
-        self.written[key] = replace(made, fixed=note.fixed and (old is None or old.fixed))
+        notes = [note] if old is None else [note, old]
+        shown = tuple(scattered(s) for n in notes if n.fixed for s in n.shown)
+        self.written[key] = replace(mixture(notes), fixed=all(n.fixed for n in notes), shown=shown)
 
     def finish(self) -> None:
         """Divide each matrix as its features were used."""
@@ -278,10 +297,10 @@ class Watch(Mixing):
 def _fields(output: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(output, Mapping):
         yield from ((str(key), value) for key, value in output.items())
-    elif hasattr(output, "__dataclass_fields__"):
-        yield from vars(output).items()
     elif hasattr(output, "_fields"):
         yield from zip(output._fields, output, strict=True)
+    elif is_record(output):
+        yield from vars(output).items()
     else:
         yield "output", output
 
@@ -292,6 +311,8 @@ class Lists(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], str):
+            raise TypeError(f"a tensor has no attribute {args[1]!r}")
         if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].is_meta:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             index = tuple(torch.tensor(i) if _is_list(i) else i for i in index)

@@ -254,19 +254,9 @@ def check_progress(
     of_scheduler = global_step if scheduler is None else scheduler.last_epoch
     if args.fp16:  # the gradient scaler skips steps of the schedule
         of_scheduler = global_step if 0 < of_scheduler < global_step else of_scheduler
-    what = "; ".join(optimizer.complaints)
-    if not what and steps == of_scheduler == global_step:
+    if not optimizer.complaints and steps == of_scheduler == global_step:
         return
-    if not what and steps == 0:
-        what = (
-            "the optimizer has no state: optimizer.pt or scheduler.pt is missing "
-            "(save_only_model=True writes none)"
-        )
-    elif not what:
-        what = (
-            f"the optimizer has made {steps} steps and the scheduler {of_scheduler}: optimizer.pt, "
-            "scheduler.pt and trainer_state.json are not of one checkpoint"
-        )
+    what = "; ".join(optimizer.complaints) or _disagreement(steps, of_scheduler)
     if optimizer.on_mismatch != "reset":
         raise ValueError(
             f"Training goes on at step {global_step}, but {what}. Resume from a complete "
@@ -280,6 +270,19 @@ def check_progress(
     optimizer.steps = global_step
     if scheduler is not None:
         scheduler.last_epoch = global_step
+
+
+def _disagreement(steps: int, of_scheduler: int) -> str:
+    """Why optimizer and scheduler are not at the step of the Trainer's state."""
+    if steps == 0:
+        return (
+            "the optimizer has no state: optimizer.pt or scheduler.pt is missing "
+            "(save_only_model=True writes none)"
+        )
+    return (
+        f"the optimizer has made {steps} steps and the scheduler {of_scheduler}: optimizer.pt, "
+        "scheduler.pt and trainer_state.json are not of one checkpoint"
+    )
 
 
 def _is_trainers_own(
