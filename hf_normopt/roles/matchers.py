@@ -300,8 +300,9 @@ def _vector(view: View) -> Finding | None:
     if "outer" in uses:
         reason = f"{_where(view)} multiplies numbers by it, which become vectors"
         return Finding("linear", reason, uses["outer"])
-    if "spread" in uses:
-        return Finding("other", f"{_where(view)} multiplies noise by it")
+    if "spread" in uses or "exponent" in uses:
+        what = "multiplies noise by it" if "spread" in uses else "raises activations to it"
+        return Finding("other", f"{_where(view)} {what}")
     if "gain" in uses and uses.keys() & {"sum", "offset"}:
         return Finding("other", f"{_where(view)} multiplies by it, and adds it")
     if "gain" in uses:

@@ -78,6 +78,7 @@ class Pointwise(Follower):
             its = self.noted(value)
             if its is not None and its.fixed:
                 how = "sum" if summed and not (name.startswith("addc") and position) else "gain"
+                how = "exponent" if name == "pow" else how
                 if how == "gain" and any(map(_is_state, its.shown)):
                     how = "place"
                 outer = _outer(its, times) if how == "gain" else {}

@@ -85,6 +85,18 @@ class Products(Pointwise):
             self._use(shown.name, "lookup", table_layout(len(shown.shape), shown.axes()[rows]))
         return Note()
 
+    def bilinear(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
+        """Products of two activations with a stack of matrices."""
+        left, weight, right = (self.noted(arg) or Note() for arg in args[:3])
+        self.use(left)
+        self.use(right)
+        layouts = {s.name: Layout("out in1 in2") for s in weight.shown if len(s.shape) == 3}
+        self.record_fixed([left, right], "place")
+        self.record(weight, "product", layouts)
+        for maker in layouts:
+            self.seen.feeds.setdefault(maker, set()).update(left.makers | right.makers)
+        return Note(makers=frozenset(layouts), last=frozenset(layouts))
+
     def distance(self, name: str, args: Any, kwargs: Any, result: Any) -> Note:
         """Distances of rows to those of a table are, but for lengths, products with them."""
         x, table = (self.noted(arg) or Note() for arg in args[:2])

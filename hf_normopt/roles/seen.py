@@ -18,8 +18,8 @@ class Seen:
             "offset" (to a product), "place", "return", "packed", "mixture" (a mean of several
             matrices, before it is used), "transposed" (a product along its other axis), "rate"
             (multiplied by positions before an exponential, or of a recurrence), "outer" (numbers
-            times vectors), "spread" (times noise), "sink" (beside the logits of a softmax), with
-            the layout that this gives.
+            times vectors), "spread" (times noise), "exponent", "sink" (beside the logits of a
+            softmax), with the layout that this gives.
         matrices: by parameter, how what a matrix gives is divided.
         beside: by bias, the matrix to whose features it is added.
         divided: by matrix, the number of pieces that a view divided its stored axes into.

@@ -329,6 +329,7 @@ _NOTED: dict[str, Callable[..., Note | None]] = {
         ("mm", "bmm", "mv", "dot", "vdot", "addmm", "baddbmm", "addmv", "_grouped_mm"),
         Watch.product,
     ),
+    "_trilinear": Watch.bilinear,
     **dict.fromkeys(("_cdist_forward", "_euclidean_dist"), Watch.distance),
     **dict.fromkeys(("convolution", "_convolution", "conv_tbc"), Watch.convolution),
     **dict.fromkeys(GAINS, Watch.normalised),
