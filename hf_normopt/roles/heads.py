@@ -193,9 +193,10 @@ class _Sight:
         """Matrices that did not run, in the same dictionary or list as a head that did."""
         found = {}
         ran = {self.stands(name) for name in self.seen.ran}
+        known = [head for head in heads if head in ran]
         for group in self.groups():
             for name in group:
-                rest = next((h[len(name) :] for h in heads if f"{h}.".startswith(f"{name}.")), None)
+                rest = next((h[len(name) :] for h in known if f"{h}.".startswith(f"{name}.")), None)
                 for other in group if rest is not None else ():
                     stands = f"{other}{rest}"
                     if stands not in ran and is_matrix(self.modules.get(stands, nn.Identity())):
