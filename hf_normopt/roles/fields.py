@@ -16,15 +16,15 @@ class Fields(dict[str, Any]):
     """Fields by key or as attributes; one that is not known yet is made from its name.
 
     Args:
-        make: what a field of some name holds, given those that were made before.
+        make: what a field of some name holds.
     """
 
-    def __init__(self, make: Callable[[str, dict[str, Any]], Any]) -> None:
+    def __init__(self, make: Callable[[str], Any]) -> None:
         super().__init__()
         self.__dict__["make"] = make
 
     def __missing__(self, name: str) -> Any:
-        value = self[name] = self.__dict__["make"](name, self)
+        value = self[name] = self.__dict__["make"](name)
         return value
 
     def __getattr__(self, name: str) -> Any:

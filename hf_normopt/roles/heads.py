@@ -193,17 +193,19 @@ class _Sight:
         """Matrices that did not run, in the same dictionary or list as a head that did."""
         found = {}
         ran = {self.stands(name) for name in self.seen.ran}
-        for group in self.groups():
+        for group, is_named in self.groups():
+            # layers in a list may follow one another
+            known = [head for head in heads if is_named or head in ran]
             for name in group:
-                rest = next((h[len(name) :] for h in heads if f"{h}.".startswith(f"{name}.")), None)
+                rest = next((h[len(name) :] for h in known if f"{h}.".startswith(f"{name}.")), None)
                 for other in group if rest is not None else ():
                     stands = f"{other}{rest}"
                     if stands not in ran and is_matrix(self.modules.get(stands, nn.Identity())):
                         found[stands] = f"did not run, beside the head {name}{rest}"
         return found
 
-    def groups(self) -> Iterator[list[str]]:
-        """The places of modules that a dictionary or list holds, registered or not."""
+    def groups(self) -> Iterator[tuple[list[str], bool]]:
+        """The places of modules that a dictionary or list holds, and whether they have names."""
         places = {id(module): place(name) for name, module in self.modules.items()}
         for module in self.modules.values():
             holds = isinstance(module, (nn.ModuleDict, nn.ModuleList))
@@ -212,7 +214,8 @@ class _Sight:
                     continue
                 values = group.values() if isinstance(group, dict) else group
                 if all(isinstance(value, nn.Module) for value in values):
-                    yield [places[id(value)] for value in values if id(value) in places]
+                    is_named = isinstance(group, dict) and not isinstance(module, nn.ModuleList)
+                    yield [places[id(v)] for v in values if id(v) in places], is_named
 
 
 def _is_collection(module: nn.Module) -> bool:

@@ -11,6 +11,8 @@ widths of their own parameters are tried.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import math
 import re
@@ -130,7 +132,7 @@ def with_fields(model: nn.Module, device: str = "meta") -> Iterator[Inputs]:
     names = [name for name, needed in Case(model, device).parameters.items() if needed]
 
     def of(first: Tensor) -> Fields:
-        def make(name: str, known: dict[str, Any]) -> Any:
+        def make(name: str) -> Any:
             if re.search(r"^(n|num)_", name):
                 return ROWS
             if _IDS.search(name) or _IMAGE.search(name):
@@ -377,4 +379,9 @@ def without_values(value: Any) -> Any:
         return type(value)(*(without_values(item) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(without_values(item) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        copied = copy.copy(value)
+        for one in dataclasses.fields(value):
+            object.__setattr__(copied, one.name, without_values(getattr(value, one.name)))
+        return copied
     return value

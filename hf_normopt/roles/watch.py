@@ -19,7 +19,6 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
 
 from ..norms.layouts import usual_layout
 from .follow import (
@@ -86,9 +85,9 @@ class Watch(Mixing):
 
     def given(self, values: Any) -> None:
         """Mark floating inputs as activations."""
-        for value in tree_flatten(values)[0]:
+        for value in tensors_of(values):
             if is_real(value):
-                value._note = Note()
+                value._note = Note()  # type: ignore[attr-defined]
 
     def hooks(self) -> Any:
         """A context in which every call of a module is known."""
