@@ -229,7 +229,7 @@ def test_groups_are_named_plain_and_ordered():
     assert optimizer.param_groups[0]["lr"] == optimizer.defaults["lr"] == 1e-3
     names = [name for g in optimizer.param_groups for name in g["param_names"]]
     assert sorted(names) == sorted(name for name, _ in llama().named_parameters())
-    plain = (str, int, float, tuple, list, dict)
+    plain = (str, int, float, tuple, list, dict, type(None))
 
     def check(value):
         assert isinstance(value, plain), value
@@ -280,7 +280,7 @@ def test_kinds_with_a_rule_get_a_group_of_their_own():
 
 def test_state_is_one_momentum_buffer_made_lazily():
     model = llama()
-    optimizer = create_normopt_optimizer(model, lr=1e-3)
+    optimizer = create_normopt_optimizer(model, lr=1e-3, situation="pretrained")
     assert not optimizer.state
     train(model, optimizer, batches(1))
     for p in model.parameters():

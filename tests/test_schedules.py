@@ -131,12 +131,12 @@ def test_roles_have_schedules_of_their_own(trainer_class, tmp_path):
 
 @pytest.mark.parametrize("trainer_class", [Trainer, NormOptTrainer])
 def test_the_logged_rate_is_the_runs_whatever_the_matrices_have(trainer_class, tmp_path):
-    options = {"optim_args": "schedule_linear=constant", "max_steps": 4}
+    options = {"optim_args": "lr_head=1,schedule_linear=constant", "max_steps": 4}
     trainer = trained(trainer_class, tmp_path, **options)
     assert rates(trainer) == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
     assert rates(trainer, "lr/linear") == [1e-3] * 4
     assert rates(trainer, "lr/head") == rates(trainer)
-    options["optim_args"] = "schedule=wsd/decay:0.5/shape:linear,schedule_linear=linear"
+    options["optim_args"] = "lr_head=1,schedule=wsd/decay:0.5/shape:linear,schedule_linear=linear"
     trainer = trained(trainer_class, tmp_path, **options)
     assert rates(trainer) == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
     assert rates(trainer, "lr/linear") == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])

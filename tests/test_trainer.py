@@ -164,7 +164,7 @@ def test_table_is_printed_once(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("NormOpt, preset normopt:") == 1
     lines = [line.split() for line in printed.splitlines()]
-    assert ["head", "rms->linf", "1", "64", "0.001", "0"] in lines
+    assert ["head", "rms->linf", "1", "64", "0.004", "0"] in lines
     assert any(line[:3] == ["linear", "rms->rms", "13"] for line in lines if line)
 
 

@@ -344,14 +344,19 @@ def kept(move: Move, i: int) -> dict[str, Tensor]:
     return own
 
 
-def kept_of_rows(move: Move) -> dict[str, Tensor]:
-    """What a parameter's rows smooth, (rows, 1), and its steps; 0 at first. {} if they do not."""
-    p, state = move.param, move.state
+def kept_of_rows(move: Move, i: int = 0) -> dict[str, Tensor]:
+    """What the i-th parameter's rows smooth, (rows, 1), and its steps; 0 at first.
+
+    {} if its rows smooth nothing.
+    """
+    p, state = move.params[i], move.states[i]
     if not move.rule.smooths_rows(move.layout, p.shape):
         return {}
     if "second_moment" not in state:
-        own = torch.zeros(len(local(p)), 1, dtype=state_dtype(p), device=p.device)
-        state["second_moment"] = placed_like(own, p, (len(p), 1))
+        is_sharded = smooths_own_rows(move)  # as the rows are; else all ranks have all of them
+        rows = len(local(p)) if is_sharded else len(p)
+        own = torch.zeros(rows, 1, dtype=state_dtype(p), device=p.device)
+        state["second_moment"] = placed_like(own, p, (len(p), 1)) if is_sharded else own
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
     return {"second_moment": state["second_moment"], "step": state["step"]}
 
@@ -400,6 +405,8 @@ def _over_statistics_inplace(
     rule, alone = move.rule, move.alone
     statistic = rule.statistic
     assert statistic is not None
+    for i in range(len(move.params)):
+        kept_of_rows(move, i)
     zero = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
     steps = _states(move, "step", [zero] * len(move.params))
     torch._foreach_add_(steps, 1)

@@ -118,6 +118,8 @@ def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
     Sides of a square image change by the root of the factor.
     """
     for old, new in pairs:
+        if not old:  # a part of a sharded parameter may be empty
+            continue
         side = value.shape[-1] if value.ndim else 1
         is_square = value.ndim > 3 and value.shape[-2] == side and value.shape[-3] not in (old, new)
         if is_square and 2 * max(old, new) >= side:
@@ -125,7 +127,7 @@ def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
             middle = (side + other) / 2  # kernels without padding
             for size in (round(other), 4 * math.ceil(other / 4), 4 * math.ceil(middle / 4)):
                 yield from _resized(value, side, max(1, size))
-        for size in dict.fromkeys(reversed(value.shape) if old else ()):
+        for size in dict.fromkeys(reversed(value.shape)):
             for other in (size * new // old if size * new % old == 0 else 0, size + new - old):
                 if old != size and 0 < other <= _LARGEST:
                     yield from _resized(value, size, other)
