@@ -124,8 +124,8 @@ def parts(move: Move) -> Iterator[Move]:
         return
     if gradient.is_sparse:
         touched = gradient.coalesce()
-        moves_others = rule.momentum or move.group["weight_decay"] or is_low(p)
-        moves_others = moves_others or rule.statistic is not None
+        remembers = rule.momentum or rule.statistic is not None
+        moves_others = remembers or move.group["weight_decay"] or is_low(p)
         if move.alone and touched.sparse_dim() == 1 and not moves_others:
             rows = touched.indices()[0]
             values = touched.values()

@@ -19,7 +19,7 @@ from ..norms.layouts import Layout
 from ..norms.product import Product
 from ..roles import KINDS, ROLES, ParamSpec, classify
 from .checkpoints import some
-from .rules import Policy, check_total, policy_key
+from .rules import Policy, check_total, rule_in
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _add_inplace(
 ) -> None:
     """Add a group with what was asked for it, to the one of its kind that asks for the same."""
     if weight_decay is not None:
-        rule = policy[policy_key(policy, group["role"], group["kind"])]
+        rule = rule_in(policy, group)
         said = {"decay", f"decay_{group['role']}", f"decay_{group['kind']}"} & set(decays)
         options = {**options, "weight_decay": weight_decay * (rule.decay if said else 1.0)}
     key = (group["role"], group["kind"], *options.items())

@@ -37,7 +37,7 @@ from .precision import (
     unpacked,
 )
 from .ranks import RankedOptimizer, is_rehearsal
-from .rules import Policy, check_total
+from .rules import Policy, check_total, rule_in
 from .sharding import (
     divided_among,
     total,
@@ -136,7 +136,7 @@ class NormOpt(RankedOptimizer):
         pairs = self._named(group["params"])
         bits = {key: group.get(key, self.defaults[key]) for key in ("momentum_dtype", "rounding")}
         check_precision([p for _, p in pairs], **bits)
-        rule = self.rule_of({**group, "smoothing": None})  # that of a situation is not the rule's
+        rule = rule_in(self.policy, group)  # without what a situation chose
         shapes = [tuple(p.shape) for _, p in pairs]
         layouts = group.get("layouts") or [usual_layout(group["role"], shape) for shape in shapes]
         if len(layouts) != len(pairs):

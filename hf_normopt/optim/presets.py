@@ -312,8 +312,7 @@ def create_normopt_optimizer(
         found = find_situation(model, situation)
         if chosen.choices:
             said, is_fixed = _decided_roles(changes), own_size in (None, Fixed())
-            choices = chosen.choices
-            groups = with_choices(groups, found, choices, policy, said, is_fixed=is_fixed)
+            groups = with_choices(groups, found, chosen.choices, policy, said, is_fixed=is_fixed)
         rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         optimizer = NormOpt(
             groups,
@@ -356,8 +355,7 @@ def _warn_of_absent_roles(
     changes: Mapping[str, Any], groups: list[dict[str, Any]], policy: Policy
 ) -> None:
     present = {group[key] for group in groups for key in ("role", "kind")}
-    products = set(policy) & {"product", "table_product"}
-    taken_apart = {kind for kind in products if not isinstance(policy[kind].norm, Product)}
+    taken_apart = factors_apart(policy).keys() & {"product", "table_product"}
     for change in changes:
         role = change.partition("_")[2]
         if role and role not in present | taken_apart:

@@ -6,8 +6,6 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from .agreement import Proposal, Settings, agree, average_inplace, mean_over
 from .batches import is_flat
 from .guard import Guard
 from .moves import Move
-from .rules import EMA, Policy, Rule, policy_key
+from .rules import Policy, Rule, rule_in, smoothed
 from .sharding import NEEDS_WHOLE_MATRICES, groups_of, is_alone, replicas, wrappers_of
 from .step_sizes import Fixed, StepSize
 from .zero import OFFLOADED, Partition, displaced, partition_of, unfit
@@ -33,11 +31,6 @@ RESIZED = (
     "It was resized or replaced afterwards, as by model.resize_token_embeddings: do that first, and"
     " make the optimizer for the model that it leaves."
 )
-
-
-@lru_cache
-def _smoothed(rule: Rule, beta: float) -> Rule:
-    return replace(rule, statistic=EMA(beta))
 
 
 class RankedOptimizer(torch.optim.Optimizer):
@@ -67,8 +60,8 @@ class RankedOptimizer(torch.optim.Optimizer):
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
         """The rule that the policy gives to a group, smoothed where the situation asks for it."""
-        rule = self.policy[policy_key(self.policy, group["role"], group["kind"])]
-        return _smoothed(rule, group["smoothing"]) if group.get("smoothing") else rule
+        rule = rule_in(self.policy, group)
+        return smoothed(rule, group["smoothing"]) if group.get("smoothing") else rule
 
     def _agree(self) -> None:
         """Find the ranks that share the work, and make sure that all will do the same.

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,21 @@ Policy = Mapping[str, Rule]
 def policy_key(policy: Policy, role: str, kind: str = "") -> str:
     """The key of the rule for a role and kind: the kind if the policy names it, else the role."""
     return kind if kind and kind in policy else role
+
+
+def rule_in(policy: Policy, group: Mapping[str, Any]) -> Rule:
+    """The rule that a policy gives to a group."""
+    return policy[policy_key(policy, group["role"], group["kind"])]
+
+
+@lru_cache
+def smoothed(rule: Rule, beta: float) -> Rule:
+    """The same rule with a moving average of its norm's statistic.
+
+    Raises:
+        ValueError: if the norm has none.
+    """
+    return replace(rule, statistic=EMA(beta))
 
 
 def check_total(policy: Policy, roles: Iterable[tuple[str, str]]) -> None:

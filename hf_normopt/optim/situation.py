@@ -14,7 +14,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice, starmap
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..norms.layouts import Layout
 from ..roles.graph import canonical_name
 from .checkpoints import some
-from .rules import EMA, Policy, policy_key
+from .rules import Policy, rule_in, smoothed
 
 
 class Choice(NamedTuple):
@@ -193,16 +193,16 @@ def with_choices(
 
 def _can_smooth(group: Mapping[str, Any], policy: Policy, beta: float) -> bool:
     """Whether a rule without a statistic could have one, of rows."""
-    rule = policy[policy_key(policy, group["role"], group["kind"])]
+    rule = rule_in(policy, group)
     if rule.statistic is not None:
         return False
     try:
-        smoothed = replace(rule, statistic=EMA(beta))
+        rule = smoothed(rule, beta)
     except ValueError:  # the norm has no statistic
         return False
     shapes = [tuple(p.shape) for _, p in group["params"]]
     layouts = map(Layout, group["layouts"])
-    return all(starmap(smoothed.smooths_rows, zip(layouts, shapes, strict=True)))
+    return all(starmap(rule.smooths_rows, zip(layouts, shapes, strict=True)))
 
 
 def summary(situation: Situation, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -119,34 +119,27 @@ def _over_rows_inplace(
     partition, rule, statistic = move.partition, move.rule, move.rule.statistic
     assert partition is not None
     assert statistic is not None
-    stretches = [_Stretch(partition, number, rule) for number in range(len(partition.names))]
-    sums = torch.zeros(
-        sum(shape[0] for shape in partition.shapes),
-        dtype=state_dtype(partition.flat),
-        device=partition.flat.device,
-    )
+    rows = [shape[0] for shape in partition.shapes]
+    sums = torch.zeros(sum(rows), dtype=state_dtype(partition.flat), device=partition.flat.device)
     parts = []
-    for stretch, own in zip(stretches, sums.split([s[0] for s in partition.shapes]), strict=True):
-        part, places = _part(move, [stretch.piece])
+    for number, own in enumerate(sums.split(rows)):
+        stretch = _Stretch(partition, number, rule)
         if stretch.size:
+            part, places = _part(move, [stretch.piece])
             part.smooth, grad = smooth_inplace(part, weight)
             moments = rule.norm.moments(stretch.operator(grad))["second_moment"]
             own[stretch.rows] = moments.flatten().to(own.dtype)
-        parts.append((stretch, places, part))
+            parts.append((stretch, moments.shape, places, part))
     dist.all_reduce(sums, group=partition.ranks)
     state = move.state
     if "second_moment" not in state:
         state["second_moment"] = torch.zeros_like(sums)
         state["step"] = torch.zeros((), dtype=torch.float32, device=sums.device)
     step = state["step"].add_(1)
-    smoothed = statistic.update_inplace(state["second_moment"], sums, step)
-    lengths = smoothed.split([shape[0] for shape in partition.shapes])
-    for (stretch, places, part), squares in zip(parts, lengths, strict=True):
-        if not stretch.size:
-            continue
+    squares = statistic.update_inplace(state["second_moment"], sums, step).split(rows)
+    for stretch, shape, places, part in parts:
         m = stretch.operator(part.smooth)
-        shape = rule.norm.moments(m.to("meta"))["second_moment"].shape
-        own = squares[stretch.rows].reshape(shape)
+        own = squares[stretch.piece.number][stretch.rows].reshape(shape)
         ratio = over_moments(rule, m, {"second_moment": own}, step, unit).mul_(part.scale(m.shape))
         part.direction = stretch.entries(ratio)
         yield places, part

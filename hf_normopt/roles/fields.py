@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-from torch.utils._pytree import register_pytree_node, tree_flatten
+from torch.utils._pytree import register_pytree_node
 
 _ASKED = re.compile(r"has no attribute|a mapping")
 
@@ -50,8 +49,3 @@ register_pytree_node(Fields, _leaves, _filled)
 def are_asked(said: str) -> bool:
     """Whether an error says that an argument was asked for a field that tensors do not have."""
     return _ASKED.search(said) is not None
-
-
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """The tensors in arguments and their fields."""
-    return (value for value in tree_flatten(values)[0] if isinstance(value, Tensor))

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fields import Fields, tensors_in
+from .fields import Fields
+from .follow import tensors_of
 from .makers import Case, arguments
 from .twin import steers, unwrapped
 
@@ -150,7 +151,7 @@ def with_labels(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
     args, kwargs = inputs
     names = list(Case(model, "meta").parameters)[len(args) :]
     labels = [n for n in names if n not in kwargs and re.search(r"label|target", n)]
-    first = next(tensors_in(inputs), None)
+    first = next(tensors_of(inputs), None)
     if labels and first is not None:
         for axes in range(1, min(first.ndim, 2) + 1):
             zeros = torch.zeros(first.shape[:axes], dtype=torch.int64)

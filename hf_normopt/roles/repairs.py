@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .fields import tensors_in
+from .follow import tensors_of
 from .inputs import ROWS, Inputs
 
 Pair = tuple[int, int]
@@ -78,7 +78,7 @@ def axes_of(inputs: Inputs, said: str) -> int:
     """The axes of arguments, those of one shape once; how many are wrong if the error says."""
     if asked := _UNPACKED.search(said):
         return abs(int(asked[1]) - int(asked[2]))
-    return sum(len(shape) for shape, _ in {(v.shape, v.dtype) for v in tensors_in(inputs)})
+    return sum(len(shape) for shape, _ in {(v.shape, v.dtype) for v in tensors_of(inputs)})
 
 
 def _pairs(said: str) -> list[Pair]:
