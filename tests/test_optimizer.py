@@ -70,7 +70,7 @@ def one(shape=(6, 4), role="linear", policy=None, dtype=torch.float32, **options
 class Reference:
     """The preset `normopt` once more, sharing no line with the package: layouts by hand, SVDs."""
 
-    def __init__(self, model, lr, weight_decay, rms, momentum=0.95):
+    def __init__(self, model, lr, weight_decay, rms, momentum=0.9):
         self.model, self.lr, self.weight_decay, self.rms, self.mu = (
             model,
             lr,

@@ -236,8 +236,8 @@ RULES = {  # preset: (the direction, the momentum, the momentum that a step sees
     "lion": (lambda name, m, model: m.sign(), 0.95, 0.95**2),
     "normalized-sgd": (lambda name, m, model: m / m.norm(), 0.9, 0.9),
     "scion": (scion, 0.9, 0.9),
-    "modular": (by_role(modular), 0.95, 0.95**2),
-    "normopt": (normopt, 0.95, 0.95**2),
+    "modular": (by_role(modular), 0.9, 0.9**2),
+    "normopt": (normopt, 0.9, 0.9**2),
     "spectral": (spectral, 0.0, 0.0),
 }
 

@@ -99,7 +99,7 @@ def test_a_second_train_goes_on_with_the_state(tmp_path):
 MISMATCHES = {
     "another preset": ({"optim": "normopt_muon"}, r"trained under the rule \[.*go on under \["),
     "another norm": ({"optim_args": "norm_head=l1->linf"}, r"rms->linf.*go on under \[l1->linf"),
-    "another momentum": ({"optim_args": "momentum=0.5"}, "momentum 0.95 nesterov"),
+    "another momentum": ({"optim_args": "momentum=0.5"}, "momentum 0.9 nesterov"),
     "another role": ({"optim_args": "roles=head:pooler"}, r"\(linear\) and would go on.*\(head\)"),
 }
 

@@ -173,7 +173,7 @@ class Momo(StepSize):
             texts = (f"{beta:g}{' (nesterov)' * ahead}" for beta, ahead in sorted(found))
             raise ValueError(
                 f"step_size=momo needs one momentum for all roles, found {', '.join(texts)}. The "
-                "options momentum=0.95,nesterov=true set that of all."
+                "options momentum=0.9,nesterov=true set that of all."
             )
 
     def observe(self, move: Move, weight: Tensor | float) -> tuple[Tensor, None]:
