@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .fields import Fields
 from .follow import tensors_of
 from .makers import Case, arguments
+from .namesakes import namesake
 from .twin import steers, unwrapped
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -162,6 +163,8 @@ def with_labels(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
 def _of_all_kinds(model: nn.Module, first: Tensor, rest: list[Any]) -> Iterator[list[Any]]:
     """Arguments, where those whose name says nothing are like the first, texts or vectors."""
     yield [first, *rest]
+    if rest and not first.is_floating_point():  # one number for each row
+        yield [_of_rows(value) for value in (first, *rest)]
     alike = [value is first for value in rest]
     if not any(alike):
         return
@@ -175,6 +178,12 @@ def _of_all_kinds(model: nn.Module, first: Tensor, rest: list[Any]) -> Iterator[
     for width in list(widths)[:4]:
         other = torch.empty(ROWS, width, device=first.device)
         yield [first, *(other if value is first else value for value in rest)]
+
+
+def _of_rows(value: Any) -> Any:
+    """Of sequences the first entries."""
+    longest = 2 if isinstance(value, Tensor) and value.is_floating_point() else 1
+    return value[:, 0] if isinstance(value, Tensor) and value.ndim > longest else value
 
 
 _IDS = re.compile(r"ids$|^idx|token|word|^text")
@@ -320,6 +329,23 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
         return keys[0]
     if re.search(r"task|domain|lang|speaker|_id$", name):
         return torch.zeros(rows, dtype=torch.int64)
+    return _as_named(namesake(model, name), first)
+
+
+def _as_named(module: nn.Module | None, first: Tensor) -> Tensor:
+    """What the module takes after which an argument is named, as long as the first argument."""
+    rows, device = first.shape[0], "meta"
+    long = first.shape[1:-1] if first.is_floating_point() and first.ndim < 4 else first.shape[1:2]
+    if isinstance(module, nn.modules.conv._ConvNd):
+        sides = [first.shape[-1] if first.ndim == module.weight.ndim else 32]
+        shape = (rows, module.in_channels, *sides * len(module.kernel_size))
+        return torch.empty(shape, device=device)
+    if isinstance(module, (nn.Linear, nn.RNNBase)):
+        width = module.in_features if isinstance(module, nn.Linear) else module.input_size
+        shape = (rows, *long, width)
+        return first if first.shape == shape else torch.empty(shape, device=device)
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and first.is_floating_point():
+        return torch.zeros((rows, *long), dtype=torch.int64)
     return first
 
 
