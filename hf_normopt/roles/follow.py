@@ -136,6 +136,8 @@ class Follower(TorchDispatchMode):
             layout = (layouts or {}).get(shown.name)
             if final == "spread" and how != "sum":  # noise that is not added is as any activation
                 final = how
+            if final == "inverse":  # what is added is a rate, where the parameter is a time
+                final = "rate" if how == "sum" else how
             if final == "scatter":
                 final, layout = ("packed", None) if how == "product" else ("place", None)
             elif final == "untracked":

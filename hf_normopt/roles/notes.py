@@ -30,7 +30,8 @@ class Shown:
         view: a view of its memory, with the axes of the tensor; 0 is the stride of an axis that
             shows none of it.
         how: what was done with it before, where that decides its role: "gain", "sum", "scatter",
-            "place", "rate", "spread".
+            "place", "rate", "spread",
+            "inverse".
         inner: stored axes that a product with another parameter contracted.
         picked: stored axes that an index went along.
         start: (axis, first position) where a concatenation put it, if one did.

@@ -35,7 +35,8 @@ def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[st
     names = {shown.name for shown in note.shown}
     for shown, repeated in times:
         longer = [j for j, size in enumerate(shown.shape) if size > 1]
-        if shown.name in names and len(longer) > 1 and longer[-1] in repeated:
+        is_last = any(shown.axes()[-1:])  # no features follow that the numbers have already
+        if shown.name in names and len(longer) > 1 and longer[-1] in repeated and is_last:
             words = ["out" if j in repeated else "stack" for j in range(len(shown.shape))]
             found[shown.name] = Layout(" ".join(numbered(words)))
     return found
@@ -137,7 +138,7 @@ class Pointwise(Follower):
             decayed = frozenset()
         elif name in _SQUASHES:
             return found
-        if name in ("mul", "multiply"):
+        if name in ("mul", "multiply", "div"):
             fixed = [s for n in notes if n.fixed for s in n.shown]
             factors = rates | {s.name for s in fixed if not s.picked}
             for parameter in factors & decayed:
@@ -252,6 +253,8 @@ class Pointwise(Follower):
             is_mask = any(selection_of(value) is not None for value in constants)
             repeated = "place" if is_mask else "gain"
             shown = [one if one.how else replace(one, how=repeated) for one in shown]
+        if name == "reciprocal":
+            shown = [one if one.how else replace(one, how="inverse") for one in shown]
         if name in _RATES_OF and len(notes) == 1:
             shown = [replace(one, how="rate") if one.how == "gain" else one for one in shown]
         for one in shown:

@@ -27,6 +27,8 @@ class Seen:
         feeds: by matrix, those that made its inputs last.
         fields: by model (its name), for each field of its output the matrices that made it last.
         scored: the matrices that made distributions which were returned.
+        shares: by matrix whose features became shares by a softmax, how many these are.
+        alone: the matrices that alone made last something that was returned.
         where: by parameter, the class of the module that used it.
         partly: parameters of the module in which a pass ended.
         ran: the parameters that the model's own `forward` reached.
@@ -44,6 +46,8 @@ class Seen:
     feeds: dict[str, set[str]] = field(default_factory=dict)
     fields: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
     scored: set[str] = field(default_factory=set)
+    shares: dict[str, int] = field(default_factory=dict)
+    alone: set[str] = field(default_factory=set)
     where: dict[str, str] = field(default_factory=dict)
     partly: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
@@ -81,5 +85,5 @@ class Seen:
                     table.setdefault(name, table[ran])
 
     def _tables(self) -> list[tuple[str, dict[str, Any]]]:
-        names = ("uses", "matrices", "beside", "divided", "head_sizes", "where")
+        names = ("uses", "matrices", "beside", "divided", "head_sizes", "where", "shares")
         return [(name, getattr(self, name)) for name in names]

@@ -169,6 +169,7 @@ class Watch(Mixing):
                 note = self.noted(tensor)
                 if note is not None:
                     makers |= note.last - self.weights if note.squashed else note.last
+                    self.seen.alone |= note.last if len(note.last) == 1 else frozenset()
                     if note.scored:
                         self.seen.scored |= note.last - self.weights
                     self.not_summed(note)
