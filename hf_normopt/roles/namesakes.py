@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-_PLAIN = frozenset("id idx index ind input x seq feat feature to of".split())
+_PLAIN = frozenset(("id", "idx", "index", "input", "x", "seq", "feat", "feature", "to", "of"))
 _TAKE = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.RNNBase)
 _SHORT = 3  # letters of a word that may stand for a longer one
 

@@ -43,7 +43,7 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
     """
     values, form = tree_flatten(inputs)
     pairs = _pairs(said.rpartition(" (")[0] or said)
-    kinds = [_listed] if _LISTS.search(said) else []
+    kinds: list[Kind] = [_listed] if _LISTS.search(said) else []
     kinds += [_typed] if _TYPES.search(said) else []
     kinds += [_same, _shaped, _scaled] if _AXES.search(said) else [_same, _scaled]
     changes = [
