@@ -181,7 +181,9 @@ class _Sight:
             if own(place(name)) and not name.startswith(tuple(lists))
         ]
         later = [name for name in matrices if f"{name}.weight" not in self.seen.uses]
-        return {place(name) for name in (later or matrices)[-1:]}
+        before = {name for fed, names in self.seen.feeds.items() for name in names - {fed}}
+        last = [name for name in matrices if f"{name}.weight" not in before]
+        return {place(name) for name in (later or last)[-1:]}
 
     def last_outside(self, path: str, model: PreTrainedModel) -> dict[str, str]:
         """The last matrix outside the base model, where a task's output was not seen."""

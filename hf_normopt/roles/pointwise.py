@@ -42,6 +42,12 @@ def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[st
     return found
 
 
+def _are_rows(notes: Sequence[Note]) -> bool:
+    """Whether rows of a table, by their numbers, and other parameters are among the summands."""
+    picked = [all(s.picked and not s.how for s in note.shown) for note in notes if note.shown]
+    return any(picked) and not all(picked)
+
+
 def _is_whole(shown: Shown, repeated: frozenset[int]) -> bool:
     """Whether single numbers were repeated along all axes of a parameter."""
     return {j for j, size in enumerate(shown.shape) if size > 1} <= repeated
@@ -70,6 +76,10 @@ class Pointwise(Follower):
             self.record_fixed(notes, "place")
             notes = [n for n in notes if not n.fixed]
         active = [n for n in notes if not n.fixed]
+        if not active and name in _SUMS_OF and _are_rows(notes):
+            for note in notes:
+                self.record(note, "sum")
+            return Note()
         if not active:
             constants = [v for v in operands if self.noted(v) is None and v.numel() > 1]
             return self._combined(name, notes, output, constants)

@@ -105,6 +105,8 @@ class Products(Pointwise):
         if x.fixed and not table.fixed:
             x, table = table, x
         if not table.fixed or x.fixed:
+            for note in (x, table) if x.fixed and table.fixed else ():  # points among themselves
+                self.record(note, "place")
             return self._activations(x, table, result)
         plain = [s for s in table.shown if s.start is None and s.given is None]
         transposed = tuple(s.moved(s.view.mT) for s in plain if s.view.ndim > 1)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .follow import tensors_of
 from .inputs import ROWS, Inputs
+from .namesakes import of_rows
 
 Pair = tuple[int, int]
 Kind = Callable[[Tensor, list[Pair]], Iterator[Any]]
@@ -26,6 +27,7 @@ _AXES = re.compile(r"unpack|size|axes|[Dd]imension|[Dd]ims|\dD|subscripts|indice
 _UNPACKED = re.compile(r"values to unpack \(expected (\d+), got (\d+)\)")
 _TYPES = re.compile(r"type|Long|[Ii]ndices|[Ii]ntegers?|index|iterable|scalar")
 _PLACES = re.compile(r"\b(dim|dimension|axis|index|argument|operand|entry|at)\b:? [#-]?\d+")
+_RANKS = re.compile(r"[Nn]umber of dimensions|\dD|\d-D|dimensional")
 _LISTS = re.compile(r"(tuple|list) of Tensors")
 _MATRICES = re.compile(r"\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+")
 _BROADCAST = re.compile(r"of length (\d+) at (-\d+).*broadcastable to \[([\d, ]+)\]")
@@ -51,6 +53,9 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
         for kind in kinds
         for places in _together(values)
     ]
+    flat = [of_rows(value) for value in values]
+    if _RANKS.search(said) and sum(a is not b for a, b in zip(flat, values, strict=True)) > 1:
+        yield tree_unflatten(flat, form)
     for places, other in filter(None, chain.from_iterable(zip_longest(*changes))):
         if other is None:
             continue
