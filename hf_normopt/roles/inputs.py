@@ -315,7 +315,7 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
         return torch.zeros(first.shape[0], dtype=torch.int64)
     if _LABELS.search(name):
         return torch.zeros(rows, dtype=torch.int64)
-    if re.search(r"sigma|snr|noise_level", name):
+    if re.search(r"sigma|snr|noise_level|^dones?$|terminal", name):
         return torch.empty(rows, device=first.device)
     if re.search(r"^adj|laplacian", name):  # of a graph whose nodes come before features
         nodes = first.shape[-2] if first.ndim > 1 else rows

@@ -287,6 +287,9 @@ class Mixing(Products):
         if not active:
             shown = notes[0].shown if output is not None and len(notes) == 1 else ()
             same = output is not None and output.shape == operands[0].shape
+            if not same and any(s.expanded for s in shown):  # repeated for each row, and resized
+                self.record(notes[0], "place")
+                return Note()
             return Note(shown=shown if same else (), fixed=True)
         self.record_fixed(notes, "other")
         index = None

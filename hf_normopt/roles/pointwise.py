@@ -24,9 +24,9 @@ _SQUASHES = frozenset(("sigmoid", "hardsigmoid", "softmax", "exp"))
 _CHOICES = frozenset(("where", "masked_fill", "fill", "maximum", "minimum", "masked_scatter"))
 
 
-def _is_state(shown: Shown) -> bool:
-    """Whether a table was repeated for each row of a batch, as activations are."""
-    return shown.expanded and has_several_axes(shown.shape)
+def _is_state(shown: Shown, gated: bool) -> bool:
+    """Whether a table, or what gates multiply, was repeated for each row as activations are."""
+    return shown.expanded and (gated or has_several_axes(shown.shape))
 
 
 def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[str, Layout]:
@@ -90,7 +90,8 @@ class Pointwise(Follower):
             if its is not None and its.fixed:
                 how = "sum" if summed and not (name.startswith("addc") and position) else "gain"
                 how = "exponent" if name == "pow" else how
-                if how == "gain" and any(map(_is_state, its.shown)):
+                gated = all(n.squashed for n in active)
+                if how == "gain" and any(_is_state(s, gated) for s in its.shown):
                     how = "place"
                 outer = _outer(its, times) if how == "gain" else {}
                 self._beside(its, "outer" if outer else how, active, output, outer)

@@ -27,11 +27,13 @@ _AXES = re.compile(r"unpack|size|axes|[Dd]imension|[Dd]ims|\dD|subscripts|indice
 _UNPACKED = re.compile(r"values to unpack \(expected (\d+), got (\d+)\)")
 _TYPES = re.compile(r"type|Long|[Ii]ndices|[Ii]ntegers?|index|iterable|scalar")
 _PLACES = re.compile(r"\b(dim|dimension|axis|index|argument|operand|entry|at)\b:? [#-]?\d+")
+_CHANNELS = re.compile(r"expected (\d+) channels on axis 1 of dimension (\d)")
 _RANKS = re.compile(r"[Nn]umber of dimensions|\dD|\d-D|dimensional")
 _LISTS = re.compile(r"(tuple|list) of Tensors")
 _MATRICES = re.compile(r"\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+")
 _BROADCAST = re.compile(r"of length (\d+) at (-\d+).*broadcastable to \[([\d, ]+)\]")
 _NUMBERS = 6  # of an error that are looked at
+_SIDE = 32  # of an image
 _LARGEST = 4096  # size of an axis
 _MOST = 1 << 24  # entries of an argument
 
@@ -53,14 +55,25 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
         for kind in kinds
         for places in _together(values)
     ]
-    flat = [of_rows(value) for value in values]
-    if _RANKS.search(said) and sum(a is not b for a, b in zip(flat, values, strict=True)) > 1:
-        yield tree_unflatten(flat, form)
+    yield from (tree_unflatten(new, form) for new in _of_other_ranks(values, said))
     for places, other in filter(None, chain.from_iterable(zip_longest(*changes))):
         if other is None:
             continue
         new = [other if i in places else value for i, value in enumerate(values)]
         yield tree_unflatten(new, form)
+
+
+def _of_other_ranks(values: list[Any], said: str) -> Iterator[list[Any]]:
+    """Arguments without the axis of a sequence, or an image for one that is none."""
+    flat = [of_rows(value) for value in values]
+    if _RANKS.search(said) and sum(a is not b for a, b in zip(flat, values, strict=True)) > 1:
+        yield flat
+    if (found := _CHANNELS.search(said)) is not None:
+        channels, axes = map(int, found.groups())
+        image = torch.empty(ROWS, channels, *[_SIDE] * (axes - 2), device="meta")
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor) and value.ndim != axes:
+                yield [image if j == i else v for j, v in enumerate(values)]
 
 
 def approached(before: Inputs, after: Inputs, said: str, now: str) -> Iterator[Inputs]:

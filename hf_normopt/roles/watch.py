@@ -259,7 +259,8 @@ class Watch(Mixing):
         old = self.written.get(key)
         notes = [note] if old is None else [note, old]
         shown = tuple(scattered(s) for n in notes if n.fixed for s in n.shown)
-        self.written[key] = replace(mixture(notes), fixed=all(n.fixed for n in notes), shown=shown)
+        fixed, squashed = (all(getattr(n, f) for n in notes) for f in ("fixed", "squashed"))
+        self.written[key] = replace(mixture(notes), fixed=fixed, squashed=squashed, shown=shown)
 
     def finish(self) -> None:
         """Divide each matrix as its features were used."""
