@@ -335,3 +335,41 @@ class Canvas(nn.Module):
         x = self.body(F.interpolate(self.start.repeat(len(z), 1, 1, 1), scale_factor=2))
         gain, offset = self.style(z)[..., None, None].chunk(2, 1)
         return self.colours(F.instance_norm(x) * (1 + gain) + offset).tanh()
+
+
+@case(
+    (torch.zeros(4, 6),),
+    first__weight="linear",
+    threshold="bias",
+    depths="norm",
+    layers__0__gain="norm",
+    layers__1__gain="norm",
+    last__weight="head",
+)
+class Thresholds(nn.Module):
+    """What activations are compared with; a gain for each depth; one that the first layer skips."""
+
+    class Layer(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.map, self.gain = nn.Linear(d, d), raw(d)
+
+        def forward(self, x, skip=None):
+            return self.map(x if skip is None else x + self.gain * skip).relu()
+
+    def __init__(self, d=8):
+        super().__init__()
+        self.first, self.last, self.threshold, self.depths = (
+            nn.Linear(6, d),
+            nn.Linear(d, 6),
+            raw(d),
+            raw(2),
+        )
+        self.layers = nn.ModuleList(self.Layer(d) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        x = skip = x * (x > self.threshold).to(x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = x * self.depths[i] + layer(x, skip if i else None)
+        return self.last(x)

@@ -132,7 +132,7 @@ class Follower(TorchDispatchMode):
     def record(self, note: Note, how: str, layouts: Mapping[str, Layout] | None = None) -> None:
         """Note what is done with the parameters that a tensor shows."""
         for shown in note.shown:
-            final = shown.how or how
+            final = how if how == "place" and shown.expanded else shown.how or how
             layout = (layouts or {}).get(shown.name)
             if final == "spread" and how != "sum":  # noise that is not added is as any activation
                 final = how

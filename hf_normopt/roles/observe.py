@@ -64,6 +64,7 @@ def observe(model: nn.Module, inputs: Any = None) -> Seen:
         seen.ran = set(seen.uses)
         twin.spent = 0
         _observe_rest_inplace(seen, twin, unwrapped(model))
+        seen.copy_to_siblings(twin.shapes)
     return seen
 
 

@@ -21,6 +21,7 @@ _REPEATS = _PRODUCTS_OF | {"pow"}
 _RATES_OF = frozenset(("exp", "pow", "sin", "cos"))  # of what is multiplied by positions
 _SQUASHES = frozenset(("sigmoid", "hardsigmoid", "softmax", "exp"))
 
+COMPARISONS = ("gt", "ge", "lt", "le")  # x > a is x - a > 0
 _CHOICES = frozenset(("where", "masked_fill", "fill", "maximum", "minimum", "masked_scatter"))
 
 
@@ -40,6 +41,11 @@ def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[st
             words = ["out" if j in repeated else "stack" for j in range(len(shown.shape))]
             found[shown.name] = Layout(" ".join(numbered(words)))
     return found
+
+
+def _entries(shown: Shown) -> tuple[str, int]:
+    """A parameter and the first of its entries that are shown: others belong to another layer."""
+    return shown.name, int(shown.view.storage_offset())
 
 
 def _are_rows(notes: Sequence[Note]) -> bool:
@@ -83,7 +89,7 @@ class Pointwise(Follower):
         if not active:
             constants = [v for v in operands if self.noted(v) is None and v.numel() > 1]
             return self._combined(name, notes, output, constants)
-        summed = name in _SUMS_OF
+        summed = name in _SUMS_OF or name in COMPARISONS
         times = self._times(operands, output) if name in ("mul", "multiply") else ()
         for position, value in enumerate(operands):
             its = self.noted(value)
@@ -145,14 +151,14 @@ class Pointwise(Follower):
             for shown in (s for n in active for s, repeated in n.times if _is_whole(s, repeated)):
                 self._use(shown.name, "rate")  # frequencies, which single numbers are multiplied by
         if name == "exp":
-            rates |= {shown.name for n in active for shown, _ in n.times}
+            rates |= {_entries(shown) for n in active for shown, _ in n.times}
             decayed = frozenset()
         elif name in _SQUASHES:
             return found
         if name in ("mul", "multiply", "div"):
             fixed = [s for n in notes if n.fixed for s in n.shown]
-            factors = rates | {s.name for s in fixed if not s.picked}
-            for parameter in factors & decayed:
+            factors = rates | {_entries(s) for s in fixed if not s.picked}
+            for parameter, _ in factors & decayed:
                 self._use(parameter, "rate")
             decayed |= factors
             rates = rates if len(active) == 1 else frozenset()
@@ -194,7 +200,7 @@ class Pointwise(Follower):
 
     def _are_scaled_alike(self, note: Note, offset: Note) -> bool:
         """Whether activations were multiplied by a table of the shape of what is added to them."""
-        shapes = {self.twin.shapes[name] for name in note.decayed}
+        shapes = {self.twin.shapes[name] for name, _ in note.decayed}
         return any(s.shape in shapes and has_several_axes(s.shape) for s in offset.shown)
 
     def _link(self, note: Note, index: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +85,15 @@ class Seen:
             for _, table in self._tables():
                 if ran in table:
                     table.setdefault(name, table[ran])
+
+    def copy_to_siblings(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """What was seen of a parameter holds for those of other layers that nothing reached."""
+        known = {(re.sub(r"\b\d+\b", "#", name), shapes.get(name)): name for name in self.uses}
+        for name in shapes.keys() - self.uses.keys():
+            like = known.get((re.sub(r"\b\d+\b", "#", name), shapes[name]))
+            for _, table in self._tables() if like is not None else ():
+                if like in table:
+                    table[name] = table[like]
 
     def _tables(self) -> list[tuple[str, dict[str, Any]]]:
         names = ("uses", "matrices", "beside", "divided", "head_sizes", "where", "shares")

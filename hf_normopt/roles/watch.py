@@ -35,6 +35,7 @@ from .mixing import GAINS, Mixing
 from .notes import Note, Shown
 from .operations import evaluate, is_real
 from .parts import divided
+from .pointwise import COMPARISONS
 from .products import ROWS
 from .twin import Twin
 from .views import COPIES, scattered, table_layout
@@ -48,7 +49,6 @@ _POINTWISE = frozenset(
     ("complex", "polar", "real", "imag", "native_dropout", "dropout", "addcmul", "addcdiv", "lerp")
 ) | {"where", "rsub"}
 
-_COMPARISONS = ("gt", "ge", "lt", "le")
 _RANDOM = ("rand", "normal", "uniform", "exponential", "bernoulli")
 
 
@@ -210,7 +210,7 @@ class Watch(Mixing):
         if not notes:
             return
         active = [n for n in notes if not n.fixed]
-        if base in _COMPARISONS and active and isinstance(result, Tensor):
+        if base in COMPARISONS and active and isinstance(result, Tensor):
             result._compared = mixture(active)  # type: ignore[attr-defined]
         if func.is_view or base in _SAME:
             return self.view(func, args, kwargs, result)
