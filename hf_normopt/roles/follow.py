@@ -132,10 +132,12 @@ class Follower(TorchDispatchMode):
     def record(self, note: Note, how: str, layouts: Mapping[str, Layout] | None = None) -> None:
         """Note what is done with the parameters that a tensor shows."""
         for shown in note.shown:
-            final = shown.how or how
+            final = how if how == "place" and shown.expanded else shown.how or how
             layout = (layouts or {}).get(shown.name)
             if final == "spread" and how != "sum":  # noise that is not added is as any activation
                 final = how
+            if final == "inverse":  # what is added is a rate, where the parameter is a time
+                final = "rate" if how == "sum" else how
             if final == "scatter":
                 final, layout = ("packed", None) if how == "product" else ("place", None)
             elif final == "untracked":

@@ -80,7 +80,9 @@ class _Sight:
             return None
         made = {key: set(names) for key, names in fields.items() if wanted(key) or key == _WHOLE}
         if is_plain:  # what else is returned on the way to an output is none itself
-            above = self.upstream(set().union(*made.values())) - self.seen.scored
+            names = set().union(*made.values())
+            above = self.upstream(names) - self.seen.scored
+            above -= self.alike(above & self.seen.alone, names - above)
             made = {key: names - above for key, names in made.items()}
         found = {}
         for key, names in made.items():
@@ -100,6 +102,15 @@ class _Sight:
                 todo += new
             found |= (above - {name}) & names
         return found
+
+    def alike(self, names: set[str], heads: set[str]) -> set[str]:
+        """Those of some matrices that are numbered in one list with heads of the same shape."""
+
+        def kind(name: str) -> tuple[str, tuple[int, ...]]:
+            path, _, leaf = name.rpartition(".")
+            return re.sub(r"\d+", "#", name), tuple(getattr(self.modules[path], leaf).shape)
+
+        return {n for n in names if kind(n) in set(map(kind, heads))}
 
     def task_heads(self, path: str, model: PreTrainedModel) -> dict[str, str]:
         """What made the outputs of a model last."""
@@ -170,7 +181,9 @@ class _Sight:
             if own(place(name)) and not name.startswith(tuple(lists))
         ]
         later = [name for name in matrices if f"{name}.weight" not in self.seen.uses]
-        return {place(name) for name in (later or matrices)[-1:]}
+        before = {name for fed, names in self.seen.feeds.items() for name in names - {fed}}
+        last = [name for name in matrices if f"{name}.weight" not in before]
+        return {place(name) for name in (later or last)[-1:]}
 
     def last_outside(self, path: str, model: PreTrainedModel) -> dict[str, str]:
         """The last matrix outside the base model, where a task's output was not seen."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .fields import Fields
 from .follow import tensors_of
 from .makers import Case, arguments
+from .namesakes import named, namesake, of_rows, taken
 from .twin import steers, unwrapped
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -123,7 +124,8 @@ def _from_widths(model: nn.Module, device: str) -> Iterator[Inputs]:
         kwargs = {}
         if "position_embeddings" in set(case.parameters) - set(names) and case.config is not None:
             kwargs["position_embeddings"] = _further(model, "position_embeddings", first)
-        for values in _of_all_kinds(model, first, rest):
+        rests = [rest, *named(rest, first)]
+        for values in (v for rest in rests for v in _of_all_kinds(model, first, rest)):
             by_name = dict(zip(names[count:], values[count:], strict=True))
             yield tuple(values[:count]), by_name | kwargs
 
@@ -162,6 +164,8 @@ def with_labels(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
 def _of_all_kinds(model: nn.Module, first: Tensor, rest: list[Any]) -> Iterator[list[Any]]:
     """Arguments, where those whose name says nothing are like the first, texts or vectors."""
     yield [first, *rest]
+    if rest and not first.is_floating_point():  # one number for each row
+        yield [of_rows(value) for value in (first, *rest)]
     alike = [value is first for value in rest]
     if not any(alike):
         return
@@ -177,12 +181,16 @@ def _of_all_kinds(model: nn.Module, first: Tensor, rest: list[Any]) -> Iterator[
         yield [first, *(other if value is first else value for value in rest)]
 
 
+_LABELS = re.compile(
+    r"^(?!x_).*(label|target|class|cls|^y$|^t$|step|idx|index|type|depth|expert|which)"
+)
 _IDS = re.compile(r"ids$|^idx|token|word|^text")
 _IMAGE = re.compile(r"^im(g|age)s?$|pixel")
 _FRAMES = re.compile(r"video|frames|clip")
 _SOUND = re.compile(r"^(wav|audio|sound|speech|signal)")
 _NUMBERS = re.compile(r"num|cont|dense|feat|wav|audio|xyz|coord|point")
 _COLOURS = 4  # channels of an image, at most
+_NAMED = 4  # shapes that the module of the argument's name takes
 _FEW = 12  # shapes that one module takes which are tried before all that others take
 
 
@@ -206,7 +214,9 @@ def _first_arguments(model: nn.Module, name: str, device: str) -> Iterator[Tenso
     ]
     for few in (slice(0, _FEW), slice(_FEW, None)):
         shapes |= dict.fromkeys(shape for its in taken for shape in its[few])
-    if _IMAGE.search(name):
+    if (own := namesake(model, name)) is not None and own is not model:
+        shapes = dict.fromkeys(list(_taken(own, lengths, sides, raw))[:_NAMED]) | shapes
+    if _IMAGE.search(name) and not isinstance(own, nn.Linear):
         shapes = {(ROWS, 3, n, n): None for n in sides} | shapes
     flat = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if flat is not None and _FRAMES.search(name):
@@ -303,9 +313,9 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
         return torch.zeros(2, rows, dtype=torch.int64)
     if re.search(r"^batch$|_batch$", name):  # of a graph's nodes: in which graph they are
         return torch.zeros(first.shape[0], dtype=torch.int64)
-    if re.search(r"label|target|class|cls|^y$|^t$|step|^idx|index|type|depth|expert|which", name):
+    if _LABELS.search(name):
         return torch.zeros(rows, dtype=torch.int64)
-    if re.search(r"sigma|snr|noise_level", name):
+    if re.search(r"sigma|snr|noise_level|^dones?$|terminal", name):
         return torch.empty(rows, device=first.device)
     if re.search(r"^adj|laplacian", name):  # of a graph whose nodes come before features
         nodes = first.shape[-2] if first.ndim > 1 else rows
@@ -320,7 +330,7 @@ def _further(model: nn.Module, name: str, first: Tensor) -> Any:
         return keys[0]
     if re.search(r"task|domain|lang|speaker|_id$", name):
         return torch.zeros(rows, dtype=torch.int64)
-    return first
+    return taken(namesake(model, name), name, first)
 
 
 def _keys(model: nn.Module) -> Iterator[str]:

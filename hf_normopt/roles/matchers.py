@@ -350,8 +350,18 @@ def _stored(view: View) -> Layout | None:
         if count in experts and words[axis] in ("in", "out"):
             words[axis] = f"(expert={count} {words[axis]})"
     pattern = " ".join(words)
-    stack = "expert" if experts or is_a(view.owner, ".*Experts.*") else "stack"
-    return Layout(pattern.replace("stack", stack))
+    are_experts = experts or is_a(view.owner, ".*Experts.*") or _are_chosen(view, pattern)
+    return Layout(pattern.replace("stack", "expert") if are_experts else pattern)
+
+
+def _are_chosen(view: View, pattern: str) -> bool:
+    """Whether a matrix of the module, or of the one around it, gives shares of so many maps."""
+    path = view.key.removesuffix(view.leaf).rstrip(".").rpartition(".")[0]
+    counts = {n for name, n in view.seen.shares.items() if name.startswith(path)}
+    return any(
+        word == "stack" and size in counts
+        for word, size in zip(pattern.split(), view.shape, strict=True)
+    )
 
 
 _ROLE_OF_USE = {"product": "linear", "kernel": "conv", "lookup": "embedding"}

@@ -251,6 +251,10 @@ class Mixing(Products):
         for parameter in note.joined:
             self._use(parameter, "sink")
         self.use(note)
+        size = args[0].shape[args[1]] if args[0].ndim else 1
+        for maker in note.makers if len(note.makers) == 1 else ():
+            if size in self.twin.shapes[maker]:
+                self.seen.shares.setdefault(maker, size)
         if "log" in name:  # scores, also where a normalisation gave them
             return replace(
                 note, index=None, squashed=False, share=False, scored=True, last=note.makers
@@ -283,6 +287,9 @@ class Mixing(Products):
         if not active:
             shown = notes[0].shown if output is not None and len(notes) == 1 else ()
             same = output is not None and output.shape == operands[0].shape
+            if not same and any(s.expanded for s in shown):  # repeated for each row, and resized
+                self.record(notes[0], "place")
+                return Note()
             return Note(shown=shown if same else (), fixed=True)
         self.record_fixed(notes, "other")
         index = None

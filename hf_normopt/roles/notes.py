@@ -30,7 +30,8 @@ class Shown:
         view: a view of its memory, with the axes of the tensor; 0 is the stride of an axis that
             shows none of it.
         how: what was done with it before, where that decides its role: "gain", "sum", "scatter",
-            "place", "rate", "spread".
+            "place", "rate", "spread",
+            "inverse".
         inner: stored axes that a product with another parameter contracted.
         picked: stored axes that an index went along.
         start: (axis, first position) where a concatenation put it, if one did.
@@ -150,8 +151,10 @@ class Note:
         head_size: size of the heads of the attention that gave it, 0 if none did.
         times: parameters that it was just multiplied by, entry by entry, with those of their stored
             axes along which it was repeated: once summed, that is a product.
-        rates: parameters whose products with activations are its exponents.
-        decayed: parameters, or exponents of them, that multiplied it since the last matrix.
+        rates: parameters whose products with activations are its exponents, with the number of
+            their first entry.
+        decayed: the same of those that multiplied it, or exponents of which did, since the last
+            matrix.
     """
 
     makers: frozenset[str] = frozenset()
@@ -167,8 +170,8 @@ class Note:
     patches: bool = False
     head_size: int = 0
     times: tuple[tuple[Shown, frozenset[int]], ...] = ()
-    rates: frozenset[str] = frozenset()
-    decayed: frozenset[str] = frozenset()
+    rates: frozenset[tuple[str, int]] = frozenset()
+    decayed: frozenset[tuple[str, int]] = frozenset()
 
 
 def is_batch(index: Tensor, d: int) -> bool:

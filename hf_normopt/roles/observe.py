@@ -26,7 +26,7 @@ from torch import nn
 from .fields import are_asked
 from .follow import note_of, tensors_of
 from .inputs import Inputs, candidates, normalise, with_fields, with_labels, with_places
-from .repairs import axes_of, described, repaired
+from .repairs import approached, axes_of, described, repaired
 from .seen import Seen
 from .twin import Twin, structure, undisturbed, unwrapped
 from .watch import EndlessError, Lists, Watch
@@ -64,6 +64,7 @@ def observe(model: nn.Module, inputs: Any = None) -> Seen:
         seen.ran = set(seen.uses)
         twin.spent = 0
         _observe_rest_inplace(seen, twin, unwrapped(model))
+        seen.copy_to_siblings(twin.shapes)
     return seen
 
 
@@ -139,7 +140,11 @@ class _Attempts:
         reached = (len(seen.uses), seen.operations)
         turn = 0 if before is None else before.turn + (0 if reached > before.reached else _FARTHER)
         order = (-len(seen.uses), self.errors[error] // _ALIKE, cost, next(self.number))
-        return _Refused(turn, order, reached, repaired(inputs, seen.failure))
+        changes = repaired(inputs, seen.failure)
+        if before is not None and error == re.sub(r"\d+", "", before.failure):
+            near = approached(before.inputs, inputs, before.failure, seen.failure)
+            changes = itertools.chain(near, changes)
+        return _Refused(turn, order, reached, inputs, seen.failure, changes)
 
     def repair(self, tries: int) -> bool:
         """Change what led farthest as the error asks; whether no others need to be tried.
@@ -168,12 +173,16 @@ class _Refused:
         turn: when they are changed next.
         order: which of those of one turn come first.
         reached: the parameters and operations that they led to.
+        inputs: themselves.
+        failure: the error.
         changes: of them.
     """
 
     turn: int
     order: tuple[int, ...]
     reached: tuple[int, int] = field(compare=False)
+    inputs: Inputs = field(compare=False)
+    failure: str = field(compare=False)
     changes: Iterator[Inputs] = field(compare=False)
 
 

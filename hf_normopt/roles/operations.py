@@ -218,7 +218,8 @@ def _convolution(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
     image, weight, transposed, groups = args[0], args[1], args[6], args[8]
     expected = weight.shape[0] if transposed else weight.shape[1] * groups
     if image.ndim == weight.ndim and image.shape[1] != expected:
-        raise RuntimeError(f"expected {expected} channels, but got {image.shape[1]}")
+        where = f"channels on axis 1 of dimension {weight.ndim}"
+        raise RuntimeError(f"expected {expected} {where}, but got {image.shape[1]}")
     return NotImplemented
 
 

@@ -21,12 +21,13 @@ _REPEATS = _PRODUCTS_OF | {"pow"}
 _RATES_OF = frozenset(("exp", "pow", "sin", "cos"))  # of what is multiplied by positions
 _SQUASHES = frozenset(("sigmoid", "hardsigmoid", "softmax", "exp"))
 
+COMPARISONS = ("gt", "ge", "lt", "le")  # x > a is x - a > 0
 _CHOICES = frozenset(("where", "masked_fill", "fill", "maximum", "minimum", "masked_scatter"))
 
 
-def _is_state(shown: Shown) -> bool:
-    """Whether a table was repeated for each row of a batch, as activations are."""
-    return shown.expanded and has_several_axes(shown.shape)
+def _is_state(shown: Shown, gated: bool) -> bool:
+    """Whether a table, or what gates multiply, was repeated for each row as activations are."""
+    return shown.expanded and (gated or has_several_axes(shown.shape))
 
 
 def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[str, Layout]:
@@ -35,10 +36,22 @@ def _outer(note: Note, times: Iterable[tuple[Shown, frozenset[int]]]) -> dict[st
     names = {shown.name for shown in note.shown}
     for shown, repeated in times:
         longer = [j for j, size in enumerate(shown.shape) if size > 1]
-        if shown.name in names and len(longer) > 1 and longer[-1] in repeated:
+        is_last = any(shown.axes()[-1:])  # no features follow that the numbers have already
+        if shown.name in names and len(longer) > 1 and longer[-1] in repeated and is_last:
             words = ["out" if j in repeated else "stack" for j in range(len(shown.shape))]
             found[shown.name] = Layout(" ".join(numbered(words)))
     return found
+
+
+def _entries(shown: Shown) -> tuple[str, int]:
+    """A parameter and the first of its entries that are shown: others belong to another layer."""
+    return shown.name, int(shown.view.storage_offset())
+
+
+def _are_rows(notes: Sequence[Note]) -> bool:
+    """Whether rows of a table, by their numbers, and other parameters are among the summands."""
+    picked = [all(s.picked and not s.how for s in note.shown) for note in notes if note.shown]
+    return any(picked) and not all(picked)
 
 
 def _is_whole(shown: Shown, repeated: frozenset[int]) -> bool:
@@ -69,17 +82,22 @@ class Pointwise(Follower):
             self.record_fixed(notes, "place")
             notes = [n for n in notes if not n.fixed]
         active = [n for n in notes if not n.fixed]
+        if not active and name in _SUMS_OF and _are_rows(notes):
+            for note in notes:
+                self.record(note, "sum")
+            return Note()
         if not active:
             constants = [v for v in operands if self.noted(v) is None and v.numel() > 1]
             return self._combined(name, notes, output, constants)
-        summed = name in _SUMS_OF
+        summed = name in _SUMS_OF or name in COMPARISONS
         times = self._times(operands, output) if name in ("mul", "multiply") else ()
         for position, value in enumerate(operands):
             its = self.noted(value)
             if its is not None and its.fixed:
                 how = "sum" if summed and not (name.startswith("addc") and position) else "gain"
                 how = "exponent" if name == "pow" else how
-                if how == "gain" and any(map(_is_state, its.shown)):
+                gated = all(n.squashed for n in active)
+                if how == "gain" and any(_is_state(s, gated) for s in its.shown):
                     how = "place"
                 outer = _outer(its, times) if how == "gain" else {}
                 self._beside(its, "outer" if outer else how, active, output, outer)
@@ -133,14 +151,14 @@ class Pointwise(Follower):
             for shown in (s for n in active for s, repeated in n.times if _is_whole(s, repeated)):
                 self._use(shown.name, "rate")  # frequencies, which single numbers are multiplied by
         if name == "exp":
-            rates |= {shown.name for n in active for shown, _ in n.times}
+            rates |= {_entries(shown) for n in active for shown, _ in n.times}
             decayed = frozenset()
         elif name in _SQUASHES:
             return found
-        if name in ("mul", "multiply"):
+        if name in ("mul", "multiply", "div"):
             fixed = [s for n in notes if n.fixed for s in n.shown]
-            factors = rates | {s.name for s in fixed if not s.picked}
-            for parameter in factors & decayed:
+            factors = rates | {_entries(s) for s in fixed if not s.picked}
+            for parameter, _ in factors & decayed:
                 self._use(parameter, "rate")
             decayed |= factors
             rates = rates if len(active) == 1 else frozenset()
@@ -182,7 +200,7 @@ class Pointwise(Follower):
 
     def _are_scaled_alike(self, note: Note, offset: Note) -> bool:
         """Whether activations were multiplied by a table of the shape of what is added to them."""
-        shapes = {self.twin.shapes[name] for name in note.decayed}
+        shapes = {self.twin.shapes[name] for name, _ in note.decayed}
         return any(s.shape in shapes and has_several_axes(s.shape) for s in offset.shown)
 
     def _link(self, note: Note, index: Tensor) -> None:
@@ -252,6 +270,8 @@ class Pointwise(Follower):
             is_mask = any(selection_of(value) is not None for value in constants)
             repeated = "place" if is_mask else "gain"
             shown = [one if one.how else replace(one, how=repeated) for one in shown]
+        if name == "reciprocal":
+            shown = [one if one.how else replace(one, how="inverse") for one in shown]
         if name in _RATES_OF and len(notes) == 1:
             shown = [replace(one, how="rate") if one.how == "gain" else one for one in shown]
         for one in shown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -104,6 +105,8 @@ class Products(Pointwise):
         if x.fixed and not table.fixed:
             x, table = table, x
         if not table.fixed or x.fixed:
+            for note in (x, table) if x.fixed and table.fixed else ():  # points among themselves
+                self.record(note, "place")
             return self._activations(x, table, result)
         plain = [s for s in table.shown if s.start is None and s.given is None]
         transposed = tuple(s.moved(s.view.mT) for s in plain if s.view.ndim > 1)
@@ -248,9 +251,20 @@ class Products(Pointwise):
     def _later(self, a: Note, b: Note) -> Note:
         """Of two products of equal rank, what was made from the other, or made at all."""
         for one, other in ((a, b), (b, a)):
-            if one.makers and other.makers <= self._above(one.makers):
+            before = self._above(one.makers)
+            if one.makers and (other.makers <= before or self._is_between(one, other)):
                 return Note(makers=one.makers, last=one.last)
         return Note()
+
+    def _is_between(self, one: Note, other: Note) -> bool:
+        """Whether a matrix stands between two activations that were made alike: x W y."""
+        feeds, shapes = self.seen.feeds, self.twin.shapes
+        before = frozenset().union(*(feeds.get(name, set()) for name in one.makers))
+        left, right = (
+            Counter((shapes.get(name), frozenset(feeds.get(name, ()))) for name in names)
+            for names in (before, other.makers)
+        )
+        return left == right and bool(left) and not before & other.makers
 
     def _above(self, makers: frozenset[str]) -> set[str]:
         """The matrices whose outputs reach some others."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, permutations, repeat, zip_longest
 from typing import Any
 
@@ -18,16 +18,22 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .follow import tensors_of
 from .inputs import ROWS, Inputs
+from .namesakes import of_rows
 
 Pair = tuple[int, int]
+Kind = Callable[[Tensor, list[Pair]], Iterator[Any]]
 
 _AXES = re.compile(r"unpack|size|axes|[Dd]imension|[Dd]ims|\dD|subscripts|indices|shape|batch")
 _UNPACKED = re.compile(r"values to unpack \(expected (\d+), got (\d+)\)")
 _TYPES = re.compile(r"type|Long|[Ii]ndices|[Ii]ntegers?|index|iterable|scalar")
 _PLACES = re.compile(r"\b(dim|dimension|axis|index|argument|operand|entry|at)\b:? [#-]?\d+")
+_CHANNELS = re.compile(r"expected (\d+) channels on axis 1 of dimension (\d)")
+_RANKS = re.compile(r"[Nn]umber of dimensions|\dD|\d-D|dimensional")
+_LISTS = re.compile(r"(tuple|list) of Tensors")
 _MATRICES = re.compile(r"\d+(?:x|, )(\d+)\]? (?:and|X) \[?(\d+)(?:x|, )\d+")
 _BROADCAST = re.compile(r"of length (\d+) at (-\d+).*broadcastable to \[([\d, ]+)\]")
 _NUMBERS = 6  # of an error that are looked at
+_SIDE = 32  # of an image
 _LARGEST = 4096  # size of an axis
 _MOST = 1 << 24  # entries of an argument
 
@@ -41,18 +47,62 @@ def repaired(inputs: Inputs, said: str) -> Iterator[Inputs]:
     """
     values, form = tree_flatten(inputs)
     pairs = _pairs(said.rpartition(" (")[0] or said)
-    kinds = [_typed] if _TYPES.search(said) else []
+    kinds: list[Kind] = [_listed] if _LISTS.search(said) else []
+    kinds += [_typed] if _TYPES.search(said) else []
     kinds += [_same, _shaped, _scaled] if _AXES.search(said) else [_same, _scaled]
     changes = [
         zip(repeat(places), kind(values[places[0]], pairs))
         for kind in kinds
         for places in _together(values)
     ]
+    yield from (tree_unflatten(new, form) for new in _of_other_ranks(values, said))
     for places, other in filter(None, chain.from_iterable(zip_longest(*changes))):
         if other is None:
             continue
         new = [other if i in places else value for i, value in enumerate(values)]
         yield tree_unflatten(new, form)
+
+
+def _of_other_ranks(values: list[Any], said: str) -> Iterator[list[Any]]:
+    """Arguments without the axis of a sequence, or an image for one that is none."""
+    flat = [of_rows(value) for value in values]
+    if _RANKS.search(said) and sum(a is not b for a, b in zip(flat, values, strict=True)) > 1:
+        yield flat
+    if (found := _CHANNELS.search(said)) is not None:
+        channels, axes = map(int, found.groups())
+        image = torch.empty(ROWS, channels, *[_SIDE] * (axes - 2), device="meta")
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor) and value.ndim != axes:
+                yield [image if j == i else v for j, v in enumerate(values)]
+
+
+def approached(before: Inputs, after: Inputs, said: str, now: str) -> Iterator[Inputs]:
+    """Inputs with the size at which an error would vanish whose number a change moved.
+
+    Args:
+        before: inputs that were refused.
+        after: the same with other sizes of an axis or of sides.
+        said: the error of those before.
+        now: that of those after.
+    """
+    values, form = tree_flatten(after)
+    old = tree_flatten(before)[0]
+    wrong = {new: size for size, new in reversed(_pairs(said.rpartition(" (")[0]))}
+    moved = [(wrong[n], s, n) for s, n in _pairs(now.rpartition(" (")[0]) if wrong.get(n, s) != s]
+    for i, (value, other) in enumerate(zip(values, old, strict=False)):
+        if not (moved and isinstance(value, Tensor) and value.ndim == other.ndim):
+            continue
+        axes = [d for d in range(value.ndim) if value.shape[d] != other.shape[d]]
+        if not axes or len({value.shape[d] for d in axes}) > 1:
+            continue
+        first, second, wanted = (n ** (1 / len(axes)) for n in moved[0])
+        size, slope = value.shape[axes[0]], value.shape[axes[0]] - other.shape[axes[0]]
+        guess = size + (wanted - second) * slope / (second - first)
+        for near in dict.fromkeys((round(guess), math.floor(guess), math.ceil(guess))):
+            if 0 < near <= _LARGEST:
+                shape = tuple(near if d in axes else n for d, n in enumerate(value.shape))
+                new = [_filled(shape, value) if j == i else v for j, v in enumerate(values)]
+                yield tree_unflatten(new, form)
 
 
 def _together(values: list[Any]) -> list[tuple[int, ...]]:
@@ -125,7 +175,8 @@ def _scaled(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
         if is_square and 2 * max(old, new) >= side:
             other = side * math.sqrt(new / old)
             middle = (side + other) / 2  # kernels without padding
-            for size in (round(other), 4 * math.ceil(other / 4), 4 * math.ceil(middle / 4)):
+            sizes = (round(other), *(4 * math.ceil(n / 4) for n in (other, middle)), round(middle))
+            for size in dict.fromkeys(sizes):
                 yield from _resized(value, side, max(1, size))
         for size in dict.fromkeys(reversed(value.shape)):
             for other in (size * new // old if size * new % old == 0 else 0, size + new - old):
@@ -156,6 +207,12 @@ def _shaped(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:
         yield _filled(shape[:-1], value)
     if len(shape) < 5:
         yield _filled((*shape, shape[-1] if shape else 2), value)
+
+
+def _listed(value: Tensor, pairs: list[Pair]) -> Iterator[list[Tensor]]:
+    """A list of rows."""
+    if value.ndim > 1:
+        yield list(value)
 
 
 def _typed(value: Tensor, pairs: list[Pair]) -> Iterator[Tensor | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,8 @@ class Seen:
         feeds: by matrix, those that made its inputs last.
         fields: by model (its name), for each field of its output the matrices that made it last.
         scored: the matrices that made distributions which were returned.
+        shares: by matrix whose features became shares by a softmax, how many these are.
+        alone: the matrices that alone made last something that was returned.
         where: by parameter, the class of the module that used it.
         partly: parameters of the module in which a pass ended.
         ran: the parameters that the model's own `forward` reached.
@@ -44,6 +48,8 @@ class Seen:
     feeds: dict[str, set[str]] = field(default_factory=dict)
     fields: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
     scored: set[str] = field(default_factory=set)
+    shares: dict[str, int] = field(default_factory=dict)
+    alone: set[str] = field(default_factory=set)
     where: dict[str, str] = field(default_factory=dict)
     partly: set[str] = field(default_factory=set)
     ran: set[str] = field(default_factory=set)
@@ -80,6 +86,15 @@ class Seen:
                 if ran in table:
                     table.setdefault(name, table[ran])
 
+    def copy_to_siblings(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """What was seen of a parameter holds for those of other layers that nothing reached."""
+        known = {(re.sub(r"\b\d+\b", "#", name), shapes.get(name)): name for name in self.uses}
+        for name in shapes.keys() - self.uses.keys():
+            like = known.get((re.sub(r"\b\d+\b", "#", name), shapes[name]))
+            for _, table in self._tables() if like is not None else ():
+                if like in table:
+                    table[name] = table[like]
+
     def _tables(self) -> list[tuple[str, dict[str, Any]]]:
-        names = ("uses", "matrices", "beside", "divided", "head_sizes", "where")
+        names = ("uses", "matrices", "beside", "divided", "head_sizes", "where", "shares")
         return [(name, getattr(self, name)) for name in names]

@@ -107,7 +107,8 @@ def copied(shown: Shown, shape: tuple[int, ...]) -> Shown | None:
 
 def permuted(shown: Shown, func: Any, args: Any, kwargs: Any, outputs: Any) -> list[Shown | None]:
     """The same for one that is no plain view: it follows where axes go."""
-    if func.overloadpacket.__name__ not in ("t", "transpose", "permute", "numpy_T"):
+    known = func.overloadpacket.__name__ in ("t", "transpose", "permute", "numpy_T")
+    if not known or shown.view.ndim != outputs[0].ndim:
         return [untracked(shown)] * len(outputs)
     marks = torch.empty(_MARKS[: shown.view.ndim], device="meta")
     order = [_MARKS.index(size) for size in func(marks, *args[1:], **kwargs).shape]

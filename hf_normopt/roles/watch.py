@@ -35,6 +35,7 @@ from .mixing import GAINS, Mixing
 from .notes import Note, Shown
 from .operations import evaluate, is_real
 from .parts import divided
+from .pointwise import COMPARISONS
 from .products import ROWS
 from .twin import Twin
 from .views import COPIES, scattered, table_layout
@@ -48,7 +49,6 @@ _POINTWISE = frozenset(
     ("complex", "polar", "real", "imag", "native_dropout", "dropout", "addcmul", "addcdiv", "lerp")
 ) | {"where", "rsub"}
 
-_COMPARISONS = ("gt", "ge", "lt", "le")
 _RANDOM = ("rand", "normal", "uniform", "exponential", "bernoulli")
 
 
@@ -169,6 +169,7 @@ class Watch(Mixing):
                 note = self.noted(tensor)
                 if note is not None:
                     makers |= note.last - self.weights if note.squashed else note.last
+                    self.seen.alone |= note.last if len(note.last) == 1 else frozenset()
                     if note.scored:
                         self.seen.scored |= note.last - self.weights
                     self.not_summed(note)
@@ -209,7 +210,7 @@ class Watch(Mixing):
         if not notes:
             return
         active = [n for n in notes if not n.fixed]
-        if base in _COMPARISONS and active and isinstance(result, Tensor):
+        if base in COMPARISONS and active and isinstance(result, Tensor):
             result._compared = mixture(active)  # type: ignore[attr-defined]
         if func.is_view or base in _SAME:
             return self.view(func, args, kwargs, result)
@@ -258,7 +259,8 @@ class Watch(Mixing):
         old = self.written.get(key)
         notes = [note] if old is None else [note, old]
         shown = tuple(scattered(s) for n in notes if n.fixed for s in n.shown)
-        self.written[key] = replace(mixture(notes), fixed=all(n.fixed for n in notes), shown=shown)
+        fixed, squashed = (all(getattr(n, f) for n in notes) for f in ("fixed", "squashed"))
+        self.written[key] = replace(mixture(notes), fixed=fixed, squashed=squashed, shown=shown)
 
     def finish(self) -> None:
         """Divide each matrix as its features were used."""
