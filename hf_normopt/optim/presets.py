@@ -101,8 +101,8 @@ def _with_tied_tables(policy: Policy) -> Policy:
     return {**policy, "tied": replace(policy["embedding"], norm=TiedTable())}
 
 
-# Of the presets that are this package's own, in Nesterov's form. The losses of 0.95, which torch's Muon
-# has, of 0.9, and of 0.85: docs/results.md, Momentum.
+# The momentum of this package's own presets. Why 0.9, and not 0.95 as torch's Muon has:
+# docs/results.md, Momentum.
 _OWN = partial(Rule, momentum=0.9, nesterov=True)
 
 _ADAM = Rule(_ENTRY, momentum=0.9, statistic=EMA(0.999))
