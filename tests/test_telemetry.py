@@ -223,7 +223,7 @@ def test_steps_that_are_logged_are_watched(options, logged, tmp_path):
 
 def test_bf16_weights_and_lora_are_watched(tmp_path):
     history = trained(tmp_path, model=bert().bfloat16()).state.log_history
-    assert history[0]["certificate/linear"] == pytest.approx(1, abs=2e-3)
+    assert history[0]["certificate/linear"] == pytest.approx(1, abs=7e-3)  # see gauge.py
 
 
 def test_an_epoch_that_ends_early_is_watched_at_its_own_step(tmp_path):

@@ -360,7 +360,7 @@ def _are_chosen(view: View, pattern: str) -> bool:
     counts = {n for name, n in view.seen.shares.items() if name.startswith(path)}
     return any(
         word == "stack" and size in counts
-        for word, size in zip(pattern.split(), view.shape, strict=True)
+        for word, size in zip(pattern.split(), view.shape, strict=False)  # FSDP1 flattens
     )
 
 
