@@ -190,7 +190,7 @@ def test_an_option_for_a_role_goes_before(checkpoint):
     assert kept == {"lm_head.weight": 2.0, "model.embed_tokens.weight": EMBEDDING}
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "normopt"])
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"normopt", "free"}))
 def test_other_presets_are_as_published(preset):
     model = llama()
     before = create_normopt_optimizer(model, lr=1e-3, preset=preset, situation="neutral")
@@ -267,6 +267,8 @@ def test_a_first_head_is_smoothed():
     for options in ({"lr_head": 1.0}, {"norm_head": "rms->rms"}):
         found = smoothed(create_normopt_optimizer(llama(), lr=1e-2, **options))
         assert found == {"model.embed_tokens.weight": FIRST_TABLE.smoothing}
+    found = create_normopt_optimizer(llama(), lr=1.0, preset="free")
+    assert smoothed(found) == ENDS_SMOOTHED
     found = create_normopt_optimizer(llama(), lr=1e-2, step_size="dual_norm")
     assert smoothed(found) == {}
     assert rates(found)["model.embed_tokens.weight"] == FIRST_TABLE.unsmoothed

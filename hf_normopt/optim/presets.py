@@ -132,6 +132,7 @@ PRESETS: dict[str, Preset] = {
         learning_rate=(0.2, 5.0),
         policy=_with_products(_by_role(partial(_OWN, scale="adamw"))),
         step_size=LineSearch(),
+        choices=CHOICES,
     ),
     "scion": Preset(
         description="The same norms with radius 50, 3000 for the head (by rows); plain momentum.",
@@ -313,8 +314,9 @@ def create_normopt_optimizer(
             )
         found = find_situation(model, situation)
         if chosen.choices:
-            said, is_fixed = _decided_roles(changes), own_size in (None, Fixed())
-            groups = with_choices(groups, found, chosen.choices, policy, said, is_fixed=is_fixed)
+            can_smooth = isinstance(own_size or chosen.step_size, Fixed | LineSearch)
+            said = _decided_roles(changes)
+            groups = with_choices(groups, found, chosen.choices, policy, said, can_smooth)
         rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         optimizer = NormOpt(
             groups,

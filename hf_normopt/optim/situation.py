@@ -153,8 +153,7 @@ def with_choices(
     choices: Mapping[tuple[str, str], Choice],
     policy: Policy,
     said: Collection[str] = (),
-    *,
-    is_fixed: bool = True,
+    can_smooth: bool = True,
 ) -> list[dict[str, Any]]:
     """Groups with the choice that the situation makes for all of their parameters.
 
@@ -170,7 +169,8 @@ def with_choices(
             can be kept however parameters are divided.
         said: roles and kinds about which an option has spoken. Their groups get no choice, nor do
             those with a rate of their own.
-        is_fixed: whether the step size is, for which alone smoothing was measured.
+        can_smooth: whether the step size goes without dual norms. With them smoothing was not
+            measured.
     """
     made = []
     for group in groups:
@@ -185,7 +185,7 @@ def with_choices(
         }
         choice = found.pop() if len(found) == 1 else Choice()
         beta = choice.smoothing
-        if beta is not None and not (is_fixed and _can_smooth(group, policy, beta)):
+        if beta is not None and not (can_smooth and _can_smooth(group, policy, beta)):
             choice = Choice(choice.unsmoothed)
         made.append({**group, "factor": choice.factor, "smoothing": choice.smoothing})
     return made
