@@ -28,28 +28,37 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    HfArgumentParser,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 
-import hf_normopt
-from common import MetricArguments, Score, option
+from common import (
+    DATA,
+    LOADERS,
+    DataArguments,
+    Score,
+    about_data,
+    check_columns,
+    finish,
+    is_own,
+    option,
+    parse,
+    read_data,
+    train,
+    with_validation,
+)
 
-SHAKESPEARE = Path(__file__).parent / "data" / "tinyshakespeare"
 ABOUT_SHAKESPEARE = (
     "Speeches from Shakespeare's plays, from [karpathy/char-rnn]"
     "(https://github.com/karpathy/char-rnn), in the order of the file: the first 90 % to "
     "train, 5 % for validation, 5 % for test; the text is in the public domain"
 )
-LOADERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass
-class Arguments(MetricArguments):
+class Arguments(DataArguments):
     model_name_or_path: str | None = option(None, "Go on from this model, on the Hub or a folder.")
     config_name: str | None = option(
         None, "From scratch, but this configuration and its tokenizer."
@@ -64,49 +73,20 @@ class Arguments(MetricArguments):
     num_attention_heads: int = option(4, "Attention heads.")
     tie_word_embeddings: bool = option(False, "Whether the head is the embedding.")
     block_size: int = option(128, "Tokens in a training sequence.")
-    dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
-    dataset_config_name: str | None = option(None, "Its configuration.")
-    train_file: str | None = option(None, "A txt, csv, json or parquet file; default: Shakespeare.")
-    validation_file: str | None = option(None, "Default: the last 10 percent of the training data.")
-    test_file: str | None = option(None, "Default: only the validation data are scored.")
     text_column_name: str = option("text", "The column of the texts.")
 
 
 def load_data(args):
     """Train, validation and test splits, and whether a row is a line, not a document."""
-    files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-    if any(files.values()) and (args.dataset_name or not files["train"]):
-        raise SystemExit(
-            "Name --train_file, with --validation_file and --test_file, or --dataset_name."
-        )
-    if not args.train_file:
-        files = {split: str(SHAKESPEARE / f"{split}.txt.gz") for split in files}
-    files = {split: path for split, path in files.items() if path}
-    for path in files.values():
-        if Path(path).is_file() and not Path(path).stat().st_size:
-            raise SystemExit(f"{path} is empty: it needs at least two rows.")
-    suffix = Path(files["train"].removesuffix(".gz")).suffix
-    loader = None if args.dataset_name else LOADERS.get(suffix)
-    splits = ("train", "validation", "test")
-    if args.dataset_name:
-        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-        data = datasets.DatasetDict({s: data[s] for s in splits if s in data})
-    elif loader is None:
-        raise SystemExit(f"{files['train']} is none of {', '.join(LOADERS)}, .gz or not.")
-    else:
-        options = {"text": {"keep_linebreaks": True}, "csv": {"keep_default_na": False}}
-        data = datasets.load_dataset(loader, data_files=files, **options.get(loader, {}))
-    if args.text_column_name not in data["train"].column_names:
-        raise SystemExit(
-            f"There is no column {args.text_column_name!r}; the data has "
-            f"{', '.join(data['train'].column_names)}. Name yours with --text_column_name."
-        )
+    loaders = {".txt": ("text", {"keep_linebreaks": True}), **LOADERS}
+    data = read_data(args, DATA / "tinyshakespeare" / "{split}.txt.gz", loaders)
+    check_columns(data, [args.text_column_name], "--text_column_name", what="text")
     if not len(data["train"]):
         raise SystemExit("The training data is empty.")
-    if "validation" not in data:
-        parts = data["train"].train_test_split(test_size=0.1, shuffle=False)
-        data["train"], data["validation"] = parts["train"], parts["test"]
-    return data.select_columns([args.text_column_name]), loader == "text"
+    data = with_validation(data, shuffle=False)
+    files = args.train_file or ".txt"
+    are_lines = not args.dataset_name and Path(files.removesuffix(".gz")).suffix == ".txt"
+    return data.select_columns([args.text_column_name]), are_lines
 
 
 def train_tokenizer(texts, vocab_size):
@@ -120,12 +100,12 @@ def train_tokenizer(texts, vocab_size):
     )
 
 
-def compressed(train, test):
+def compressed(known, test):
     """Bits per byte of the test text for general compressors that have read the training text."""
-    train = train[-8_000_000:]  # as far back as they look
+    known = known[-8_000_000:]  # as far back as they look
     found = {}
     for compressor in (lzma, bz2):
-        sizes = [len(compressor.compress(text.encode())) for text in (train, train + test)]
+        sizes = [len(compressor.compress(text.encode())) for text in (known, known + test)]
         found[f"{compressor.__name__} after the training text"] = (
             8 * (sizes[1] - sizes[0]) / len(test.encode())
         )
@@ -169,32 +149,15 @@ def load_model(args, data):
 
 
 def main():
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(
+    args, training_args, push = parse(
+        (Arguments, TrainingArguments),
         output_dir="outputs/pretrain_causal_lm",
-        optim="normopt",
         learning_rate=2e-3,
-        weight_decay=0.01,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=32,
         max_steps=250,
-        num_train_epochs=0.0,
-        warmup_steps=0.1,
         logging_steps=20,
-        eval_strategy="steps",
-        eval_steps=0.5,
-        save_strategy="steps",
-        save_steps=0.5,
-        save_total_limit=1,
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
-    args, training_args = parser.parse_args_into_dataclasses()
-    push, training_args.push_to_hub = training_args.push_to_hub, False  # trained first, pushed last
-    if training_args.num_train_epochs:  # asked for, in place of the steps
-        training_args.max_steps = -1
-    set_seed(training_args.seed)
-
     raw, rows_are_lines = load_data(args)
     final = "test" if "test" in raw else "validation"
     score = Score(args, training_args, "bits_per_byte.py", "bits_per_byte")
@@ -252,30 +215,24 @@ def main():
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=keep,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()  # the tokenizer too
-    trainer.save_state()
-    results = {}
-    for split in dict.fromkeys(("validation", final)):
-        metrics = trainer.evaluate(data[split], metric_key_prefix=split)
-        trainer.log_metrics(split, metrics)
-        trainer.save_metrics(split, metrics)
-        results |= metrics
-
-    is_default = not (args.dataset_name or args.train_file)
-    name = "Shakespeare" if is_default else args.dataset_name or Path(args.train_file).name
+    results = train(trainer, data, final)
+    prompt = torch.tensor([[tokenizer.eos_token_id, *tokens[final][:8]]], device=model.device)
+    sample = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_length=args.block_size, do_sample=True
+    )
+    print(tokenizer.decode(sample[0], skip_special_tokens=True))
     start = args.model_name_or_path or args.config_name
     sizes = ", ".join(f"{len(found):,} for {split}" for split, found in tokens.items())
-    hf_normopt.finish_run(
+    about = about_data(args, "Shakespeare", ABOUT_SHAKESPEARE, f"Tokens: {sizes}")
+    finish(
         trainer,
+        score,
+        results,
+        final,
+        **about,
         push_to_hub=push,
-        title=f"{Path(start).name if start else 'A small Llama'} on {name}",
+        title=f"{Path(start).name if start else 'A small Llama'} on {about['dataset']}",
         task="text-generation",
-        metrics=results,
-        metric=score.headline,
-        dataset=name,
-        dataset_id=args.dataset_name,
-        data=f"{ABOUT_SHAKESPEARE if is_default else name}. Tokens: {sizes}.",
         baselines=baselines,
         limits="It writes text that looks like its training data, and means nothing. "
         + (
@@ -286,16 +243,9 @@ def main():
         )
         + f" token is predicted from at most {args.block_size - 1} tokens before it.",
         base_model=args.model_name_or_path,
-        language="en" if is_default else None,
-        license="apache-2.0" if is_default and not start else None,
+        language="en" if is_own(args) else None,
+        license="apache-2.0" if is_own(args) and not start else None,
     )
-    prompt = torch.tensor([[tokenizer.eos_token_id, *tokens[final][:8]]], device=model.device)
-    sample = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_length=args.block_size, do_sample=True
-    )
-    print(tokenizer.decode(sample[0], skip_special_tokens=True))
-    headline = f"{final}_{score.headline}"
-    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":

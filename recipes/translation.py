@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import datasets
 import numpy as np
-import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 from tokenizers import ByteLevelBPETokenizer
@@ -28,37 +26,41 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    HfArgumentParser,
     M2M100Config,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    set_seed,
 )
 
-import hf_normopt
-from common import MetricArguments, Score, option
+from common import (
+    DATA,
+    DataArguments,
+    Score,
+    about_data,
+    check_columns,
+    check_writing,
+    count_rows,
+    finish,
+    is_own,
+    option,
+    parse,
+    read_data,
+    some_rows,
+    train,
+    with_validation,
+)
 
-SPLITS = ("train", "validation", "test")
-LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-TATOEBA = Path(__file__).parent / "data" / "tatoeba"
 ABOUT_TATOEBA = (
     "Sentences of at most five English words and their Swedish translations, from the "
     "[Tatoeba Project](https://tatoeba.org), paired by "
     "[manythings.org](https://www.manythings.org/anki), CC BY 2.0 FR; every row names its authors"
 )
-MOST = 20_000  # rows that the simple methods learn from
 
 
 @dataclass
-class Arguments(MetricArguments):
+class Arguments(DataArguments):
     model_name_or_path: str | None = option(None, "On the Hub or a folder; default: from scratch.")
     vocab_size: int = option(1500, "Of the tokenizer that is trained, without a model.")
-    dataset_name: str | None = option(None, "A data set on the Hub or a folder.")
-    dataset_config_name: str | None = option(None, "Its configuration.")
-    train_file: str | None = option(None, "A csv, json or parquet file; default: Tatoeba.")
-    validation_file: str | None = option(None, "Default: 10 percent of the training data.")
-    test_file: str | None = option(None, "Default: only the validation data are scored.")
     source_lang: str = option("en", "The column to translate, or a multilingual model's code.")
     target_lang: str = option("sv", "The same for the translations.")
     source_prefix: str = option("", "Put before every source, as T5 wants it.")
@@ -69,41 +71,16 @@ class Arguments(MetricArguments):
 
 def load_data(args):
     """Train, validation and test splits, and the names of the two columns."""
-    files = {split: getattr(args, f"{split}_file") for split in SPLITS}
-    if any(files.values()) and (args.dataset_name or not files["train"]):
-        raise SystemExit(
-            "Name --train_file, with --validation_file and --test_file, or --dataset_name."
-        )
-    if args.dataset_name:
-        data = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-        data = datasets.DatasetDict({s: data[s] for s in SPLITS if s in data})
-    else:
-        if not files["train"]:
-            files = {split: str(TATOEBA / f"{split}.csv.gz") for split in SPLITS}
-        files = {split: path for split, path in files.items() if path}
-        kind = LOADERS.get(Path(files["train"].removesuffix(".gz")).suffix)
-        if kind is None:
-            raise SystemExit(f"{files['train']} is none of {', '.join(LOADERS)}, .gz or not.")
-        options = {"keep_default_na": False} if kind == "csv" else {}  # "null" is a word too
-        data = datasets.load_dataset(kind, data_files=files, **options)
-    found = data["train"].column_names
+    data = read_data(args, DATA / "tatoeba" / "{split}.csv.gz")
     columns = [args.source_lang, args.target_lang]
+    found = data["train"].column_names
     if not set(columns) <= set(found):  # en_XX and eng_Latn are codes of models
         columns = [code.split("_")[0] for code in columns]
-    if "translation" in data["train"].column_names:  # dictionaries, as on the Hub
+    if "translation" in found:  # dictionaries, as on the Hub
         data, columns = data.flatten(), [f"translation.{name}" for name in columns]
-        found = data["train"].column_names
-    if missing := set(columns) - set(found):
-        raise SystemExit(
-            f"There is no column {', '.join(sorted(missing))}; the data has {', '.join(found)}. "
-            "Name yours with --source_lang and --target_lang."
-        )
-    for split, rows in data.items():
-        if any(rows.data.column(column).null_count for column in columns):
-            raise SystemExit(f"The {split} data has rows without a translation: remove them.")
-    if "validation" not in data:
-        parts = data["train"].train_test_split(test_size=0.1, seed=0)
-        data["train"], data["validation"] = parts["train"], parts["test"]
+    flags = "--source_lang and --target_lang"
+    check_columns(data, columns, flags, what="a translation")
+    data = with_validation(data)
     return data.select_columns(columns), columns
 
 
@@ -156,62 +133,32 @@ def load_model(args, texts):
     return model, tokenizer
 
 
-def simple_methods(train, test, source, target, score):
+def simple_methods(rows, test, source, target, score):
     """What copies reach: of the source, and of the translation of the nearest training source."""
-    some = ""
-    if len(train) > MOST:
-        train, some = train.shuffle(seed=0).select(range(MOST)), f", {MOST:,} rows"
+    rows, some = some_rows(rows)
     vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4))
     known = NearestNeighbors(n_neighbors=1, metric="cosine")
-    known.fit(vectorizer.fit_transform(train[source]))
+    known.fit(vectorizer.fit_transform(rows[source]))
     nearest = known.kneighbors(vectorizer.transform(test[source]), return_distance=False)[:, 0]
     written = {
         "copy of the source": test[source][:],
-        f"translation of the nearest training source{some}": train[nearest][target],
+        f"translation of the nearest training source{some}": rows[nearest][target],
     }
     return {name: score.value(texts, test[target][:]) for name, texts in written.items()}
 
 
 def main():
-    parser = HfArgumentParser((Arguments, Seq2SeqTrainingArguments))
-    parser.set_defaults(
+    args, training_args, push = parse(
+        (Arguments, Seq2SeqTrainingArguments),
         output_dir="outputs/translation",
-        optim="normopt",
         learning_rate=1e-3,
-        weight_decay=0.01,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=128,
         predict_with_generate=True,
         max_steps=400,
-        num_train_epochs=0.0,
-        warmup_steps=0.1,
         logging_steps=20,
-        eval_strategy="steps",
-        eval_steps=0.5,
-        save_strategy="steps",
-        save_steps=0.5,
-        save_total_limit=1,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
     )
-    args, training_args = parser.parse_args_into_dataclasses()
-    push, training_args.push_to_hub = training_args.push_to_hub, False  # trained first, pushed last
-    if training_args.num_train_epochs:  # asked for, in place of the steps
-        training_args.max_steps = -1
-    training_args.generation_max_length = (
-        training_args.generation_max_length or args.max_target_length
-    )
-    if not training_args.predict_with_generate:
-        raise SystemExit(
-            "The metric is of texts that are written: leave --predict_with_generate True."
-        )
-    if training_args.train_sampling_strategy == "group_by_length":
-        raise SystemExit(
-            "--train_sampling_strategy group_by_length sorts the validation data too, and their "
-            "references are in the order of the data: use random or sequential."
-        )
-    set_seed(training_args.seed)
-
+    check_writing(args, training_args)
     raw, (source, target) = load_data(args)
     final = "test" if "test" in raw else "validation"
     score = Score(args, training_args, "chrf.py", "chrf")
@@ -245,39 +192,27 @@ def main():
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         compute_metrics=compute_metrics,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()  # the tokenizer too
-    trainer.save_state()
-    results = {}
-    for split in dict.fromkeys(("validation", final)):
-        trainer.eval_dataset = data[split]  # compute_metrics takes its translations
-        metrics = trainer.evaluate(metric_key_prefix=split)
-        trainer.log_metrics(split, metrics)
-        trainer.save_metrics(split, metrics)
-        results |= metrics
-    given = args.dataset_name or args.train_file
-    name = Path(given).name if given else "Tatoeba, English to Swedish"
-    rows = ", ".join(f"{len(data[split]):,} for {split}" for split in data)
-    rows += f". During training the first {len(shown):,} for validation were scored"
-    hf_normopt.finish_run(
+    results = train(trainer, data, final)
+    is_default = is_own(args) and not args.model_name_or_path
+    part = f". During training the first {len(shown):,} for validation were scored"
+    counts = f"{count_rows(data)}{part}"
+    about = about_data(args, "Tatoeba, English to Swedish", ABOUT_TATOEBA, counts)
+    finish(
         trainer,
+        score,
+        results,
+        final,
+        **about,
         push_to_hub=push,
-        title=f"{Path(args.model_name_or_path or 'A small M2M100').name} on {name}",
+        title=f"{Path(args.model_name_or_path or 'A small M2M100').name} on {about['dataset']}",
         task="translation",
-        metrics=results,
-        metric=score.headline,
-        dataset=name,
-        dataset_id=args.dataset_name,
-        data=f"{name if given else ABOUT_TATOEBA}. Rows: {rows}.",
         baselines=baselines,
         limits="It translates sentences like those that it was trained on, and others badly: what "
         "it writes may be fluent and mean something else.",
         base_model=args.model_name_or_path,
-        language=None if given else ["en", "sv"],
-        license=None if given or args.model_name_or_path else "apache-2.0",
+        language=["en", "sv"] if is_own(args) else None,
+        license="apache-2.0" if is_default else None,
     )
-    headline = f"{final}_{score.headline}"
-    print(f"{headline} = {results[headline]:.4f}")
 
 
 if __name__ == "__main__":
