@@ -84,8 +84,8 @@ def load_data(args):
     if not len(data["train"]):
         raise SystemExit("The training data is empty.")
     data = with_validation(data, shuffle=False)
-    files = args.train_file or ".txt"
-    are_lines = not args.dataset_name and Path(files.removesuffix(".gz")).suffix == ".txt"
+    is_text = args.train_file is None or ".txt" in Path(args.train_file).suffixes
+    are_lines = is_text and not args.dataset_name
     return data.select_columns([args.text_column_name]), are_lines
 
 
