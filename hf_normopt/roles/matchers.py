@@ -18,7 +18,7 @@ from ..norms.layouts import Layout, usual_layout
 from .adapters import adapter
 from .architectures import fused_row, is_a, listed_parameter
 from .graph import MATRIX, Finding, View, owner_layout, place
-from .views import has_several_axes
+from .views import has_several_axes, numbered
 
 
 def _normalisation(view: View) -> Finding | None:
@@ -253,7 +253,7 @@ def _token(view: View) -> Finding | None:
         or (kind and "gain" not in uses)
     ):
         return Finding("embedding", "a learned vector placed into the sequence", None, kind)
-    if uses.keys() == {"sum"} and several and not _is_of_experts(view):
+    if uses.keys() == {"sum"} and several and not _is_offset(view):
         reason = "a table of vectors that is added to the sequence"
         return Finding("embedding", reason, uses["sum"])
     if _MAYBE_TOKEN.search(view.leaf) and uses.keys() <= {"sum"}:
@@ -261,13 +261,13 @@ def _token(view: View) -> Finding | None:
     return None
 
 
-def _is_of_experts(view: View) -> bool:
-    """Whether it is added to what a raw matrix gives, and has all axes of that but one."""
+def _is_offset(view: View) -> bool:
+    """Whether it is added to several maps, or has all axes but one of the raw matrix before it."""
     path = view.key.removesuffix(view.leaf)
     matrix = view.seen.beside.get(view.key, "")
     other = view.owner._parameters.get(matrix.removeprefix(path))
     if other is None:
-        return False
+        return view.matrix is not None and view.matrix.axis != "out"
     shape = tuple(other.shape)
     return any(shape[:d] + shape[d + 1 :] == view.shape for d in range(len(shape)))
 
@@ -350,18 +350,20 @@ def _stored(view: View) -> Layout | None:
         if count in experts and words[axis] in ("in", "out"):
             words[axis] = f"(expert={count} {words[axis]})"
     pattern = " ".join(words)
-    are_experts = experts or is_a(view.owner, ".*Experts.*") or _are_chosen(view, pattern)
-    return Layout(pattern.replace("stack", "expert") if are_experts else pattern)
+    if experts or is_a(view.owner, ".*Experts.*"):
+        return Layout(pattern.replace("stack", "expert"))
+    return Layout(" ".join(_with_chosen(view, pattern.split())))
 
 
-def _are_chosen(view: View, pattern: str) -> bool:
-    """Whether a matrix of the module, or of the one around it, gives shares of so many maps."""
+def _with_chosen(view: View, words: list[str]) -> list[str]:
+    """The axes, that of experts among them if a matrix nearby gives shares of so many maps."""
     path = view.key.removesuffix(view.leaf).rstrip(".").rpartition(".")[0]
     counts = {n for name, n in view.seen.shares.items() if name.startswith(path)}
-    return any(
-        word == "stack" and size in counts
-        for word, size in zip(pattern.split(), view.shape, strict=False)  # FSDP1 flattens
-    )
+    for axis, (word, size) in enumerate(zip(words, view.shape, strict=False)):  # FSDP1 flattens
+        if size in counts and re.fullmatch(r"stack|(in|out)\d", word):
+            rest = [re.sub(r"\d$", "", other) for other in words]
+            return numbered([*rest[:axis], "expert", *rest[axis + 1 :]])
+    return words
 
 
 _ROLE_OF_USE = {"product": "linear", "kernel": "conv", "lookup": "embedding"}
