@@ -90,7 +90,8 @@ def _bias(view: View) -> Finding | None:
         return Finding("bias", f"added to what {_where(view)} has multiplied")
     if "bias" not in view.leaf or re.search(r"table|position", view.leaf):
         return None
-    if view.uses and view.leaf != "bias" and not view.uses.keys() & {"sum", "lookup"}:
+    plain = view.leaf == "bias" and "gain" not in view.uses
+    if view.uses and not plain and not view.uses.keys() & {"sum", "lookup"}:
         return None  # it has another use, whatever its name says
     if isinstance(view.owner, (nn.RNNBase, nn.RNNCellBase)):
         return Finding(
