@@ -245,7 +245,7 @@ def _token(view: View) -> Finding | None:
         return Finding("other", f"stands beside the logits of a softmax in {_where(view)}")
     kind = _position(view.leaf)
     several = has_several_axes(view.shape)
-    if "lookup" in uses and len(view.shape) > 1:
+    if "lookup" in uses and (len(view.shape) > 1 or len(uses) == 1):
         return Finding("embedding", "rows looked up by an index", uses["lookup"], kind)
     if (
         (_TOKEN.search(view.leaf) and uses.keys() <= {"sum", "place", "return"})
