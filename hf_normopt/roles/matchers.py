@@ -91,7 +91,8 @@ def _bias(view: View) -> Finding | None:
     if "bias" not in view.leaf or re.search(r"table|position", view.leaf):
         return None
     plain = view.leaf == "bias" and "gain" not in view.uses
-    if view.uses and not plain and not view.uses.keys() & {"sum", "lookup"}:
+    added = {"sum", "lookup"} if len(view.shape) > 1 else {"sum"}
+    if view.uses and not plain and not view.uses.keys() & added:
         return None  # it has another use, whatever its name says
     if isinstance(view.owner, (nn.RNNBase, nn.RNNCellBase)):
         return Finding(
@@ -238,15 +239,14 @@ def _raw_kernel(view: View) -> Finding | None:
 
 def _token(view: View) -> Finding | None:
     """Raw parameters looked up or placed into the sequence: tokens, positions, latents."""
-    uses = _uses(view)
+    uses, kind = _uses(view), _position(view.leaf)
+    if "lookup" in uses and (len(view.shape) > 1 or len(uses) == 1):
+        return Finding("embedding", "rows looked up by an index", uses["lookup"], kind)
     if math.prod(view.shape) == 1 or re.fullmatch(r"b(_?\d+|_[a-z]+)?", view.leaf):
         return None
     if "sink" in uses:
         return Finding("other", f"stands beside the logits of a softmax in {_where(view)}")
-    kind = _position(view.leaf)
     several = has_several_axes(view.shape)
-    if "lookup" in uses and (len(view.shape) > 1 or len(uses) == 1):
-        return Finding("embedding", "rows looked up by an index", uses["lookup"], kind)
     if (
         (_TOKEN.search(view.leaf) and uses.keys() <= {"sum", "place", "return"})
         or "place" in uses
@@ -381,7 +381,10 @@ def find(view: View, heads: bool = False) -> Finding:
         found = matcher(view)
         if found is not None:  # an adapter's rows say how it is stored
             return found if matcher is adapter else _divided(view, found, heads)
-    return Finding("other", f"no matcher knows {view.leaf} of {view.owner_class}")
+    reason = f"no matcher knows {view.leaf} of {view.owner_class}"
+    if not view.uses and view.seen.failure:
+        reason += f"; forward ended early, give its inputs: {view.seen.failure}"
+    return Finding("other", reason)
 
 
 def _find_first(view: View) -> Finding | None:
