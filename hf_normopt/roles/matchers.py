@@ -41,11 +41,10 @@ def _normalisation(view: View) -> Finding | None:
 def _adds_one(cls: Hashable) -> bool:
     """Whether a normalisation multiplies by 1 + weight, as Gemma's do; read off its source."""
     try:
-        return (
-            re.search(r"\(1(\.0)? \+ self\.weight", inspect.getsource(cast(type, cls))) is not None
-        )
+        source = inspect.getsource(cast(type, cls))
     except (OSError, TypeError):
         return False
+    return re.search(r"\(1(\.0)? \+ self\.weight", source) is not None
 
 
 def _table(view: View) -> Finding | None:
@@ -95,9 +94,8 @@ def _bias(view: View) -> Finding | None:
     if view.uses and not plain and not view.uses.keys() & added:
         return None  # it has another use, whatever its name says
     if isinstance(view.owner, (nn.RNNBase, nn.RNNCellBase)):
-        return Finding(
-            "bias", f"biases of the gates of {view.owner_class}", Layout(_gates(view.owner))
-        )
+        reason = f"biases of the gates of {view.owner_class}"
+        return Finding("bias", reason, Layout(_gates(view.owner)))
     if isinstance(view.owner, nn.MultiheadAttention) and view.leaf == "in_proj_bias":
         return Finding("bias", "biases of query, key and value", Layout("(part=3 out)"))
     if view.shape in ((), (1,)) and not isinstance(view.owner, MATRIX):
@@ -161,11 +159,8 @@ def _routes(view: View) -> bool:
         return False
     path, above = view.owners[1]
     experts = getattr(above, "experts", None)
-    count = (
-        len(experts)
-        if isinstance(experts, nn.ModuleList)
-        else getattr(experts, "num_experts", None)
-    )
+    told = getattr(experts, "num_experts", None)
+    count = len(experts) if isinstance(experts, nn.ModuleList) else told
     return path.split(".")[0] in ("gate", "router") and count == view.shape[0]
 
 
@@ -350,10 +345,9 @@ def _stored(view: View) -> Layout | None:
     for axis, count in view.seen.divided.get(view.key, {}).items():
         if count in experts and words[axis] in ("in", "out"):
             words[axis] = f"(expert={count} {words[axis]})"
-    pattern = " ".join(words)
     if experts or is_a(view.owner, ".*Experts.*"):
-        return Layout(pattern.replace("stack", "expert"))
-    return Layout(" ".join(_with_chosen(view, pattern.split())))
+        return Layout(" ".join(words).replace("stack", "expert"))
+    return Layout(" ".join(_with_chosen(view, words)))
 
 
 def _with_chosen(view: View, words: list[str]) -> list[str]:

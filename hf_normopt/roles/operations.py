@@ -147,9 +147,8 @@ def _of_zeros(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
     """What meta kernels lack is computed, with zeros for what is unknown."""
 
     def known(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_meta:
-            return value
-        return torch.zeros((), dtype=value.dtype).expand(value.shape)
+        missing = isinstance(value, Tensor) and value.is_meta
+        return torch.zeros((), dtype=value.dtype).expand(value.shape) if missing else value
 
     return tree_map(lambda t: t.to("meta") if is_real(t) else t, func(*map(known, args), **kwargs))
 
