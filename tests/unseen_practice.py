@@ -202,3 +202,19 @@ class Kalman(nn.Module):
             z = self.step(z)
             z = z + (self.enter(x[:, t]) - z) @ gain.T
         return self.out(z)
+
+
+@case((torch.zeros(2, 4, 12),), q="linear | in out0 out1", k="linear | in out0 out1", o="linear")
+class Efficient(nn.Module):
+    """Features of queries and places of keys add up to one: no experts, though both are shares."""
+
+    def __init__(self, d=12, h=4):
+        super().__init__()
+        self.q, self.k, self.v = (raw(d, h, d // h) for _ in range(3))
+        self.o, self.head = raw(h, d // h, d), nn.Linear(d, 2)
+
+    def forward(self, x):
+        q, k, v = (torch.einsum("btd,dhe->bthe", x, w) for w in (self.q, self.k, self.v))
+        context = torch.einsum("bjhe,bjhf->bhef", k.softmax(1), v)
+        y = torch.einsum("bihe,bhef->bihf", q.softmax(-1), context)
+        return self.head(torch.einsum("bihe,hed->bid", y, self.o))
