@@ -6,7 +6,8 @@ import torch
 import tests.unseen_domains  # registers its cases
 import tests.unseen_fields
 import tests.unseen_makes
-import tests.unseen_more  # noqa: F401
+import tests.unseen_more
+import tests.unseen_practice  # noqa: F401
 from hf_normopt import classify
 from tests.unseen_modules import CASES
 

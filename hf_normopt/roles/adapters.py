@@ -220,7 +220,8 @@ def is_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
 def adapter(view: View) -> Finding | None:
     """What PEFT adds: factors, gains, prompts, rotations."""
     added, part = _added(view.owners), _part(_NUMBER.sub("*", view.name))
-    if added is None and (part is None or not part.name.startswith(_SHARED)):
+    own = part is None or not part.name.startswith(_SHARED) or view.uses.keys() == {"lookup"}
+    if added is None and own:
         return None
     if view.leaf == "bias":
         return Finding("bias", f"bias of {view.owner_class}")

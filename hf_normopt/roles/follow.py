@@ -138,6 +138,8 @@ class Follower(TorchDispatchMode):
                 final = how
             if final == "inverse":  # what is added is a rate, where the parameter is a time
                 final = "rate" if how == "sum" else how
+            if how == "sum" and shown.inner:  # of a product of parameters, as of a covariance
+                final = "packed"
             if final == "scatter":
                 final, layout = ("packed", None) if how == "product" else ("place", None)
             elif final == "untracked":

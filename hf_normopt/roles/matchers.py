@@ -18,7 +18,7 @@ from ..norms.layouts import Layout, usual_layout
 from .adapters import adapter
 from .architectures import fused_row, is_a, listed_parameter
 from .graph import MATRIX, Finding, View, owner_layout, place
-from .views import has_several_axes
+from .views import has_several_axes, numbered
 
 
 def _normalisation(view: View) -> Finding | None:
@@ -41,11 +41,10 @@ def _normalisation(view: View) -> Finding | None:
 def _adds_one(cls: Hashable) -> bool:
     """Whether a normalisation multiplies by 1 + weight, as Gemma's do; read off its source."""
     try:
-        return (
-            re.search(r"\(1(\.0)? \+ self\.weight", inspect.getsource(cast(type, cls))) is not None
-        )
+        source = inspect.getsource(cast(type, cls))
     except (OSError, TypeError):
         return False
+    return re.search(r"\(1(\.0)? \+ self\.weight", source) is not None
 
 
 def _table(view: View) -> Finding | None:
@@ -90,12 +89,13 @@ def _bias(view: View) -> Finding | None:
         return Finding("bias", f"added to what {_where(view)} has multiplied")
     if "bias" not in view.leaf or re.search(r"table|position", view.leaf):
         return None
-    if view.uses and view.leaf != "bias" and not view.uses.keys() & {"sum", "lookup"}:
+    plain = view.leaf == "bias" and "gain" not in view.uses
+    added = {"sum", "lookup"} if len(view.shape) > 1 else {"sum"}
+    if view.uses and not plain and not view.uses.keys() & added:
         return None  # it has another use, whatever its name says
     if isinstance(view.owner, (nn.RNNBase, nn.RNNCellBase)):
-        return Finding(
-            "bias", f"biases of the gates of {view.owner_class}", Layout(_gates(view.owner))
-        )
+        reason = f"biases of the gates of {view.owner_class}"
+        return Finding("bias", reason, Layout(_gates(view.owner)))
     if isinstance(view.owner, nn.MultiheadAttention) and view.leaf == "in_proj_bias":
         return Finding("bias", "biases of query, key and value", Layout("(part=3 out)"))
     if view.shape in ((), (1,)) and not isinstance(view.owner, MATRIX):
@@ -159,11 +159,8 @@ def _routes(view: View) -> bool:
         return False
     path, above = view.owners[1]
     experts = getattr(above, "experts", None)
-    count = (
-        len(experts)
-        if isinstance(experts, nn.ModuleList)
-        else getattr(experts, "num_experts", None)
-    )
+    told = getattr(experts, "num_experts", None)
+    count = len(experts) if isinstance(experts, nn.ModuleList) else told
     return path.split(".")[0] in ("gate", "router") and count == view.shape[0]
 
 
@@ -237,15 +234,14 @@ def _raw_kernel(view: View) -> Finding | None:
 
 def _token(view: View) -> Finding | None:
     """Raw parameters looked up or placed into the sequence: tokens, positions, latents."""
-    uses = _uses(view)
+    uses, kind = _uses(view), _position(view.leaf)
+    if "lookup" in uses and (len(view.shape) > 1 or len(uses) == 1):
+        return Finding("embedding", "rows looked up by an index", uses["lookup"], kind)
     if math.prod(view.shape) == 1 or re.fullmatch(r"b(_?\d+|_[a-z]+)?", view.leaf):
         return None
     if "sink" in uses:
         return Finding("other", f"stands beside the logits of a softmax in {_where(view)}")
-    kind = _position(view.leaf)
     several = has_several_axes(view.shape)
-    if "lookup" in uses and len(view.shape) > 1:
-        return Finding("embedding", "rows looked up by an index", uses["lookup"], kind)
     if (
         (_TOKEN.search(view.leaf) and uses.keys() <= {"sum", "place", "return"})
         or "place" in uses
@@ -253,7 +249,7 @@ def _token(view: View) -> Finding | None:
         or (kind and "gain" not in uses)
     ):
         return Finding("embedding", "a learned vector placed into the sequence", None, kind)
-    if uses.keys() == {"sum"} and several and not _is_of_experts(view):
+    if uses.keys() == {"sum"} and several and not _is_offset(view):
         reason = "a table of vectors that is added to the sequence"
         return Finding("embedding", reason, uses["sum"])
     if _MAYBE_TOKEN.search(view.leaf) and uses.keys() <= {"sum"}:
@@ -261,13 +257,13 @@ def _token(view: View) -> Finding | None:
     return None
 
 
-def _is_of_experts(view: View) -> bool:
-    """Whether it is added to what a raw matrix gives, and has all axes of that but one."""
+def _is_offset(view: View) -> bool:
+    """Whether it is added to several maps, or has all axes but one of the raw matrix before it."""
     path = view.key.removesuffix(view.leaf)
     matrix = view.seen.beside.get(view.key, "")
     other = view.owner._parameters.get(matrix.removeprefix(path))
     if other is None:
-        return False
+        return view.matrix is not None and view.matrix.axis != "out"
     shape = tuple(other.shape)
     return any(shape[:d] + shape[d + 1 :] == view.shape for d in range(len(shape)))
 
@@ -349,19 +345,20 @@ def _stored(view: View) -> Layout | None:
     for axis, count in view.seen.divided.get(view.key, {}).items():
         if count in experts and words[axis] in ("in", "out"):
             words[axis] = f"(expert={count} {words[axis]})"
-    pattern = " ".join(words)
-    are_experts = experts or is_a(view.owner, ".*Experts.*") or _are_chosen(view, pattern)
-    return Layout(pattern.replace("stack", "expert") if are_experts else pattern)
+    if experts or is_a(view.owner, ".*Experts.*"):
+        return Layout(" ".join(words).replace("stack", "expert"))
+    return Layout(" ".join(_with_chosen(view, words)))
 
 
-def _are_chosen(view: View, pattern: str) -> bool:
-    """Whether a matrix of the module, or of the one around it, gives shares of so many maps."""
+def _with_chosen(view: View, words: list[str]) -> list[str]:
+    """The axes, that of experts among them if a matrix nearby gives shares of so many maps."""
     path = view.key.removesuffix(view.leaf).rstrip(".").rpartition(".")[0]
     counts = {n for name, n in view.seen.shares.items() if name.startswith(path)}
-    return any(
-        word == "stack" and size in counts
-        for word, size in zip(pattern.split(), view.shape, strict=False)  # FSDP1 flattens
-    )
+    for axis, (word, size) in enumerate(zip(words, view.shape, strict=False)):  # FSDP1 flattens
+        if size in counts and re.fullmatch(r"stack|(in|out)\d", word):
+            rest = [re.sub(r"\d$", "", other) for other in words]
+            return numbered([*rest[:axis], "expert", *rest[axis + 1 :]])
+    return words
 
 
 _ROLE_OF_USE = {"product": "linear", "kernel": "conv", "lookup": "embedding"}
@@ -378,7 +375,10 @@ def find(view: View, heads: bool = False) -> Finding:
         found = matcher(view)
         if found is not None:  # an adapter's rows say how it is stored
             return found if matcher is adapter else _divided(view, found, heads)
-    return Finding("other", f"no matcher knows {view.leaf} of {view.owner_class}")
+    reason = f"no matcher knows {view.leaf} of {view.owner_class}"
+    if not view.uses and view.seen.failure:
+        reason += f"; forward ended early, give its inputs: {view.seen.failure}"
+    return Finding("other", reason)
 
 
 def _find_first(view: View) -> Finding | None:

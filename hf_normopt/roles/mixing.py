@@ -252,8 +252,8 @@ class Mixing(Products):
             self._use(parameter, "sink")
         self.use(note)
         size = args[0].shape[args[1]] if args[0].ndim else 1
-        for maker in note.makers if len(note.makers) == 1 else ():
-            if size in self.twin.shapes[maker]:
+        for maker in note.makers if len(note.makers) == 1 and note.index is not None else ():
+            if maker in self.sources and self.sources[maker].size == size:
                 self.seen.shares.setdefault(maker, size)
         if "log" in name:  # scores, also where a normalisation gave them
             return replace(

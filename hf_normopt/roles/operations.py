@@ -143,9 +143,14 @@ def _bincount(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
     return torch.zeros(max(count, 1), dtype=torch.int64)
 
 
-def _unique(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
-    zeros = tree_map(lambda t: torch.zeros(t.shape) if isinstance(t, Tensor) else t, args)
-    return func(*zeros, **kwargs)
+def _of_zeros(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
+    """What meta kernels lack is computed, with zeros for what is unknown."""
+
+    def known(value: Any) -> Any:
+        missing = isinstance(value, Tensor) and value.is_meta
+        return torch.zeros((), dtype=value.dtype).expand(value.shape) if missing else value
+
+    return tree_map(lambda t: t.to("meta") if is_real(t) else t, func(*map(known, args), **kwargs))
 
 
 def _indexed(func: Any, args: Args, kwargs: Any, unknown: bool) -> Any:
@@ -237,7 +242,8 @@ _OF_UNKNOWN: dict[str, Callable[..., Any]] = {
     "equal": _equal,
     "nonzero": _nonzero,
     "bincount": _bincount,
-    **dict.fromkeys(("unique_consecutive", "_unique2", "unique_dim", "_unique"), _unique),
+    **dict.fromkeys(("unique_consecutive", "_unique2", "unique_dim", "_unique"), _of_zeros),
+    **dict.fromkeys(("_pack_padded_sequence", "_pad_packed_sequence"), _of_zeros),
     **dict.fromkeys(("index", "index_put", "index_put_", "_index_put_impl_"), _indexed),
     **dict.fromkeys(("topk", "argmax", "argmin", "sort", "argsort", "multinomial"), _chosen),
     **dict.fromkeys(("eq", "isnan", "isinf", "ne"), _guess(False)),

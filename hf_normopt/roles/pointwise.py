@@ -270,6 +270,9 @@ class Pointwise(Follower):
             is_mask = any(selection_of(value) is not None for value in constants)
             repeated = "place" if is_mask else "gain"
             shown = [one if one.how else replace(one, how=repeated) for one in shown]
+        tables = len(notes) > 1 and all(has_several_axes(one.shape) for one in shown)
+        if tables and name in _SUMS_OF and most < output.numel():  # places of rows and of columns
+            shown = [one if one.how else replace(one, how="place") for one in shown]
         if name == "reciprocal":
             shown = [one if one.how else replace(one, how="inverse") for one in shown]
         if name in _RATES_OF and len(notes) == 1:
