@@ -137,7 +137,7 @@ def main():
     args, training_args, push = parse(
         (Arguments, TrainingArguments),
         output_dir="outputs/audio_classification",
-        learning_rate=2e-3,
+        learning_rate=5e-3,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=100,
         max_steps=240,

@@ -108,7 +108,7 @@ def main():
     args, training_args, push = parse(
         (Arguments, TrainingArguments),
         output_dir="outputs/image_classification",
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         per_device_train_batch_size=50,
         per_device_eval_batch_size=100,
         max_steps=200,

@@ -152,7 +152,7 @@ def main():
     args, training_args, push = parse(
         (Arguments, TrainingArguments),
         output_dir="outputs/pretrain_causal_lm",
-        learning_rate=5e-3,
+        learning_rate=2e-3,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=32,
         max_steps=250,

@@ -115,7 +115,7 @@ def main():
         (Arguments, SFTConfig, ModelConfig),
         TrlParser,
         output_dir="outputs/sft_lora",
-        learning_rate=1e-2,
+        learning_rate=5e-3,
         per_device_train_batch_size=8,
         per_device_eval_batch_size=32,
         max_steps=50,

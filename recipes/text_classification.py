@@ -106,7 +106,7 @@ def main():
     args, training_args, push = parse(
         (Arguments, TrainingArguments),
         output_dir="outputs/text_classification",
-        learning_rate=2e-4,
+        learning_rate=5e-4,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=128,
         max_steps=40,

@@ -103,7 +103,7 @@ def main():
     args, training_args, push = parse(
         (Arguments, TrainingArguments),
         output_dir="outputs/token_classification",
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=128,
         max_steps=50,

@@ -151,7 +151,7 @@ def main():
     args, training_args, push = parse(
         (Arguments, Seq2SeqTrainingArguments),
         output_dir="outputs/translation",
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=128,
         predict_with_generate=True,
