@@ -12,6 +12,7 @@ from torch import nn
 from hf_normopt import Layout, classify
 from hf_normopt.roles import KINDS, ROLES
 from hf_normopt.roles.graph import canonical_name
+from hf_normopt.roles.observe import observe
 from tests.role_models import BASES, MORE, build, classes
 
 FOLDER = Path(__file__).parent / "roles"
@@ -334,6 +335,21 @@ def test_a_task_model_without_its_head():
     with torch.device("meta"):
         model = tf.ViTForImageClassification(config)
     assert "head" not in {s.role for s in classify(model)}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "head"),
+    [
+        ("Qwen3OmniMoeCode2Wav", "decoder.6.conv.weight"),  # codes of each quantizer
+        ("RfDetrForObjectDetection", "class_embed.weight"),  # images that have enough patches
+    ],
+)
+def test_uncommon_inputs_are_made_from_the_config(class_name, head):
+    cls = getattr(tf, class_name)
+    with torch.device("meta"):
+        model = cls(cls.config_class())
+    assert not observe(model).failure
+    assert {s.name: s.role for s in classify(model)}[head] == "head"
 
 
 def test_heads_as_operators_of_their_own():

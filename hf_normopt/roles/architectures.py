@@ -268,6 +268,7 @@ HEADS: tuple[Head, ...] = (
     Head("DeformableDetrModel", "reference_points", "points to look at", is_head=False),
     Head("ZoeDepthAttractorLayer.*", "conv2", "moves the bins", is_head=False),
     Head("SuperPointConvBlock", "conv_b", "features before the score", is_head=False),
+    Head("RfDetrFor.*", "query_features_proj", "compared with pixels", is_head=False),
     Head("LightGlue.*", r".*projector|.*mlp\.fc2", "features before the match", is_head=False),
 )
 

@@ -45,6 +45,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"separators": True},
     {"large": True},
     {"side": 256},
+    {"patches": 32},  # as many proposals as there are queries, and windows of any usual count
     {"length": 256},
     {"length": 64, "features_last": True, "large": True},
     {"features_last": True, "channel": True},

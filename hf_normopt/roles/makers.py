@@ -133,6 +133,8 @@ class Case:
 
     def image_size(self) -> tuple[int, int]:
         """Height and width, as the config says; few patches if that is large."""
+        if count := self.choices.get("patches"):
+            return count * self.patch_size(), count * self.patch_size()
         size = self.get("image_size", "img_size", "input_size", kind="vision")
         if isinstance(size, Mapping):
             size = [size["height"], size["width"]] if "height" in size else [*size.values()]
@@ -374,11 +376,15 @@ MAKERS: dict[str, Callable[[Case], Any]] = {
     "entity_position_ids": lambda c: _entities(c, 4),
     "task_inputs": lambda c: c.ids(c.rows, int(c.get("task_seq_len", default=c.length))),
     "codebook_idx": lambda c: 1,
+    "codes": lambda c: torch.zeros(
+        c.rows, c.get("num_quantizers", "num_codebooks", default=1), c.length, dtype=torch.int64
+    ),
     "use_cache": lambda c: False,
 }
 ALWAYS = set(MAKERS) - {
     "attention_mask",
     "codebook_idx",
+    "codes",
     "encoder_hidden_states",
     "freq",
     "hidden_states",
